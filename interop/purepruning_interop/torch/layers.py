@@ -1,0 +1,154 @@
+"""The layer table of a torch module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch.nn.utils import parametrize
+
+from purepruning.layers import Layer
+from purepruning_interop._table import Owner, Param, Weight, out_in, per_channel, rows
+
+
+def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
+    """Returns the layer table of ``model``: one row per weight, in the order of its modules.
+
+    Paths are the keys of ``dict(model.named_parameters())``, names those of
+    ``model.named_modules()``. A module reached in several ways, and a parameter that several
+    modules hold (``head.weight is embedding.weight``), are one row; the further names are aliases.
+    A module of several weights (an LSTM) has one row for each, named ``lstm.weight_ih_l0``, with
+    ``lstm`` as alias. Nothing is computed; the model may be on the meta device.
+
+    Where ``torch.nn.utils.parametrizations`` or ``torch.nn.utils.prune`` compute the weight from
+    one raw parameter, the row is of that one (``conv.parametrizations.weight.original``,
+    ``conv.weight_orig``), with the axes of the weight. Where there are several (``weight_norm``),
+    each is a parameter without known axes.
+
+    A floating-point parameter of two axes or more in a module of another class is a row without
+    output and input axes, of the class's name as type, under its own dotted name with the module's
+    as alias. Of fewer axes, and norms without a weight, are no rows. The weight of a module that is
+    itself the root goes by the name of the parameter (``"weight"``).
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: a lazy module has not seen its first input.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.BatchNorm2d(8))
+    >>> for layer in layers(model):
+    ...     print(layer.name, layer.type, layer.weight, layer.out_axes, layer.in_axes, layer.groups)
+    0 Conv2d 0.weight (0,) (1,) 2
+    1 BatchNorm2d 1.weight (0,) () 1
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"layers(model): model must be a torch.nn.Module instance, got {type(model).__name__}"
+        )
+    names: dict[torch.nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    paths = {parameter: path for path, parameter in model.named_parameters()}
+    for parameter, path in paths.items():
+        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+            layer = path.rpartition(".")[0]
+            raise ValueError(
+                f"layers(model): layer {layer!r} ({type(model.get_submodule(layer)).__name__}) has "
+                f"no shape yet; call the model once, so that {path!r} is initialised"
+            )
+
+    owners = []
+    for module, dotted in names.items():
+        params = _params(module, paths)
+        if params:
+            class_name = parametrize.type_before_parametrizations(module).__name__
+            weights, others = _weights(module)
+            owners.append(Owner(tuple(dotted), class_name, params, weights, others))
+    floats = {
+        path: tuple(parameter.shape)
+        for parameter, path in paths.items()
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
+    return rows(owners, floats)
+
+
+def _params(module: torch.nn.Module, paths: Mapping[torch.nn.Parameter, str]) -> dict[str, Param]:
+    """Returns the parameters of a module by the name its class knows them under."""
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if isinstance(module, parametrize.ParametrizationList):
+        own.pop("original", None)  # the module around knows what it is
+    own = {name.removesuffix("_orig"): p for name, p in own.items()}
+    if parametrize.is_parametrized(module):
+        for name, raw in module.get_submodule("parametrizations").named_children():
+            if isinstance(original := getattr(raw, "original", None), torch.nn.Parameter):
+                own[name] = original
+    return {name: Param(paths[p], tuple(p.shape)) for name, p in own.items() if p in paths}
+
+
+def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
+    """Returns the weights a module's class defines, and its parameters that are no weight's."""
+    nn = torch.nn
+    match module:
+        case nn.Linear():
+            weight = out_in("weight", "Linear", (None, None), bias="bias")
+        case nn.modules.conv._ConvTransposeNd():
+            # (in, out / groups, *taps): what is stored per group is the output side
+            rank = len(module.kernel_size)
+            sizes = (None,) * (2 + rank)
+            type_ = f"ConvTranspose{rank}d"
+            weight = Weight("weight", type_, sizes, (1,), (0,), (), module.groups, "out", "bias")
+        case nn.modules.conv._ConvNd():
+            rank = len(module.kernel_size)
+            sizes = (None,) * (2 + rank)
+            weight = out_in("weight", f"Conv{rank}d", sizes, bias="bias", groups=module.groups)
+        case nn.Bilinear():
+            weight = Weight("weight", "Bilinear", (None,) * 3, (0,), (1, 2), bias="bias")
+        case nn.Embedding() | nn.EmbeddingBag():
+            type_ = "Embedding" if isinstance(module, nn.Embedding) else "EmbeddingBag"
+            weight = Weight("weight", type_, (None, None), out_axes=(1,), in_axes=(0,))
+        case nn.PReLU():
+            weight = per_channel("weight", "PReLU", (None,))
+        case nn.modules.batchnorm._NormBase():
+            weight = per_channel("weight", _norm_type(module), (None,), bias="bias")
+        case nn.LayerNorm() | nn.RMSNorm():
+            type_ = "LayerNorm" if isinstance(module, nn.LayerNorm) else "RMSNorm"
+            sizes = (None,) * len(module.normalized_shape)
+            weight = per_channel("weight", type_, sizes, bias="bias")
+        case nn.GroupNorm():
+            weight = per_channel("weight", "GroupNorm", (None,), bias="bias")
+        case nn.MultiheadAttention():
+            whole = out_in(
+                "in_proj_weight", "MultiheadAttention", (None, None), bias="in_proj_bias"
+            )
+            parts = [
+                out_in(f"{part}_proj_weight", "MultiheadAttention", (None, None)) for part in "qkv"
+            ]
+            return (whole, *parts), ("in_proj_bias", "bias_k", "bias_v")
+        case nn.RNNBase() | nn.RNNCellBase():
+            return _recurrent(module), ()
+        case _:
+            return (), ()
+    return (weight,), ("bias",)
+
+
+def _norm_type(module: torch.nn.Module) -> str:
+    """Returns the type of a batch or instance norm; the rank is known where a class states it."""
+    classes = [c.__name__.removeprefix("Lazy") for c in type(module).__mro__]
+    ranked = [c for c in classes if c[:-2] in ("BatchNorm", "InstanceNorm")]
+    instance = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+    return ranked[0] if ranked else "InstanceNorm" if instance else "BatchNorm"
+
+
+def _recurrent(module: torch.nn.Module) -> tuple[Weight, ...]:
+    kinds = {
+        "LSTM": torch.nn.LSTM | torch.nn.LSTMCell,
+        "GRU": torch.nn.GRU | torch.nn.GRUCell,
+    }
+    type_ = next((name for name, kind in kinds.items() if isinstance(module, kind)), "RNN")
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return tuple(
+        out_in(name, type_, (None, None), bias=name.replace("weight", "bias"))
+        for name in names
+        if name.startswith("weight_")
+    )

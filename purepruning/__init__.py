@@ -1,0 +1,19 @@
+"""Neural-network pruning as pure functions: JAX first, the same source on PyTorch.
+
+A pruner is ``(params, stats, config) -> masks``. Layers come from an adapter of
+``purepruning_interop`` or from :func:`make_layer`; :func:`resolve` turns NNI-style rules into a
+config; masks are plain trees of booleans, applied with :func:`apply_masks`.
+"""
+
+import importlib.metadata
+
+from purepruning.config import Config, Gradual, Pool, count_of, resolve
+from purepruning.layers import Layer, make_layer
+from purepruning.namespace import leaf_paths
+from purepruning.pruners.geometric_median import fpgm
+from purepruning.pruners.magnitude import l1_norm, l2_norm, level
+from purepruning.pruners.random import random_pruning
+from purepruning.select import Criterion, prune
+from purepruning.units import NM, Block
+
+__version__ = importlib.metadata.version("purepruning")

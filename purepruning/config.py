@@ -1,0 +1,551 @@
+"""Rules to config: which layers are pruned, in which units, and how many of them.
+
+A rule is one dictionary of an NNI-style ``config_list``. :func:`resolve` reads the rules once, against
+a layer table, and every mistake in them is found here, before any array work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer, missing
+from purepruning.units import NM, Block, Granularity, Grid, grid
+
+Rule = Mapping[str, Any]
+Scope = Literal["layer", "global"]
+BiasRule = Literal["follow", "keep"]
+
+#: No layer loses more than this share of its units in global scope, unless its rule says otherwise.
+MAX_SPARSITY_PER_LAYER = 0.99
+
+_SELECTORS = ("op_types", "op_names", "op_partial_names")
+_SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity", "final_sparsity")
+_GRADUAL = ("initial_sparsity", "final_sparsity", "start_epoch", "end_epoch", "frequency")
+_QUANTIZER = ("quant_types", "quant_bits", "quant_start_step")
+_KEYS = (
+    *_SELECTORS,
+    *_SPARSITIES,
+    *_GRADUAL,
+    *_QUANTIZER,
+    "max_sparsity_per_layer",
+    "exclude",
+    "prune_iterations",
+    "allow_empty",
+)
+_GRANULARITIES = {
+    "element": "element",
+    "output_channel": "output_channel",
+    "input_channel": "input_channel",
+    "out_channel": "output_channel",  # NNI 3.0's names
+    "in_channel": "input_channel",
+}
+_UNITS_LIMIT = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradual:
+    """The gradual keys of a rule, for a schedule to read: sparsities are fractions, times epochs."""
+
+    initial_sparsity: float
+    final_sparsity: float
+    start_epoch: int
+    end_epoch: int
+    frequency: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Layers whose units are ranked together and share one count.
+
+    In layer scope a pool is one layer, named after it; its count is a number of units (of each
+    stacked layer, where layers are stacked). In global scope a pool is all layers of one rule, named
+    ``"rule 0"``; its count is a number of weights, since units of different layers differ in size.
+
+    Attributes:
+        name: key of the pool in ``config.counts``.
+        rule: number of the rule that selected it.
+        layers: in the order of their names.
+        size: the number that is pruned at sparsity 1: units, or weights in global scope.
+        caps: in global scope, how many units each (stacked) layer can lose at most.
+        sparsity: the fraction asked for; None if the rule names none.
+        allow_empty: whether the rule lets a layer lose all its units.
+        gradual: the rule's gradual keys, if it has any.
+        prune_iterations: number of rounds the rule asks for, if it does.
+    """
+
+    name: str
+    rule: int
+    layers: tuple[Layer, ...]
+    size: int
+    caps: tuple[int, ...] | None
+    sparsity: float | None
+    allow_empty: bool
+    gradual: Gradual | None
+    prune_iterations: int | None
+
+    # Pools are hashed at every call of a compiled function.
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in dataclasses.fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["counts"],
+    meta_fields=["pools", "scope", "granularity", "bias"],
+)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Rules resolved against a layer table: all that a pruner needs to know besides the numbers.
+
+    A pytree whose only leaves are the counts, so that one compiled function serves every sparsity,
+    and ``vmap`` over counts gives the masks of many sparsities at once. Everything else is static.
+
+    Attributes:
+        counts: by pool name, how many units (weights in global scope) to prune; None where the rule
+            names no sparsity.
+        pools: what is ranked together.
+        scope: ``"layer"`` or ``"global"``.
+        granularity: what a unit is.
+        bias: ``"follow"`` if a bias is pruned where its whole output channel is, else ``"keep"``.
+    """
+
+    counts: dict[str, Any]
+    pools: tuple[Pool, ...]
+    scope: Scope
+    granularity: Granularity
+    bias: BiasRule
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer that is pruned."""
+        return tuple(layer for pool in self.pools for layer in pool.layers)
+
+    def with_counts(self, counts: Mapping[str, Any]) -> Config:
+        """Returns the config with other counts: integers, or integer arrays to ``vmap`` over.
+
+        Raises:
+            KeyError: a pool is missing or unknown.
+        """
+        names = [pool.name for pool in self.pools]
+        for name in counts:
+            if name not in names:
+                raise KeyError(missing(f"no pool is called {name!r}", name, names))
+        for name in names:
+            if name not in counts:
+                raise KeyError(f"counts have none for pool {name!r}")
+        return dataclasses.replace(self, counts={name: counts[name] for name in names})
+
+    def with_sparsity(self, sparsity: float | Sequence[float] | Mapping[str, Any]) -> Config:
+        """Returns the config with the counts of another sparsity; nothing is resolved again.
+
+        Args:
+            sparsity: a fraction for all pools; or a sequence of fractions, whose counts come as int32
+                arrays to ``vmap`` over; or a mapping from pool name to either, where pools that it
+                does not name keep their counts.
+
+        Raises:
+            ValueError: a fraction outside [0, 1], 1 where the rule does not allow an empty layer, or
+                one that the caps of global scope do not reach.
+            KeyError: a pool is unknown.
+            TypeError: something that is no fraction.
+
+        >>> from purepruning import Layer
+        >>> layer = Layer("fc", "Linear", "fc.w", (4, 25), out_axes=(1,), in_axes=(0,))
+        >>> config = resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+        >>> config.counts, config.with_sparsity(0.29).counts
+        ({'fc': 50}, {'fc': 29})
+        """
+        if isinstance(self.granularity, NM):
+            raise ValueError(f"the sparsity of {self.granularity} is fixed by keep and of")
+        names = [pool.name for pool in self.pools]
+        if not isinstance(sparsity, Mapping):
+            sparsity = dict.fromkeys(names, sparsity)
+        for name in sparsity:
+            if name not in names:
+                raise KeyError(missing(f"no pool is called {name!r}", name, names))
+        counts = dict(self.counts)
+        for pool in self.pools:
+            if pool.name in sparsity:
+                counts[pool.name] = self._count(pool, sparsity[pool.name])
+        return dataclasses.replace(self, counts=counts)
+
+    def _count(self, pool: Pool, sparsity: Any) -> int | np.ndarray:
+        where = f"pool {pool.name!r}: sparsity"
+        if np.ndim(sparsity) == 0:
+            return _checked_count(pool, _fraction(sparsity, where, 1.0), self.granularity, where)
+        if np.ndim(sparsity) > 1:
+            raise TypeError(f"{where} must be a fraction or a sequence of them, got {sparsity!r}")
+        fractions = [_fraction(s, where, 1.0) for s in np.asarray(sparsity, dtype=float).tolist()]
+        counts = [_checked_count(pool, s, self.granularity, where) for s in fractions]
+        return np.asarray(counts, np.int32)
+
+
+def count_of(sparsity: float, n: int) -> int:
+    """Returns how many of ``n`` units a sparsity prunes: the largest k with ``k / n <= sparsity``.
+
+    The fraction is taken as meant, not as rounded to binary: 0.7 of 10 is 7, 0.29 of 100 is 29, and
+    ``1 - 0.9`` of 10 is 1. All counts of the library, in schedules too, come from here.
+
+    >>> count_of(0.7, 10), count_of(0.29, 100), count_of(1 - 0.9, 10), count_of(0.55, 9)
+    (7, 29, 1, 4)
+    """
+    noise = 8 * np.finfo(np.float64).eps  # a few roundings of a number near 1
+    return min(math.floor(n * (sparsity + noise)), n)
+
+
+def resolve(
+    rules: Sequence[Rule],
+    layers: Iterable[Layer],
+    *,
+    scope: Scope = "layer",
+    granularity: Granularity | str = "element",
+    bias: BiasRule = "follow",
+) -> Config:
+    """Returns the config that ``rules`` mean for the model that ``layers`` describe.
+
+    A rule is a dictionary as NNI writes them. It selects the layers that satisfy every selector it
+    has; of several rules that select a layer, the last one counts:
+
+    - ``op_types``: canonical types (``"Conv2d"`` also selects a Flax ``Conv`` over two dimensions),
+      class names, or ``"default"`` for all weighted layers but norms. A string or a list.
+    - ``op_names``: layer names; ``op_partial_names``: parts of layer names.
+    - ``exclude``: if True, the selected layers are not pruned.
+    - ``sparsity`` (or ``sparsity_per_layer``): fraction of every layer's units to prune, in [0, 1);
+      in global scope ``sparsity`` (or ``total_sparsity``): fraction of the weights of all the rule's
+      layers together. A rule without one selects layers whose counts are given later, by
+      :meth:`Config.with_sparsity`.
+    - ``max_sparsity_per_layer``: in global scope, the largest fraction of a layer's units to prune,
+      a number or a mapping from layer name; 0.99 where not given.
+    - ``initial_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``, ``frequency``,
+      ``prune_iterations``: kept for schedules; the counts are those of the final sparsity.
+    - ``allow_empty``: if True, sparsity 1 is accepted: layers may lose all their units.
+
+    Args:
+        rules: the rules, in order.
+        layers: the layer table.
+        scope: ``"layer"`` prunes every layer to its own sparsity; ``"global"`` ranks the units of all
+            layers of a rule together, each at the cost of its number of weights, and prunes the
+            lowest-ranked as long as they fit into the rule's share of the weights.
+        granularity: ``"element"``, ``"output_channel"``, ``"input_channel"``, a :class:`Block` or
+            :class:`NM`.
+        bias: whether a bias is pruned where all weights of its output channel are (``"follow"``, as
+            in NNI from 2.0 on), or never (``"keep"``).
+
+    Raises:
+        ValueError, TypeError: a mistake in a rule, or a layer without such units. The message gives
+            the rule's number, the key, what was expected, what came, and the nearest valid names.
+
+    >>> from purepruning import Layer
+    >>> table = [Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 10), out_axes=(3,), in_axes=(2,))]
+    >>> rules = [{"sparsity": 0.7, "op_types": ["Conv2d"]}]
+    >>> resolve(rules, table, granularity="output_channel").counts
+    {'conv': 7}
+    """
+    table = tuple(layers)
+    granularity = _granularity(granularity)
+    _one_of("scope", scope, ("layer", "global"))
+    _one_of("bias", bias, ("follow", "keep"))
+    _check_table(table)
+    if isinstance(rules, Mapping) or isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules must be a list of dictionaries, got {type(rules).__name__}")
+    rules = list(rules)
+    chosen: dict[str, int] = {}
+    for number, rule in enumerate(rules):
+        _check_keys(number, rule)
+        for layer in _select(number, rule, table):
+            if rule.get("exclude", False):
+                chosen.pop(layer.name, None)
+            else:
+                chosen[layer.name] = number
+    pools: list[Pool] = []
+    for number, rule in enumerate(rules):
+        mine = sorted((x for x in table if chosen.get(x.name) == number), key=lambda x: x.name)
+        if not rule.get("exclude", False):
+            pools += _pools(number, rule, mine, scope, granularity)
+    iterations = {p.prune_iterations for p in pools} - {None}
+    if len(iterations) > 1:
+        raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(iterations)}")
+    counts = {}
+    for pool in pools:
+        where = f"rule {pool.rule}: sparsity"
+        known = pool.sparsity is not None and not isinstance(granularity, NM)
+        counts[pool.name] = _checked_count(pool, pool.sparsity, granularity, where) if known else None
+    if isinstance(granularity, NM):
+        counts = {}
+    return Config(counts, tuple(pools), scope, granularity, bias)
+
+
+# Rules.
+
+
+def _granularity(value: Any) -> Granularity:
+    if isinstance(value, (Block, NM)):
+        return value
+    if isinstance(value, str) and value in _GRANULARITIES:
+        return _GRANULARITIES[value]  # type: ignore[return-value]
+    expected = "'element', 'output_channel', 'input_channel', Block(...) or NM(keep=..., of=...)"
+    raise ValueError(f"granularity must be {expected}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_table(table: tuple[Layer, ...]) -> None:
+    for layer in table:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"layers must hold Layer rows, got {type(layer).__name__}")
+    for what in ("name", "weight"):
+        seen: set[str] = set()
+        for layer in table:
+            value = getattr(layer, what)
+            if value in seen:
+                raise ValueError(f"two layers have the {what} {value!r}")
+            seen.add(value)
+
+
+def _check_keys(number: int, rule: Any) -> None:
+    if not isinstance(rule, Mapping):
+        raise TypeError(f"rule {number} must be a dictionary, got {type(rule).__name__}")
+    for key in rule:
+        if key not in _KEYS:
+            raise ValueError(missing(f"rule {number}: unknown key {key!r}", str(key), _KEYS))
+    if not any(key in rule for key in _SELECTORS):
+        raise ValueError(
+            f"rule {number} selects nothing: give op_types (['default'] for every weighted layer), "
+            "op_names or op_partial_names"
+        )
+    for key in ("exclude", "allow_empty"):
+        if not isinstance(rule.get(key, False), bool):
+            raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
+    given = [key for key in _SPARSITIES if key in rule]
+    if rule.get("exclude", False) and given:
+        raise ValueError(f"rule {number}: it excludes its layers, so {given[0]!r} has no meaning")
+    if len(given) > 1:
+        raise ValueError(f"rule {number}: {' and '.join(map(repr, given))} say the same; give one")
+
+
+def _select(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[Layer]:
+    """Returns the layers that satisfy every selector of the rule."""
+    activations_only = "quant_types" in rule and "weight" not in rule["quant_types"]
+    selected = list(table)
+    for key in _SELECTORS:
+        if key not in rule:
+            continue
+        values = _strings(number, key, rule[key])
+        if not activations_only:
+            for value in values:
+                _check_selector(number, key, value, table)
+        selected = [x for x in selected if any(_satisfies(x, key, v) for v in values)]
+    if not selected and not activations_only:
+        asked = ", ".join(f"{key}={rule[key]!r}" for key in _SELECTORS if key in rule)
+        raise ValueError(f"rule {number}: no layer satisfies all of {asked}")
+    return selected
+
+
+def _satisfies(layer: Layer, key: str, value: str) -> bool:
+    if key == "op_names":
+        return value in layer.names
+    if key == "op_partial_names":
+        return any(value in name for name in layer.names)
+    types = DEFAULT_OP_TYPES if value == "default" else (value,)
+    return any(layer.has_type(t) for t in types)
+
+
+def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...]) -> None:
+    if any(_satisfies(layer, key, value) for layer in table):
+        return
+    names = [name for layer in table for name in layer.names]
+    types = sorted({t for layer in table for t in (layer.type, layer.class_name) if t})
+    what = {"op_names": "name", "op_partial_names": "part of a name", "op_types": "type"}[key]
+    message = f"rule {number}: {key}: no layer has the {what} {value!r}"
+    inside = [name for name in names if name.startswith(value + ".")]
+    if key == "op_names" and inside:
+        raise ValueError(
+            f"{message}, but {value!r} contains {len(inside)} layers, such as {inside[0]!r}; "
+            f"op_partial_names selects them all"
+        )
+    if key == "op_types" and value in OP_TYPES:
+        raise ValueError(f"{message}; the model has {', '.join(map(repr, types)) or 'none'}")
+    raise ValueError(missing(message, value, types if key == "op_types" else names))
+
+
+def _strings(number: int, key: str, value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"rule {number}: {key} must be a string or a list of strings, got {value!r}")
+    if not values:
+        raise ValueError(f"rule {number}: {key} is empty")
+    return list(values)
+
+
+def _fraction(value: Any, where: str, upper: float) -> float:
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if not number or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{where} must be a number, got {value!r}")
+    if not 0 <= value <= upper:
+        raise ValueError(f"{where} must lie in [0, {upper:g}], got {value!r}")
+    return float(value)
+
+
+def _integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:
+    value = rule.get(key, default)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"rule {number}: {key} must be an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"rule {number}: {key} must be at least {lowest}, got {value!r}")
+    return int(value)
+
+
+# Pools.
+
+
+def _pools(
+    number: int, rule: Rule, layers: list[Layer], scope: Scope, granularity: Granularity
+) -> list[Pool]:
+    sparsity = _sparsity(number, rule, scope, granularity)
+    iterations = None
+    if "prune_iterations" in rule:
+        iterations = _integer(rule, "prune_iterations", number, 1, 1)
+    maximum = _maximum(number, rule, layers, scope)
+    gradual = _gradual(number, rule)
+    common = (sparsity, rule.get("allow_empty", False), gradual, iterations)
+    if isinstance(granularity, NM):
+        for layer in layers:
+            _check_nm(number, layer, granularity)
+        return [Pool(x.name, number, (x,), 0, None, *common) for x in layers]
+    grids = [_grid(number, layer, granularity) for layer in layers]
+    if scope == "layer":
+        pools = [
+            Pool(layer.name, number, (layer,), g.n_units, None, *common)
+            for layer, g in zip(layers, grids, strict=True)
+        ]
+    else:
+        weights = sum(math.prod(layer.shape) for layer in layers)
+        caps = tuple(
+            count_of(maximum[layer.name], g.n_units) for layer, g in zip(layers, grids, strict=True)
+        )
+        pools = [Pool(f"rule {number}", number, tuple(layers), weights, caps, *common)]
+    for pool in pools if layers else []:
+        if pool.size >= _UNITS_LIMIT:
+            raise ValueError(
+                f"rule {number}: {pool.name!r} has {pool.size} units, more than 2**31 - 1; split it"
+            )
+    return pools if layers else []
+
+
+def _grid(number: int, layer: Layer, granularity: Granularity) -> Grid:
+    try:
+        return grid(layer, granularity)
+    except ValueError as error:
+        raise ValueError(f"rule {number}: {error}") from None
+
+
+def _check_nm(number: int, layer: Layer, nm: NM) -> None:
+    if not layer.in_axes:
+        raise ValueError(
+            f"rule {number}: {nm} groups weights along the input axis, and layer {layer.name!r} of "
+            f"type {layer.type!r} has none"
+        )
+    size = math.prod(layer.shape[a] for a in layer.in_axes)
+    if size % nm.of:
+        raise ValueError(
+            f"rule {number}: layer {layer.name!r} contracts {size} weights, which groups of {nm.of} "
+            "do not divide; exclude the layer or choose another NM"
+        )
+
+
+def _sparsity(number: int, rule: Rule, scope: Scope, granularity: Granularity) -> float | None:
+    given = next((key for key in _SPARSITIES if key in rule), None)
+    if given is None:
+        return None
+    where = f"rule {number}: {given}"
+    wrong = {"layer": "total_sparsity", "global": "sparsity_per_layer"}[scope]
+    if given == wrong:
+        other = {"layer": "global", "global": "layer"}[scope]
+        raise ValueError(f"{where} has a meaning in scope={other!r}, but scope is {scope!r}")
+    sparsity = _fraction(rule[given], where, 1.0)
+    if sparsity == 1 and not rule.get("allow_empty", False):
+        raise ValueError(
+            f"{where} of {rule[given]!r} would empty the layer; it must be less than 1, unless the "
+            "rule sets 'allow_empty': True"
+        )
+    if isinstance(granularity, NM):
+        fixed = 1 - granularity.keep / granularity.of
+        if not math.isclose(sparsity, fixed):
+            raise ValueError(f"{where} is {rule[given]!r}, but {granularity} prunes {fixed:g}")
+    return sparsity
+
+
+def _maximum(number: int, rule: Rule, layers: list[Layer], scope: Scope) -> dict[str, float]:
+    names = [layer.name for layer in layers]
+    key = "max_sparsity_per_layer"
+    if key not in rule:
+        return dict.fromkeys(names, MAX_SPARSITY_PER_LAYER)
+    if scope != "global":
+        raise ValueError(f"rule {number}: {key} has a meaning in scope='global' only")
+    value = rule[key]
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, _fraction(value, f"rule {number}: {key}", 1.0))
+    maximum = dict.fromkeys(names, MAX_SPARSITY_PER_LAYER)
+    for name, share in value.items():
+        layer = next((x for x in layers if name in x.names), None)
+        if layer is None:
+            raise ValueError(missing(f"rule {number}: {key}: no layer {name!r} in it", name, names))
+        maximum[layer.name] = _fraction(share, f"rule {number}: {key}[{name!r}]", 1.0)
+    return maximum
+
+
+def _gradual(number: int, rule: Rule) -> Gradual | None:
+    if not any(key in rule for key in _GRADUAL):
+        return None
+    final_key = next((key for key in _SPARSITIES if key in rule), None)
+    if final_key is None:
+        raise ValueError(f"rule {number}: a gradual rule needs 'final_sparsity'")
+    final = _fraction(rule[final_key], f"rule {number}: {final_key}", 1.0)
+    initial = _fraction(rule.get("initial_sparsity", 0), f"rule {number}: initial_sparsity", 1.0)
+    if initial > final:
+        raise ValueError(f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}")
+    start = _integer(rule, "start_epoch", number, 0, 0)
+    end = _integer(rule, "end_epoch", number, max(start, 1), start)
+    return Gradual(initial, final, start, end, _integer(rule, "frequency", number, 1, 1))
+
+
+def _checked_count(pool: Pool, sparsity: float, granularity: Granularity, where: str) -> int:
+    """Returns the pool's count at a sparsity; raises if layers cannot or must not lose that many."""
+    if sparsity == 1 and not pool.allow_empty:
+        raise ValueError(
+            f"{where} 1 would prune every unit of {pool.name!r}; give its rule 'allow_empty': True "
+            "if that is meant"
+        )
+    count = count_of(sparsity, pool.size)
+    if pool.caps is not None:
+        most = sum(
+            grid(layer, granularity).n_members * _largest(grid(layer, granularity), cap)
+            for layer, cap in zip(pool.layers, pool.caps, strict=True)
+        )
+        if count > most:
+            raise ValueError(
+                f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can lose "
+                f"at most {most} under max_sparsity_per_layer (0.99 where not given)"
+            )
+    return count
+
+
+def _largest(g: Grid, units: int) -> int:
+    """Returns the most weights that ``units`` units can have."""
+    if isinstance(g.cost, int):
+        return units * g.cost
+    return int(np.sort(g.cost)[::-1][:units].sum())

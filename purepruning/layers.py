@@ -1,0 +1,213 @@
+"""The layer table: what every weight of a model is called, and what its axes mean.
+
+An adapter of ``purepruning_interop`` reads the table off a model; :func:`make_layer` writes a row
+by hand for a plain pytree. Nothing later in the library looks at a model again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from purepruning.namespace import flatten
+
+#: Canonical op types: PyTorch's class names, which NNI-style rules are written in.
+#: A normalisation whose spatial rank the model does not reveal is plain ``"BatchNorm"`` or
+#: ``"InstanceNorm"``; a rule for any rank of it (``"BatchNorm2d"``) selects it.
+OP_TYPES = (
+    *(f"Conv{d}d" for d in (1, 2, 3)),
+    *(f"ConvTranspose{d}d" for d in (1, 2, 3)),
+    "Linear",
+    "Bilinear",
+    "PReLU",
+    "Embedding",
+    "EmbeddingBag",
+    "MultiheadAttention",
+    "RNN",
+    "LSTM",
+    "GRU",
+    "BatchNorm",
+    *(f"BatchNorm{d}d" for d in (1, 2, 3)),
+    "InstanceNorm",
+    *(f"InstanceNorm{d}d" for d in (1, 2, 3)),
+    "LayerNorm",
+    "GroupNorm",
+    "RMSNorm",
+)
+
+#: What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without norms.
+DEFAULT_OP_TYPES = (
+    *(f"Conv{d}d" for d in (1, 2, 3)),
+    *(f"ConvTranspose{d}d" for d in (1, 2, 3)),
+    "Linear",
+    "Bilinear",
+    "PReLU",
+    "Embedding",
+    "EmbeddingBag",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One weight of a model: its names, its place in the parameters, and the meaning of its axes.
+
+    A module that owns several weights (an LSTM) has one row per weight; the module's own name is
+    then an alias of each, so that a rule naming the module selects them all.
+
+    Attributes:
+        name: dotted module name, ``"encoder.layers.0.conv"``.
+        type: canonical op type (see :data:`OP_TYPES`), or the class name where there is none.
+        weight: path of the weight in the parameters, as :func:`purepruning.leaf_paths` spells it.
+        shape: shape of the weight.
+        out_axes: axes that index output channels; several where the output is, say, heads x size.
+        in_axes: axes that are contracted with the input.
+        stack_axes: leading axes over which identical layers are stacked (``nn.scan``).
+        groups: number of groups of a grouped or depthwise convolution.
+        grouped: which side is stored per group, ``"in"`` (in/groups inputs per output) or
+            ``"out"`` (out/groups outputs per input, as in ``torch.nn.ConvTranspose2d``).
+        bias: path of the bias, or None. Its shape is that of the stack axes and output channels.
+        class_name: the framework's own class name, which rules may also use.
+        aliases: further names of the same layer (a shared module has several).
+    """
+
+    name: str
+    type: str
+    weight: str
+    shape: tuple[int, ...]
+    out_axes: tuple[int, ...] = ()
+    in_axes: tuple[int, ...] = ()
+    stack_axes: tuple[int, ...] = ()
+    groups: int = 1
+    grouped: Literal["in", "out"] = "in"
+    bias: str | None = None
+    class_name: str = ""
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"layer {self.name!r}"
+        for field in ("out_axes", "in_axes", "stack_axes"):
+            axes = getattr(self, field)
+            bad = [a for a in axes if not -len(self.shape) <= a < len(self.shape)]
+            if bad:
+                raise ValueError(f"{where}: {field}={axes} has no place in shape {self.shape}")
+            axes = tuple(a % len(self.shape) for a in axes)
+            object.__setattr__(self, field, tuple(sorted(axes)))
+        used = self.out_axes + self.in_axes + self.stack_axes
+        if len(set(used)) != len(used):
+            raise ValueError(
+                f"{where}: an axis has one meaning, but out_axes={self.out_axes}, "
+                f"in_axes={self.in_axes} and stack_axes={self.stack_axes} overlap"
+            )
+        if self.grouped not in ("in", "out"):
+            raise ValueError(f"{where}: grouped must be 'in' or 'out', got {self.grouped!r}")
+        whole = self.out_axes if self.grouped == "in" else self.in_axes
+        size = math.prod(self.shape[a] for a in whole)
+        if self.groups < 1 or (self.groups > 1 and (not whole or size % self.groups)):
+            raise ValueError(f"{where}: {self.groups} groups do not divide {size} channels")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and all aliases."""
+        return (self.name, *self.aliases)
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels, of all groups together."""
+        size = math.prod(self.shape[a] for a in self.out_axes)
+        return size * (self.groups if self.grouped == "out" else 1)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels, of all groups together."""
+        size = math.prod(self.shape[a] for a in self.in_axes)
+        return size * (self.groups if self.grouped == "in" else 1)
+
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        """Axes that are neither output, input nor stack: a kernel's taps."""
+        used = {*self.out_axes, *self.in_axes, *self.stack_axes}
+        return tuple(a for a in range(len(self.shape)) if a not in used)
+
+    def has_type(self, selector: str) -> bool:
+        """Whether a rule's op type names this layer, by canonical type or class name."""
+        if selector in (self.type, self.class_name):
+            return True
+        rankless = self.type in ("BatchNorm", "InstanceNorm")
+        return rankless and selector in {f"{self.type}{d}d" for d in (1, 2, 3)}
+
+
+def make_layer(
+    params: Any,
+    weight: str,
+    type: str,
+    *,
+    name: str | None = None,
+    out_axes: int | Iterable[int],
+    in_axes: int | Iterable[int] = (),
+    stack_axes: int | Iterable[int] = (),
+    groups: int = 1,
+    grouped: Literal["in", "out"] = "in",
+    bias: str | None = None,
+) -> Layer:
+    """Returns one row of a layer table written by hand, its shape read from ``params``.
+
+    Args:
+        params: pytree of arrays, or flat dict of tensors.
+        weight: path of the weight; :func:`purepruning.leaf_paths` lists them.
+        type: canonical op type, see :data:`OP_TYPES`.
+        name: layer name; the weight's path without its last part unless given.
+        out_axes, in_axes, stack_axes, groups, grouped, bias: see :class:`Layer`.
+
+    Raises:
+        KeyError: the weight or bias path is not in ``params``.
+        ValueError: the axes do not fit the shape, or the bias does not fit the output channels.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"hidden": {"w": jnp.ones((3, 8)), "b": jnp.ones(8)}}
+    >>> layer = make_layer(params, "hidden.w", "Linear", out_axes=1, in_axes=0, bias="hidden.b")
+    >>> layer.name, layer.out_channels
+    ('hidden', 8)
+    """
+    leaves = flatten(params).leaves
+    for path in (weight, bias):
+        if path is not None and path not in leaves:
+            raise KeyError(missing(f"no parameter at path {path!r}", path, leaves))
+    layer = Layer(
+        name=name if name is not None else weight.rpartition(".")[0] or weight,
+        type=type,
+        weight=weight,
+        shape=tuple(leaves[weight].shape),
+        out_axes=_as_tuple(out_axes),
+        in_axes=_as_tuple(in_axes),
+        stack_axes=_as_tuple(stack_axes),
+        groups=groups,
+        grouped=grouped,
+        bias=bias,
+        class_name=type,
+    )
+    if bias is not None:
+        size = math.prod(layer.shape[a] for a in layer.stack_axes) * layer.out_channels
+        if math.prod(leaves[bias].shape) != size:
+            raise ValueError(
+                f"layer {layer.name!r}: bias {bias!r} of shape {tuple(leaves[bias].shape)} does not "
+                f"fit {layer.out_channels} output channels"
+            )
+    return layer
+
+
+def missing(message: str, name: str, known: Iterable[str], *, limit: int = 5) -> str:
+    """Returns ``message`` followed by the known names nearest to ``name``."""
+    import difflib
+
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    if near:
+        return f"{message}; nearest: {', '.join(map(repr, near))}"
+    listed = ", ".join(map(repr, known[:limit])) + (", ..." if len(known) > limit else "")
+    return f"{message}; known: {listed or 'none'}"
+
+
+def _as_tuple(axes: int | Iterable[int]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)

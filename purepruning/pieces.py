@@ -1,0 +1,71 @@
+"""What exact selection works on: elements with a score, and the cut that divides them.
+
+Scores are never sorted as floats. :func:`ordered_bits` turns them into integers of the same order,
+the same in every framework; a :class:`Cut` names the last integer to prune and, among equal ones,
+the last position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from purepruning.namespace import float_bits, iota
+
+LOWEST = -(2**31)  # below every key
+HIGHEST = 2**31 - 1  # the key of NaN
+
+
+class Piece(NamedTuple):
+    """Elements that are ranked, and how.
+
+    Attributes:
+        arrays: what the scores are made of, arrays of one shape.
+        score: ``(arrays, flat indices) -> float32``, element by element; called on parts of them.
+    """
+
+    arrays: tuple[Any, ...]
+    score: Callable[[tuple[Any, ...], Any], Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.arrays[0].shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def keys(self, xp: Any) -> tuple[Any, Any]:
+        """Returns the ordered bits of all scores, and the flat indices, in the arrays' shape."""
+        index = flat_index(xp, self.arrays[0])
+        return ordered_bits(xp, self.score(self.arrays, index)), index
+
+
+class Cut(NamedTuple):
+    """What to prune of each piece: keys below ``key``, and equal ones up to flat index ``index``."""
+
+    key: Array
+    index: Array
+
+    def prunes(self, i: int, bits: Any, index: Any) -> Any:
+        """Returns which elements of piece i are pruned, from their keys and flat indices."""
+        return (bits < self.key[i]) | ((bits == self.key[i]) & (index <= self.index[i]))
+
+
+def ordered_bits(xp: Any, score: Any) -> Any:
+    """Returns int32 in the order of float32 ``score``: both zeros are 0, every NaN is the highest."""
+    bits = float_bits(xp, score)
+    return xp.where(score != score, HIGHEST, xp.where(bits < 0, LOWEST - bits, bits))
+
+
+def flat_index(xp: Any, like: Any) -> Any:
+    """Returns the position of every element in C order, int32, in the shape of ``like``."""
+    shape = tuple(like.shape)
+    index = xp.zeros_like(like, dtype=xp.int32)
+    for axis, n in enumerate(shape):
+        along = [1] * len(shape)
+        along[axis] = n
+        place = xp.reshape(iota(xp, n, like), tuple(along))
+        index = index + place * math.prod(shape[axis + 1 :])
+    return index

@@ -1,0 +1,1 @@
+"""Pruners: ``(params, stats, config) -> masks``, one file per family."""

@@ -1,0 +1,95 @@
+"""Magnitude pruning: what is small matters little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from purepruning.config import Config
+from purepruning.layers import Layer
+from purepruning.namespace import namespace
+from purepruning.pieces import Piece
+from purepruning.select import Criterion, prune
+from purepruning.sums import exact_sum, power_of_two_scale
+from purepruning.units import Grid, fold
+
+
+def level(params: Any, stats: None, config: Config) -> Any:
+    r"""Returns masks that prune the weights of smallest magnitude.
+
+    $$s_i = |w_i|$$
+
+    For configs of single elements or N:M. With ``stats=None``; see :func:`purepruning.prune` for the
+    form of the masks, ties, NaN and errors.
+
+    Han et al. 2015, arXiv:1506.02626; NNI's Level pruner.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params = {"w": jnp.array([[1.0, -2.0, 3.5], [0.0, 4.0, -1.0]])}
+    >>> layer = pp.make_layer(params, "w", "Linear", out_axes=0, in_axes=1)
+    >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> level(params, None, config)["w"].astype(int).tolist()
+    [[0, 1, 1], [0, 1, 0]]
+    """
+    return prune(_LEVEL, params, stats, config)
+
+
+def l1_norm(params: Any, stats: None, config: Config) -> Any:
+    r"""Returns masks that prune the channels or blocks of smallest L1 norm.
+
+    $$s_u = \sum_{i \in u} |w_i|$$
+
+    For configs of output channels, input channels or blocks; a block cut off at the edge is scaled up
+    to the size of a whole one. Norms are summed exactly (:mod:`purepruning.sums`), so that the same
+    weights give the same masks in every framework, layout and device count. See
+    :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
+
+    Li et al. 2016, arXiv:1608.08710; NNI's L1 norm (L1 filter) pruner.
+    """
+    return prune(_L1, params, stats, config)
+
+
+def l2_norm(params: Any, stats: None, config: Config) -> Any:
+    r"""Returns masks that prune the channels or blocks of smallest L2 norm.
+
+    $$s_u = \sqrt{\sum_{i \in u} w_i^2}$$
+
+    Otherwise as :func:`l1_norm`. NNI's L2 norm (L2 filter) pruner.
+    """
+    return prune(_L2, params, stats, config)
+
+
+def _element(layer: Layer, weight: Any, stats: None) -> Piece:
+    def score(arrays: tuple[Any, ...], index: Any) -> Any:
+        xp = namespace(arrays[0])
+        return xp.abs(xp.astype(arrays[0], xp.float32))
+
+    return Piece((weight,), score)
+
+
+def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
+    xp = namespace(weight)
+    norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, exact_sum)
+    return norm * _edge_scale(xp, g) if g.is_padded else norm
+
+
+def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
+    xp = namespace(weight)
+    magnitude = xp.abs(xp.astype(weight, xp.float32))
+    # Squares are taken of numbers near 1, so that none overflows or vanishes.
+    top = xp.max(magnitude)
+    scale, unscale = power_of_two_scale(top, 0)
+    scaled = xp.where(xp.isfinite(top), magnitude * scale, magnitude)
+    unscale = xp.where(xp.isfinite(top), unscale, 1.0)
+    squares = fold(xp, scaled * scaled, g, exact_sum)
+    return xp.sqrt(squares * _edge_scale(xp, g) if g.is_padded else squares) * unscale
+
+
+def _edge_scale(xp: Any, g: Grid) -> Any:
+    cost = g.cost
+    return xp.asarray((cost.max() / cost)[None, :].astype("float32"))
+
+
+_LEVEL = Criterion("level", element=_element)
+_L1 = Criterion("l1_norm", unit=_l1)
+_L2 = Criterion("l2_norm", unit=_l2)

@@ -1,0 +1,64 @@
+"""Random pruning: the floor that every criterion has to beat."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from purepruning.config import Config
+from purepruning.layers import Layer
+from purepruning.namespace import bits_float, int32, iota, key_words, namespace
+from purepruning.pieces import Piece
+from purepruning.select import Criterion, prune
+from purepruning.units import Grid
+
+
+def random_pruning(params: Any, stats: Any, config: Config) -> Any:
+    """Returns masks that prune units at random.
+
+    The key stands in the place of the statistics: an integer seed, a ``jax.random`` key, or two
+    32-bit words in an integer array or tensor; seed 5 and ``jax.random.key(5)`` are the same. Every
+    unit's score is a hash of the key, the layer's weight path and the unit's position, so that masks
+    are the same in every framework, a layer's mask does not depend on the other layers, and ``vmap``
+    over keys gives many masks at once. For configs of any granularity. See
+    :func:`purepruning.prune` for the form of the masks and errors.
+
+    Raises:
+        TypeError: no key was given, or something that is not one.
+    """
+    return prune(_RANDOM, params, key_words(stats), config)
+
+
+def _mix(x: Any) -> Any:
+    """Returns a well-mixed 32-bit word; the constants are Chris Wellons's lowbias32."""
+    x = (x ^ _shift(x, 16)) * 0x7FEB352D
+    x = (x ^ _shift(x, 15)) * (0x846CA68B - 2**32)
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Any, by: int) -> Any:
+    return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def _score(layer: Layer, words: Any, index: Any) -> Any:
+    xp = namespace(index)
+    high, low = (int32(xp, word, index) for word in words)
+    path = zlib.crc32(layer.weight.encode()) & 0x7FFFFFFF
+    first = _mix(high ^ path)
+    second = _mix(low ^ first)
+    bits = _mix(_mix(index ^ first) + second)
+    # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
+    return bits_float(xp, bits & 0x3FFFFFFF)
+
+
+def _element(layer: Layer, weight: Any, words: Any) -> Piece:
+    return Piece((weight,), lambda arrays, index: _score(layer, words, index))
+
+
+def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
+    xp = namespace(weight)
+    index = xp.reshape(iota(xp, g.n_members * g.n_units, weight), (g.n_members, g.n_units))
+    return _score(layer, words, index)
+
+
+_RANDOM = Criterion("random_pruning", element=_element, unit=_unit)
