@@ -29,54 +29,35 @@ ROWS = 4  # rows of a chunk summed into one vector of partial counts, see _total
 SAMPLE = 16_384  # sorted sample for the first guesses, of all pieces together
 
 
-def local_cuts(pieces: Sequence[Piece], counts: Array) -> Cut:
-    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i; arrays ``(pieces,)``.
+def local_cuts(pieces: Sequence[Piece], counts: Array, check: bool) -> tuple[Cut, Array]:
+    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i, and where NaN is.
 
-    Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``.
+    Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``. The second result
+    says for each piece whether a score is NaN, ``(pieces,)``; it is looked for only if ``check``.
     """
-    counter = _counter(pieces)
-    return _finish(counter, counts, _unknown(counter.sizes, len(pieces)))
+    return _solve(pieces, counts, None, check)
 
 
-def global_cuts(pieces: Sequence[Piece], budget: Array, caps: Array) -> Cut:
-    """Returns each piece's part of the ``budget`` lowest elements of all pieces together.
+def global_cuts(
+    pieces: Sequence[Piece], budget: Array, caps: Array, check: bool
+) -> tuple[Cut, Array]:
+    """Returns each piece's part of the ``budget`` lowest elements of all, and where NaN is.
 
     Only the ``caps[i]`` lowest elements of piece i take part, and ``budget`` is at most their sum.
     Ties go to the earlier piece first, then to the lower index.
     """
-    counter = _counter(pieces)
-
-    def together(counts: Array) -> Array:
-        return jnp.sum(jnp.minimum(counts, caps), keepdims=True)
-
-    sample = None if counter.sample is None else jnp.sort(counter.sample.reshape(1, -1), axis=1)
-    target = jnp.reshape(budget, (1,))
-    shared = _search(counter, target, _unknown(counter.sizes, 1), together, sample)
-    # Equal scores at the cut are dealt out in the order of the pieces.
-    below, upto = jnp.minimum(shared.below, caps), jnp.minimum(shared.upto, caps)
-    ties = upto - below
-    counts = below + jnp.clip(target - jnp.sum(below) - (jnp.cumsum(ties) - ties), 0, ties)
-    # A piece at its cap is cut below the shared bracket, every other one inside it.
-    capped = counts < shared.below
-    bracket = _Bracket(
-        lo=jnp.where(capped, LOWEST, shared.lo),
-        hi=jnp.where(capped, shared.lo, shared.hi),
-        below=jnp.where(capped, 0, shared.below),
-        upto=jnp.where(capped, shared.below, shared.upto),
-    )
-    return _finish(counter, counts, bracket)
-
-
-def has_nan(pieces: Sequence[Piece]) -> Array:
-    """Returns for each piece whether some score is NaN, ``(pieces,)`` bool."""
-    counter = _counter(pieces)
-    everything = jnp.full_like(counter.sizes, HIGHEST - 1)
-    return counter.count(everything, everything > 0) < counter.sizes
+    return _solve(pieces, jnp.broadcast_to(budget, caps.shape), caps, check)
 
 
 def pruned(piece: Piece, cut: Cut, i: int) -> Array:
     """Returns which elements of piece i the cut prunes, in the shape of its arrays."""
-    return cut.prunes(i, *piece.keys(jnp))
+    return _pruned(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
+
+
+# Compiled on its own, so that XLA sees layers of one shape as calls of one function.
+@functools.partial(jax.jit, static_argnames="score")
+def _pruned(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
+    return cut.prunes(0, *Piece(arrays, score).keys(jnp))
 
 
 def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
@@ -111,14 +92,13 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
     return below | (ties & (place <= index))
 
 
-# The search.
+# The search. All pieces are searched side by side, in vectors ``(pieces,)``. In global scope they
+# first share one bracket and one target; when it is closed, each is dealt a count of its own, and the
+# same loop goes on for those that are not cut exactly yet.
 
 
 class _Bracket(NamedTuple):
-    """The key to cut at lies in ``(lo, hi]``; ``below`` and ``upto`` count the keys up to either end.
-
-    The ends are ``(problems,)``, the counts ``(pieces,)``: pieces may share one problem.
-    """
+    """The key to cut at lies in ``(lo, hi]``; ``below`` and ``upto`` count the keys up to either end."""
 
     lo: Array
     hi: Array
@@ -128,11 +108,14 @@ class _Bracket(NamedTuple):
 
 class _State(NamedTuple):
     bracket: _Bracket
-    pivot: Array
-    count: Array
+    target: Array
+    own: Array  # whether every piece has its own target; a scalar
+    step: Array  # -1 while NaNs are counted
+    numbers: Array  # how many elements of each piece are not NaN
+    pivot: Array  # the last two pivots, and what they counted towards the target
+    reached: Array
     last_pivot: Array
-    last_count: Array
-    step: Array
+    last_reached: Array
 
 
 class _Counter(NamedTuple):
@@ -140,107 +123,157 @@ class _Counter(NamedTuple):
 
     Attributes:
         sizes: elements of each piece.
-        count: ``(keys, active) -> counts``, all ``(pieces,)``: elements up to the key, 0 if inactive.
+        upto: ``(keys, active) -> counts``: elements up to the key, 0 where not active.
         tie_index: ``(keys, need) -> index``: flat index of the need-th element equal to the key.
         sample: sorted keys of each piece, ``(pieces, some)``; None where that is not cheap.
+        together: sorted keys of all pieces, ``(1, some)``.
     """
 
     sizes: Array
-    count: Callable[[Array, Array], Array]
+    upto: Callable[[Array, Array], Array]
     tie_index: Callable[[Array, Array], Array]
-    sample: Array | None
+    sample: Array | None = None
+    together: Array | None = None
 
 
-def _unknown(sizes: Array, problems: int) -> _Bracket:
-    lo = jnp.full(problems, LOWEST, jnp.int32)
-    return _Bracket(lo, jnp.full(problems, HIGHEST, jnp.int32), jnp.zeros_like(sizes), sizes)
-
-
-def _finish(counter: _Counter, counts: Array, bracket: _Bracket) -> Cut:
-    """Returns the cuts of pieces that each prune their own ``counts``, known to lie in ``bracket``."""
-    bracket = _search(counter, counts, bracket, lambda c: c, counter.sample)
-    need = counts - bracket.below
-    split = (need > 0) & (counts < bracket.upto)
+def _solve(
+    pieces: Sequence[Piece], target: Array, caps: Array | None, check: bool
+) -> tuple[Cut, Array]:
+    counter = _counter(pieces)
+    sizes, zero = counter.sizes, jnp.zeros_like(counter.sizes)
+    bracket = _Bracket(zero + LOWEST, zero + HIGHEST, zero, sizes)
+    state = _search(counter, bracket, target, caps, check)
+    bracket, need = state.bracket, state.target - state.bracket.below
+    split = (need > 0) & (state.target < bracket.upto)
     index = counter.tie_index(bracket.hi, jnp.where(split, need, 0))
-    return Cut(jnp.where(need > 0, bracket.hi, bracket.lo), jnp.where(split, index, HIGHEST))
+    cut = Cut(jnp.where(need > 0, bracket.hi, bracket.lo), jnp.where(split, index, HIGHEST))
+    return cut, state.numbers < sizes
 
 
 def _search(
-    counter: _Counter,
-    target: Array,
-    bracket: _Bracket,
-    gather: Callable[[Array], Array],
-    sample: Array | None,
-) -> _Bracket:
-    """Returns brackets closed around the smallest key whose gathered count reaches the target.
+    counter: _Counter, bracket: _Bracket, target: Array, caps: Array | None, check: bool
+) -> _State:
+    """Returns brackets closed around the smallest key whose count reaches the target.
 
-    Closed means that ``hi - lo`` is 1 or that one end prunes exactly the target. ``gather`` turns
-    counts ``(pieces,)`` into those of the problems, ``(problems,)``.
+    Closed means that ``hi - lo`` is 1 or that one end counts exactly the target.
     """
-    pieces, total = counter.sizes.shape, gather(counter.sizes)
+    zero = jnp.zeros_like(target)
 
-    def is_open(b: _Bracket) -> Array:
-        return (gather(b.below) < target) & (target < gather(b.upto)) & (b.lo < b.hi - 1)
+    def towards(counts: Array, own: Array) -> Array:
+        """What counts of the pieces are worth towards their targets."""
+        if caps is None:
+            return counts
+        return jnp.where(own, counts, jnp.sum(jnp.minimum(counts, caps)))
+
+    def is_open(s: _State) -> Array:
+        b = s.bracket
+        below, upto = towards(b.below, s.own), towards(b.upto, s.own)
+        return (s.step < 0) | ((below < s.target) & (s.target < upto) & (b.lo < b.hi - 1))
 
     def step(s: _State) -> _State:
-        b, active = s.bracket, is_open(s.bracket)
-        pivot = _guess(s, target, total, gather, sample)
-        counts = counter.count(jnp.broadcast_to(pivot, pieces), jnp.broadcast_to(active, pieces))
-        count = gather(counts)
-        low, high = active & (count < target), active & (count >= target)
+        b, active = s.bracket, is_open(s)
+        pivot = jnp.where(s.step < 0, HIGHEST - 1, _guess(s, towards, counter))
+        counts = counter.upto(pivot, active)
+        reached = towards(counts, s.own)
+        low, high = active & (reached < s.target), active & (reached >= s.target)
         bracket = _Bracket(
             lo=jnp.where(low, pivot, b.lo),
             hi=jnp.where(high, pivot, b.hi),
             below=jnp.where(low, counts, b.below),
             upto=jnp.where(high, counts, b.upto),
         )
-        return _State(bracket, pivot, count, s.pivot, s.count, s.step + 1)
+        after = s._replace(
+            bracket=bracket,
+            step=s.step + 1,
+            numbers=jnp.where(s.step < 0, counts, s.numbers),
+            pivot=pivot,
+            reached=reached,
+            last_pivot=s.pivot,
+            last_reached=s.reached,
+        )
+        return deal(after)
 
-    zero = jnp.zeros_like(target)
-    state = _State(bracket, zero, zero, zero, zero, jnp.int32(0))
-    return lax.while_loop(lambda s: jnp.any(is_open(s.bracket)), step, state).bracket
+    def deal(s: _State) -> _State:
+        if caps is None:
+            return s
+        closed = ~s.own & ~jnp.any(is_open(s))
+        dealt = _dealt(s, caps)
+        return jax.tree.map(lambda new, old: jnp.where(closed, new, old), dealt, s)
+
+    state = _State(
+        bracket=bracket,
+        target=target,
+        own=jnp.asarray(caps is None),
+        step=jnp.int32(-1 if check else 0),
+        numbers=counter.sizes,
+        pivot=zero,
+        reached=zero,
+        last_pivot=zero,
+        last_reached=zero,
+    )
+    return lax.while_loop(lambda s: jnp.any(is_open(s)), step, deal(state))
 
 
-def _guess(
-    s: _State,
-    target: Array,
-    total: Array,
-    gather: Callable[[Array], Array],
-    sample: Array | None,
-) -> Array:
-    """Returns the next pivots ``(problems,)``, strictly inside their brackets."""
+def _dealt(s: _State, caps: Array) -> _State:
+    """Returns the state in which every piece has its own count, once the shared bracket is closed."""
+    b = s.bracket
+    below, upto = jnp.minimum(b.below, caps), jnp.minimum(b.upto, caps)
+    # Equal scores at the cut go to the pieces in order.
+    ties = upto - below
+    rest = s.target - jnp.sum(below) - (jnp.cumsum(ties) - ties)
+    target = below + jnp.clip(rest, 0, ties)
+    # A piece at its cap is cut below the shared bracket, every other one inside it.
+    capped = target < b.below
+    bracket = _Bracket(
+        lo=jnp.where(capped, LOWEST, b.lo),
+        hi=jnp.where(capped, b.lo, b.hi),
+        below=jnp.where(capped, 0, b.below),
+        upto=jnp.where(capped, b.below, b.upto),
+    )
+    return s._replace(bracket=bracket, target=target, own=jnp.asarray(True), step=jnp.int32(0))
+
+
+def _guess(s: _State, towards: Callable[[Array, Array], Array], counter: _Counter) -> Array:
+    """Returns the next pivots, strictly inside their brackets."""
     lo, hi = s.bracket.lo, s.bracket.hi
-    below, upto = gather(s.bracket.below), gather(s.bracket.upto)
+    below, upto = towards(s.bracket.below, s.own), towards(s.bracket.upto, s.own)
     width = lax.bitcast_convert_type(hi - lo, jnp.uint32)  # may exceed the range of int32
     middle = lo + lax.bitcast_convert_type(width >> 1, jnp.int32)
-    share = (target - below).astype(jnp.float32) / (upto - below).astype(jnp.float32)
+    share = (s.target - below).astype(jnp.float32) / (upto - below).astype(jnp.float32)
     along = jnp.minimum(width.astype(jnp.float32) * jnp.clip(share, 0.0, 1.0), 2.0**32 - 256)
     between = lo + lax.bitcast_convert_type(along.astype(jnp.uint32), jnp.int32)
     # A secant through the last two counts, moving by at least one key.
-    missing = (target - s.count).astype(jnp.float32)
-    rise = (s.count - s.last_count).astype(jnp.float32)
+    missing = (s.target - s.reached).astype(jnp.float32)
+    rise = (s.reached - s.last_reached).astype(jnp.float32)
     run = (s.pivot - s.last_pivot).astype(jnp.float32)
     move = missing * run / jnp.where(rise == 0, jnp.inf, rise)
     move = jnp.where(jnp.abs(move) < 1, jnp.sign(missing), jnp.round(jnp.clip(move, -1e9, 1e9)))
     secant = s.pivot + move.astype(jnp.int32)
     pivot = jnp.where((lo < secant) & (secant < hi) & (s.step >= 2), secant, between)
     pivot = jnp.where((s.step >= 8) & (s.step % 2 == 1), middle, pivot)
-    if sample is not None:
-        near, repeated = _from_sample(s, target, total, sample)
+    if counter.sample is not None:
+        total = towards(counter.sizes, s.own)
+        near, repeated = _from_sample(s, total, counter.sample)
+        if len(counter.sizes) > 1:
+            # While pieces share a bracket, they are one: look at the sample of all of them.
+            one = jax.tree.map(lambda x: x[:1] if x.ndim else x, s)
+            near_all, repeated_all = _from_sample(one, total[:1], counter.together)
+            near = jnp.where(s.own, near, near_all)
+            repeated = jnp.where(s.own, repeated, repeated_all)
         pivot = jnp.where((s.step < 2) | (repeated & (s.step < 12)), near, pivot)
     return jnp.maximum(jnp.minimum(pivot, hi - 1), lo + 1)
 
 
-def _from_sample(s: _State, target: Array, total: Array, sample: Array) -> tuple[Array, Array]:
+def _from_sample(s: _State, total: Array, sample: Array) -> tuple[Array, Array]:
     """Returns the sampled key nearest to the target's rank, and whether it was sampled repeatedly.
 
     A repeated key is one that many elements share; interpolating between such keys gets nowhere.
     """
     width = sample.shape[1]
-    reached = jnp.sum(sample <= s.pivot[:, None], axis=1, dtype=jnp.int32) - 1
-    reached, count = (jnp.where(s.step == 0, 0, x) for x in (reached, s.count))
-    share = (target - count).astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
-    rank = jnp.clip(reached + jnp.ceil(share * width).astype(jnp.int32), 0, width - 1)
+    rank = jnp.sum(sample <= s.pivot[:, None], axis=1, dtype=jnp.int32) - 1
+    rank, reached = (jnp.where(s.step == 0, 0, x) for x in (rank, s.reached))
+    share = (s.target - reached).astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
+    rank = jnp.clip(rank + jnp.ceil(share * width).astype(jnp.int32), 0, width - 1)
     around = jnp.clip(rank[:, None] + jnp.asarray([-1, 0, 1]), 0, width - 1)
     before, near, after = jnp.take_along_axis(sample, around, axis=1).T
     repeated = ((before == near) & (rank > 0)) | ((near == after) & (rank < width - 1))
@@ -263,11 +296,13 @@ def _counter(pieces: Sequence[Piece]) -> _Counter:
 
         return joined
 
+    sample = _sample(pieces)
     return _Counter(
         sizes=jnp.concatenate([g.sizes for g in groups]),
-        count=join([g.count for g in groups]),
+        upto=join([g.upto for g in groups]),
         tie_index=join([g.tie_index for g in groups]),
-        sample=_sample(pieces),
+        sample=sample,
+        together=jnp.sort(sample.reshape(1, -1)),
     )
 
 
@@ -277,7 +312,7 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
     Sharded weights stay where they are; each device counts its part and the counts are summed.
     """
 
-    def count(key: Array, active: Array) -> Array:
+    def upto(key: Array, active: Array) -> Array:
         counts = [jnp.sum(p.keys(jnp)[0] <= k, dtype=jnp.int32) for p, k in zip(pieces, key, strict=True)]
         return jnp.where(active, jnp.stack(counts), 0)
 
@@ -289,12 +324,12 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
                 counts.append(jnp.sum((bits == key[i]) & (index <= last[i]), dtype=jnp.int32))
             return jnp.where(active, jnp.stack(counts), 0)
 
-        counter = _Counter(sizes, ties, tie_index, None)
-        start = _Bracket(jnp.full_like(sizes, -1), sizes - 1, 0 * sizes, 0 * sizes + HIGHEST)
-        return _search(counter, need, start, lambda c: c, None).hi
+        counter = _Counter(sizes, ties, tie_index)
+        start = _Bracket(0 * sizes - 1, sizes - 1, 0 * sizes, 0 * sizes + HIGHEST)
+        return _search(counter, start, need, None, False).bracket.hi
 
     sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
-    return _Counter(sizes, count, tie_index, None)
+    return _Counter(sizes, upto, tie_index)
 
 
 def _chunked(pieces: Sequence[Piece]) -> _Counter:
@@ -310,20 +345,9 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
     start_of, owner_of = jnp.asarray(starts, jnp.int32), jnp.asarray(owners, jnp.int32)
     sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
 
-    def chunk(i: int, start: Array) -> tuple[Array, Array, Array]:
-        """Keys of one chunk, which of them no earlier chunk has read, and its first flat index."""
-        length = lengths[i]
-        place = lax.iota(jnp.int32, length)
-        first = jnp.minimum(start, pieces[i].size - length)
-        parts = tuple(lax.dynamic_slice(flat, (first,), (length,)) for flat in flats[i])
-        bits = ordered_bits(jnp, pieces[i].score(parts, first + place))
-        return bits, place >= start - first, first
-
-    def count(key: Array, active: Array) -> Array:
+    def upto(key: Array, active: Array) -> Array:
         def branch(i: int, start: Array) -> Array:
-            bits, fresh, _ = chunk(i, start)
-            rows = ROWS if lengths[i] % ROWS == 0 else 1
-            return _total(((bits <= key[i]) & fresh).reshape(rows, -1))
+            return _count_chunk(flats[i], start, key[i], score=pieces[i].score, length=lengths[i])
 
         branches = [functools.partial(branch, i) for i in range(len(pieces))]
 
@@ -340,7 +364,7 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
         widest = -(-max(lengths) // ROWS) * ROWS
 
         def branch(i: int, start: Array) -> tuple[Array, Array]:
-            bits, fresh, first = chunk(i, start)
+            bits, fresh, first = _chunk(flats[i], start, pieces[i].score, lengths[i])
             return jnp.pad((bits == key[i]) & fresh, (0, widest - lengths[i])), first
 
         branches = [functools.partial(branch, i) for i in range(len(pieces))]
@@ -372,7 +396,25 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
 
         return lax.fori_loop(0, len(owners), visit, (0 * sizes, 0 * sizes))[1]
 
-    return _Counter(sizes, count, tie_index, None)
+    return _Counter(sizes, upto, tie_index)
+
+
+def _chunk(
+    flats: tuple[Array, ...], start: Array, score: Callable[..., Array], length: int
+) -> tuple[Array, Array, Array]:
+    """Returns the keys of a chunk, which of them no earlier chunk has read, and its first index."""
+    place = lax.iota(jnp.int32, length)
+    first = jnp.minimum(start, flats[0].size - length)
+    parts = tuple(lax.dynamic_slice(flat, (first,), (length,)) for flat in flats)
+    return ordered_bits(jnp, score(parts, first + place)), place >= start - first, first
+
+
+@functools.partial(jax.jit, static_argnames=("score", "length"))
+def _count_chunk(
+    flats: tuple[Array, ...], start: Array, key: Array, *, score: Callable[..., Array], length: int
+) -> Array:
+    bits, fresh, _ = _chunk(flats, start, score, length)
+    return _total(((bits <= key) & fresh).reshape(ROWS if length % ROWS == 0 else 1, -1))
 
 
 def _total(counted: Array) -> Array:

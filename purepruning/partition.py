@@ -18,28 +18,26 @@ CHUNK = 262_144  # elements looked at together, so that what is derived from the
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
-def local_cuts(pieces: Sequence[Piece], counts: Any) -> Cut:
-    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i."""
+def local_cuts(pieces: Sequence[Piece], counts: Any, check: bool) -> tuple[Cut, list[Any]]:
+    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i, and where NaN is.
+
+    The second result says for each piece whether a score is NaN; it is looked for only if ``check``.
+    """
     cuts = [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
-    return Cut([c.key[0] for c in cuts], [c.index[0] for c in cuts])
+    cut = Cut([c.key[0] for c in cuts], [c.index[0] for c in cuts])
+    return cut, [check and _has_nan(piece) for piece in pieces]
 
 
-def global_cuts(pieces: Sequence[Piece], budget: Any, caps: Any) -> Cut:
-    """Returns each piece's part of the ``budget`` lowest elements of all pieces together.
+def global_cuts(
+    pieces: Sequence[Piece], budget: Any, caps: Any, check: bool
+) -> tuple[Cut, list[Any]]:
+    """Returns each piece's part of the ``budget`` lowest elements of all, and where NaN is.
 
     Only the ``caps[i]`` lowest elements of piece i take part, and ``budget`` is at most their sum.
     Ties go to the earlier piece first, then to the lower index.
     """
-    return _solve(pieces, int(budget), [int(c) for c in caps])
-
-
-def has_nan(pieces: Sequence[Piece]) -> list[Any]:
-    """Returns for each piece whether some score is NaN."""
-    flags = []
-    for piece in pieces:
-        xp = namespace(piece.arrays[0])
-        flags.append(xp.any(xp.stack([xp.any(keys == HIGHEST) for _, keys in _chunks(piece)])))
-    return flags
+    cut = _solve(pieces, int(budget), [int(c) for c in caps])
+    return cut, [check and _has_nan(piece) for piece in pieces]
 
 
 def pruned(piece: Piece, cut: Cut, i: int) -> Any:
@@ -133,6 +131,10 @@ def _nth_tie(piece: Piece, key: int, n: int) -> int:
             return int(ties[n - 1])
         n -= ties.shape[0]
     return -1
+
+
+def _has_nan(piece: Piece) -> bool:
+    return any(bool((keys == HIGHEST).any()) for _, keys in _chunks(piece))
 
 
 def _chunks(piece: Piece) -> Iterator[tuple[Any, Any]]:

@@ -7,7 +7,9 @@ their names, and where layers are stacked, the first of the stack first.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -206,7 +208,7 @@ def _element_masks(
         for layer in layers:
             n = math.prod(layer.shape[a] for a in layer.stack_axes)
             masks[layer.weight] = _restack(xp, keep[:n], layer)
-            bad[layer.name] = xp.any(xp.stack(nan[:n]))
+            bad[layer.name] = functools.reduce(operator.or_, nan[:n])
             keep, nan = keep[n:], nan[n:]
     return masks, bad
 
@@ -258,12 +260,11 @@ def _keep_elements(
         pruned = _lowest_of(xp, keys, budgets, caps, [1] * len(keys))
         return [xp.reshape(~p, x.shape) for p, x in zip(pruned, pieces, strict=True)], nan
     kernel = _kernel(like)
-    nan = kernel.has_nan(pieces) if check else [xp.any(int32(xp, [0], like) > 0)] * len(pieces)
     if caps is None:
-        cut = kernel.local_cuts(pieces, xp.stack(budgets))
+        cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
     else:
-        cut = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like))
-    return [~kernel.pruned(p, cut, i) for i, p in enumerate(pieces)], list(nan)
+        cut, nan = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like), check)
+    return [~kernel.pruned(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
 
 
 def _kernel(like: Any) -> ModuleType:

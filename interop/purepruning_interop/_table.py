@@ -279,7 +279,7 @@ def is_array(x: Any) -> bool:
 
 
 def split_static(tree: Any) -> tuple[list[Any], Any]:
-    """Returns the arrays of ``tree``, and ``join(arrays)`` that puts the tree back together.
+    """Returns the arrays of ``tree``, and the function that puts it back together from them.
 
     What is no array (``train=False``, a string) stays as it is, so that it is not traced.
     """

@@ -27,7 +27,7 @@ from purepruning_interop._table import (
 
 
 def layers(model: Any) -> tuple[Layer, ...]:
-    """Returns the layer table of ``model``: one row per weight, in the order of the pytree.
+    """Returns the layer table of ``model``: one row per weight, in the order of the modules.
 
     The paths are those of ``eqx.filter(model, eqx.is_inexact_array)`` and of its gradients; the
     model may have been filtered like that, or be abstract (``eqx.filter_eval_shape``), or be any
@@ -41,8 +41,10 @@ def layers(model: Any) -> tuple[Layer, ...]:
     ``"BatchNorm"``. A floating-point array of two axes or more in a module of another class is a
     row without output and input axes, of the class's name as type, under its own dotted name with
     the module's as alias; there an axis added by ``filter_vmap`` cannot be told from the others.
-    Of fewer axes, norms without a weight, and what belongs to an ``eqx.nn.State`` are no rows. The
-    weight of a module that is itself the root goes by the name of the parameter (``"weight"``).
+    What a known class holds besides its weight and bias is such a row with an empty type and no
+    alias. Of fewer axes, norms without a weight, and what belongs to an ``eqx.nn.State`` are no
+    rows. The weight of a module that is itself the root goes by the name of the parameter
+    (``"weight"``).
 
     Raises:
         TypeError: ``model`` contains no ``eqx.Module``.

@@ -40,7 +40,8 @@ def layers(
 
     A parameter of two axes or more in a module of another class is a row without output and input
     axes, of the class's name as type, under its own dotted name with the module's as alias; one
-    made outside any module has an empty type. Of fewer axes (not counting stack axes), and norms
+    made outside any module has an empty type, and so has what a known class holds besides its
+    weight and bias. Of fewer axes (not counting stack axes), and norms
     without a scale, are no rows.
 
     Args:

@@ -51,9 +51,10 @@ def layers(
 
     A parameter of two axes or more in a module of another class is a row without output and input
     axes, of the class's name as type, under its own dotted name with the module's as alias.
-    Parameters that these inputs do not reach are such rows too, with an empty type. Of fewer axes
-    (not counting stack axes), and norms without a scale, are no rows. The weight of a module
-    that is itself the root goes by the name of the parameter (``"kernel"``).
+    What a known class holds besides its weight and bias, and what these inputs do not reach, are
+    such rows with an empty type and no alias. Of fewer axes (not counting stack axes), and norms
+    without a scale, are no rows. The weight of a module that is itself the root goes by the name
+    of the parameter (``"kernel"``).
 
     Args:
         module: the Linen module.
@@ -215,7 +216,7 @@ def _recorder(owners: dict[str, tuple[_Rank, Owner]], prefix: str) -> nn.module.
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if (
-            False
+            isinstance(module, nn.WeightNorm | nn.SpectralNorm)
             and context.method_name == "__call__"
         ):
             # They hand variables to a function of their paths, which a box would lengthen.

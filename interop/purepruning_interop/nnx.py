@@ -43,9 +43,10 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
     ``"BatchNorm"``. The two factors of ``nnx.LoRA`` have axes, and type ``"LoRA"``. An
     ``nnx.Param`` of two axes or more in a module of another class is a row without output and
     input axes, of the class's name as type, under its own dotted name with the module's as alias;
-    there an axis added by ``nnx.vmap`` cannot be told from the others. Of fewer axes, and norms
-    without a scale, are no rows. The weight of a module that is itself the root goes by the name
-    of the parameter (``"kernel"``).
+    there an axis added by ``nnx.vmap`` cannot be told from the others. What a known class holds
+    besides its weight and bias is such a row with an empty type and no alias. Of fewer axes, and
+    norms without a scale, are no rows. The weight of a module that is itself the root goes by the
+    name of the parameter (``"kernel"``).
 
     Raises:
         TypeError: ``model`` is no ``nnx.Module``.

@@ -60,11 +60,12 @@ def l2_norm(params: Any, stats: None, config: Config) -> Any:
 
 
 def _element(layer: Layer, weight: Any, stats: None) -> Piece:
-    def score(arrays: tuple[Any, ...], index: Any) -> Any:
-        xp = namespace(arrays[0])
-        return xp.abs(xp.astype(arrays[0], xp.float32))
+    return Piece((weight,), _magnitude)
 
-    return Piece((weight,), score)
+
+def _magnitude(arrays: tuple[Any, ...], index: Any) -> Any:
+    xp = namespace(arrays[0])
+    return xp.abs(xp.astype(arrays[0], xp.float32))
 
 
 def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:

@@ -511,6 +511,33 @@ def test_ensemble_by_vmap_on_an_inner_axis():
     assert (layer.out_axes, layer.in_axes, layer.stack_axes) == ((4,), (3,), (1,))
 
 
+def test_scanned_method_of_a_module_with_its_own_parameter():
+    class Steps(nn.Module):
+        @partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        @nn.compact
+        def step(self, x, _):
+            return x @ self.param("w", nn.initializers.zeros, (4, 4)), None
+
+        def __call__(self, x):
+            return self.step(x, None)[0]
+
+    module = chain(Steps)
+    params = init(module, VECTOR)["params"]
+    expected = {"Steps_0.w": row("Steps", "Steps_0.w", stack=(0,), aliases=("Steps_0",))}
+    assert_table(linen.layers(module, params, VECTOR), params, expected)
+
+
+def test_class_is_the_user_s_where_a_lifted_class_is_used_unlifted():
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(nn.Embed)(7, 4).attend(x)
+
+    params = init(Head(), VECTOR)["params"]
+    (layer,) = linen.layers(Head(), params, VECTOR)
+    assert (layer.name, layer.type, layer.class_name) == ("CheckpointEmbed_0", "Embedding", "Embed")
+
+
 def test_class_is_the_user_s_not_the_lifted_one():
     module = chain(partial(nn.remat(MyDense), 4), partial(nn.jit(nn.Dense), 4))
     params = init(module, VECTOR)["params"]

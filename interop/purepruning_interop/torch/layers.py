@@ -28,8 +28,9 @@ def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
 
     A floating-point parameter of two axes or more in a module of another class is a row without
     output and input axes, of the class's name as type, under its own dotted name with the module's
-    as alias. Of fewer axes, and norms without a weight, are no rows. The weight of a module that is
-    itself the root goes by the name of the parameter (``"weight"``).
+    as alias. What a known class holds besides its weight and bias is such a row with an empty type
+    and no alias. Of fewer axes, and norms without a weight, are no rows. The weight of a module
+    that is itself the root goes by the name of the parameter (``"weight"``).
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
