@@ -17,3 +17,26 @@ from purepruning.select import Criterion, prune
 from purepruning.units import NM, Block
 
 __version__ = importlib.metadata.version("purepruning")
+
+__all__ = [
+    # Layers: what the weights of a model are.
+    "Layer",
+    "make_layer",
+    "leaf_paths",
+    # Rules to config.
+    "resolve",
+    "Config",
+    "Pool",
+    "Gradual",
+    "Block",
+    "NM",
+    "count_of",
+    # Pruners: (params, stats, config) -> masks.
+    "level",
+    "l1_norm",
+    "l2_norm",
+    "fpgm",
+    "random_pruning",
+    "prune",
+    "Criterion",
+]

@@ -1,7 +1,7 @@
 """Rules to config: which layers are pruned, in which units, and how many of them.
 
-A rule is one dictionary of an NNI-style ``config_list``. :func:`resolve` reads the rules once, against
-a layer table, and every mistake in them is found here, before any array work.
+A rule is one dictionary of an NNI-style ``config_list``. :func:`resolve` reads the rules once,
+against a layer table, and every mistake in them is found here, before any array work.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _UNITS_LIMIT = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class Gradual:
-    """The gradual keys of a rule, for a schedule to read: sparsities are fractions, times epochs."""
+    """The gradual keys of a rule, for a schedule: sparsities are fractions, times are epochs."""
 
     initial_sparsity: float
     final_sparsity: float
@@ -65,8 +65,9 @@ class Pool:
     """Layers whose units are ranked together and share one count.
 
     In layer scope a pool is one layer, named after it; its count is a number of units (of each
-    stacked layer, where layers are stacked). In global scope a pool is all layers of one rule, named
-    ``"rule 0"``; its count is a number of weights, since units of different layers differ in size.
+    stacked layer, where layers are stacked). In global scope a pool is all layers of one rule,
+    named ``"rule 0"``; its count is a number of weights, since units of different layers differ in
+    size.
 
     Attributes:
         name: key of the pool in ``config.counts``.
@@ -84,7 +85,7 @@ class Pool:
     rule: int
     layers: tuple[Layer, ...]
     size: int
-    caps: tuple[int, ...] | None
+    caps: tuple[int, ...]
     sparsity: float | None
     allow_empty: bool
     gradual: Gradual | None
@@ -150,13 +151,13 @@ class Config:
         """Returns the config with the counts of another sparsity; nothing is resolved again.
 
         Args:
-            sparsity: a fraction for all pools; or a sequence of fractions, whose counts come as int32
-                arrays to ``vmap`` over; or a mapping from pool name to either, where pools that it
-                does not name keep their counts.
+            sparsity: a fraction for all pools; or a sequence of fractions, whose counts come as
+                int32 arrays to ``vmap`` over; or a mapping from pool name to either, where pools
+                that it does not name keep their counts.
 
         Raises:
-            ValueError: a fraction outside [0, 1], 1 where the rule does not allow an empty layer, or
-                one that the caps of global scope do not reach.
+            ValueError: a fraction outside [0, 1], 1 where the rule does not allow an empty layer,
+                or one that the caps of global scope do not reach.
             KeyError: a pool is unknown.
             TypeError: something that is no fraction.
 
@@ -205,7 +206,7 @@ def count_of(sparsity: float, n: int) -> int:
 
 
 def resolve(
-    rules: Sequence[Rule],
+    rules: Iterable[Rule],
     layers: Iterable[Layer],
     *,
     scope: Scope = "layer",
@@ -222,8 +223,8 @@ def resolve(
     - ``op_names``: layer names; ``op_partial_names``: parts of layer names.
     - ``exclude``: if True, the selected layers are not pruned.
     - ``sparsity`` (or ``sparsity_per_layer``): fraction of every layer's units to prune, in [0, 1);
-      in global scope ``sparsity`` (or ``total_sparsity``): fraction of the weights of all the rule's
-      layers together. A rule without one selects layers whose counts are given later, by
+      in global scope ``sparsity`` (or ``total_sparsity``): fraction of the weights of all the
+      rule's layers together. A rule without one selects layers whose counts are given later, by
       :meth:`Config.with_sparsity`.
     - ``max_sparsity_per_layer``: in global scope, the largest fraction of a layer's units to prune,
       a number or a mapping from layer name; 0.99 where not given.
@@ -234,8 +235,8 @@ def resolve(
     Args:
         rules: the rules, in order.
         layers: the layer table.
-        scope: ``"layer"`` prunes every layer to its own sparsity; ``"global"`` ranks the units of all
-            layers of a rule together, each at the cost of its number of weights, and prunes the
+        scope: ``"layer"`` prunes every layer to its own sparsity; ``"global"`` ranks the units of
+            all layers of a rule together, each at the cost of its number of weights, and prunes the
             lowest-ranked as long as they fit into the rule's share of the weights.
         granularity: ``"element"``, ``"output_channel"``, ``"input_channel"``, a :class:`Block` or
             :class:`NM`.
@@ -257,7 +258,7 @@ def resolve(
     _one_of("scope", scope, ("layer", "global"))
     _one_of("bias", bias, ("follow", "keep"))
     _check_table(table)
-    if isinstance(rules, Mapping) or isinstance(rules, str) or not isinstance(rules, Iterable):
+    if isinstance(rules, Mapping | str) or not isinstance(rules, Iterable):
         raise TypeError(f"rules must be a list of dictionaries, got {type(rules).__name__}")
     rules = list(rules)
     chosen: dict[str, int] = {}
@@ -273,16 +274,15 @@ def resolve(
         mine = sorted((x for x in table if chosen.get(x.name) == number), key=lambda x: x.name)
         if not rule.get("exclude", False):
             pools += _pools(number, rule, mine, scope, granularity)
-    iterations = {p.prune_iterations for p in pools} - {None}
+    iterations = {p.prune_iterations for p in pools if p.prune_iterations is not None}
     if len(iterations) > 1:
         raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(iterations)}")
-    counts = {}
-    for pool in pools:
+    counts: dict[str, Any] = {}
+    for pool in () if isinstance(granularity, NM) else pools:
         where = f"rule {pool.rule}: sparsity"
-        known = pool.sparsity is not None and not isinstance(granularity, NM)
-        counts[pool.name] = _checked_count(pool, pool.sparsity, granularity, where) if known else None
-    if isinstance(granularity, NM):
-        counts = {}
+        given = pool.sparsity
+        count = None if given is None else _checked_count(pool, given, granularity, where)
+        counts[pool.name] = count
     return Config(counts, tuple(pools), scope, granularity, bias)
 
 
@@ -385,7 +385,9 @@ def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...])
 def _strings(number: int, key: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"rule {number}: {key} must be a string or a list of strings, got {value!r}")
+        raise TypeError(
+            f"rule {number}: {key} must be a string or a list of strings, got {value!r}"
+        )
     if not values:
         raise ValueError(f"rule {number}: {key} is empty")
     return list(values)
@@ -425,11 +427,11 @@ def _pools(
     if isinstance(granularity, NM):
         for layer in layers:
             _check_nm(number, layer, granularity)
-        return [Pool(x.name, number, (x,), 0, None, *common) for x in layers]
+        return [Pool(x.name, number, (x,), 0, (), *common) for x in layers]
     grids = [_grid(number, layer, granularity) for layer in layers]
     if scope == "layer":
         pools = [
-            Pool(layer.name, number, (layer,), g.n_units, None, *common)
+            Pool(layer.name, number, (layer,), g.n_units, (), *common)
             for layer, g in zip(layers, grids, strict=True)
         ]
     else:
@@ -462,8 +464,8 @@ def _check_nm(number: int, layer: Layer, nm: NM) -> None:
     size = math.prod(layer.shape[a] for a in layer.in_axes)
     if size % nm.of:
         raise ValueError(
-            f"rule {number}: layer {layer.name!r} contracts {size} weights, which groups of {nm.of} "
-            "do not divide; exclude the layer or choose another NM"
+            f"rule {number}: layer {layer.name!r} contracts {size} weights, which groups of "
+            f"{nm.of} do not divide; exclude the layer or choose another NM"
         )
 
 
@@ -517,29 +519,31 @@ def _gradual(number: int, rule: Rule) -> Gradual | None:
     final = _fraction(rule[final_key], f"rule {number}: {final_key}", 1.0)
     initial = _fraction(rule.get("initial_sparsity", 0), f"rule {number}: initial_sparsity", 1.0)
     if initial > final:
-        raise ValueError(f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}")
+        raise ValueError(
+            f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}"
+        )
     start = _integer(rule, "start_epoch", number, 0, 0)
     end = _integer(rule, "end_epoch", number, max(start, 1), start)
     return Gradual(initial, final, start, end, _integer(rule, "frequency", number, 1, 1))
 
 
 def _checked_count(pool: Pool, sparsity: float, granularity: Granularity, where: str) -> int:
-    """Returns the pool's count at a sparsity; raises if layers cannot or must not lose that many."""
+    """Returns the pool's count; raises if its layers cannot or must not lose that many."""
     if sparsity == 1 and not pool.allow_empty:
         raise ValueError(
             f"{where} 1 would prune every unit of {pool.name!r}; give its rule 'allow_empty': True "
             "if that is meant"
         )
     count = count_of(sparsity, pool.size)
-    if pool.caps is not None:
+    if pool.caps:
         most = sum(
             grid(layer, granularity).n_members * _largest(grid(layer, granularity), cap)
             for layer, cap in zip(pool.layers, pool.caps, strict=True)
         )
         if count > most:
             raise ValueError(
-                f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can lose "
-                f"at most {most} under max_sparsity_per_layer (0.99 where not given)"
+                f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can "
+                f"lose at most {most} under max_sparsity_per_layer (0.99 where not given)"
             )
     return count
 

@@ -7,8 +7,8 @@ stay in cache, and copies none of it; k may be traced; across devices only count
 
 Equal numbers are told apart by position, in one more pass that finds the last one to prune.
 
-All weights are counted by one loop over their chunks, which picks the weight with ``lax.switch``: one
-small loop body per weight would take XLA several times longer to compile.
+All weights are counted by one loop over their chunks, which picks the weight with ``lax.switch``:
+one small loop body per weight would take XLA several times longer to compile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAMPLE = 16_384  # sorted sample for the first guesses, of all pieces together
 
 
 def local_cuts(pieces: Sequence[Piece], counts: Array, check: bool) -> tuple[Cut, Array]:
-    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i, and where NaN is.
+    """Returns the cuts that prune the ``counts[i]`` lowest of piece i, and where NaN is.
 
     Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``. The second result
     says for each piece whether a score is NaN, ``(pieces,)``; it is looked for only if ``check``.
@@ -93,12 +93,12 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
 
 
 # The search. All pieces are searched side by side, in vectors ``(pieces,)``. In global scope they
-# first share one bracket and one target; when it is closed, each is dealt a count of its own, and the
-# same loop goes on for those that are not cut exactly yet.
+# first share one bracket and one target; when it is closed, each is dealt a count of its own, and
+# the same loop goes on for those that are not cut exactly yet.
 
 
 class _Bracket(NamedTuple):
-    """The key to cut at lies in ``(lo, hi]``; ``below`` and ``upto`` count the keys up to either end."""
+    """The key to cut at lies in ``(lo, hi]``; ``below``, ``upto`` count the keys up to its ends."""
 
     lo: Array
     hi: Array
@@ -215,7 +215,7 @@ def _search(
 
 
 def _dealt(s: _State, caps: Array) -> _State:
-    """Returns the state in which every piece has its own count, once the shared bracket is closed."""
+    """Returns the state in which pieces have their own counts: the shared bracket is closed."""
     b = s.bracket
     below, upto = jnp.minimum(b.below, caps), jnp.minimum(b.upto, caps)
     # Equal scores at the cut go to the pieces in order.
@@ -251,7 +251,7 @@ def _guess(s: _State, towards: Callable[[Array, Array], Array], counter: _Counte
     secant = s.pivot + move.astype(jnp.int32)
     pivot = jnp.where((lo < secant) & (secant < hi) & (s.step >= 2), secant, between)
     pivot = jnp.where((s.step >= 8) & (s.step % 2 == 1), middle, pivot)
-    if counter.sample is not None:
+    if counter.sample is not None and counter.together is not None:
         total = towards(counter.sizes, s.own)
         near, repeated = _from_sample(s, total, counter.sample)
         if len(counter.sizes) > 1:
@@ -313,7 +313,9 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
     """
 
     def upto(key: Array, active: Array) -> Array:
-        counts = [jnp.sum(p.keys(jnp)[0] <= k, dtype=jnp.int32) for p, k in zip(pieces, key, strict=True)]
+        counts = [
+            jnp.sum(p.keys(jnp)[0] <= k, dtype=jnp.int32) for p, k in zip(pieces, key, strict=True)
+        ]
         return jnp.where(active, jnp.stack(counts), 0)
 
     def tie_index(key: Array, need: Array) -> Array:
@@ -354,7 +356,9 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
         def add(j: Array, counts: Array) -> Array:
             owner = owner_of[j]
             counted = lax.cond(
-                active[owner], lambda: lax.switch(owner, branches, start_of[j]), lambda: jnp.int32(0)
+                active[owner],
+                lambda: lax.switch(owner, branches, start_of[j]),
+                lambda: jnp.int32(0),
             )
             return counts.at[owner].add(counted)
 
@@ -388,7 +392,7 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
                 ties, first = lax.switch(owner, branches, start_of[j])
                 more = _total(ties.reshape(ROWS, -1))
                 rest = need[owner] - seen[owner]
-                here = (0 < rest) & (rest <= more)
+                here = (rest > 0) & (rest <= more)
                 index = lax.cond(here, lambda: first + nth(ties, rest), lambda: found[owner])
                 return seen.at[owner].add(more), found.at[owner].set(index)
 
@@ -428,7 +432,7 @@ def _total(counted: Array) -> Array:
 
 
 def _sample(pieces: Sequence[Piece]) -> Array:
-    """Returns sorted keys from every piece, evenly spread: they speed the search, never decide it."""
+    """Returns sorted keys from every piece, evenly spread; they only speed the search up."""
     width = max(SAMPLE // len(pieces), 256)
     place = lax.iota(jnp.uint32, width)
     scattered = (place * jnp.uint32(2654435761)) >> 8

@@ -37,7 +37,8 @@ OP_TYPES = (
     "RMSNorm",
 )
 
-#: What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without norms.
+#  What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without
+# norms.
 DEFAULT_OP_TYPES = (
     *(f"Conv{d}d" for d in (1, 2, 3)),
     *(f"ConvTranspose{d}d" for d in (1, 2, 3)),
@@ -63,11 +64,12 @@ class Layer:
         shape: shape of the weight.
         out_axes: axes that index output channels; several where the output is, say, heads x size.
         in_axes: axes that are contracted with the input.
-        stack_axes: leading axes over which identical layers are stacked (``nn.scan``).
+        stack_axes: axes over which identical layers are stacked (``nn.scan``).
         groups: number of groups of a grouped or depthwise convolution.
         grouped: which side is stored per group, ``"in"`` (in/groups inputs per output) or
             ``"out"`` (out/groups outputs per input, as in ``torch.nn.ConvTranspose2d``).
-        bias: path of the bias, or None. Its shape is that of the stack axes and output channels.
+        bias: path of the bias, or None; its elements are those of the stack axes and output
+            channels in that order, in any shape.
         class_name: the framework's own class name, which rules may also use.
         aliases: further names of the same layer (a shared module has several).
     """
@@ -191,8 +193,8 @@ def make_layer(
         size = math.prod(layer.shape[a] for a in layer.stack_axes) * layer.out_channels
         if math.prod(leaves[bias].shape) != size:
             raise ValueError(
-                f"layer {layer.name!r}: bias {bias!r} of shape {tuple(leaves[bias].shape)} does not "
-                f"fit {layer.out_channels} output channels"
+                f"layer {layer.name!r}: bias {bias!r} of shape {tuple(leaves[bias].shape)} "
+                f"does not fit {layer.out_channels} output channels"
             )
     return layer
 

@@ -50,7 +50,7 @@ def is_concrete(x: Any) -> bool:
 
 
 def is_batched(x: Any) -> bool:
-    """Whether ``x`` is a torch tensor under ``torch.func.vmap``, where shapes cannot depend on data."""
+    """Whether ``x`` is under ``torch.func.vmap``, where shapes cannot depend on data."""
     return is_torch(x) and sys.modules["torch"]._C._functorch.is_batchedtensor(x)
 
 
@@ -87,8 +87,8 @@ def key_words(key: Any) -> Any:
         TypeError: ``key`` is none of these.
     """
     if isinstance(key, (int, np.integer)) and not isinstance(key, (bool, np.bool_)):
-        words = np.array([key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF], np.uint32).view(np.int32)
-        return tuple(int(w) for w in words)
+        seed = np.array([key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF], np.uint32)
+        return tuple(seed.view(np.int32).tolist())
     if not is_torch(key) and jnp.issubdtype(getattr(key, "dtype", np.float32), jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     xp = namespace(key)
@@ -134,13 +134,14 @@ class Flat(NamedTuple):
 
 
 def flatten(tree: Any) -> Flat:
-    """Returns the leaves of ``tree`` by dotted path, and the function that puts a tree back together.
+    """Returns the leaves of ``tree`` by dotted path, and the way back to a tree.
 
-    A leaf's path joins its keys with dots: ``"Dense_0.kernel"``, ``"layers.0.weight"``. The ``value``
-    that Flax NNX puts under every variable is no part of it, so that a state, its gradients and an
-    optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same tree with ``None``
-    at every path that ``values`` does not name; for a flat dict of torch tensors, which cannot hold
-    ``None`` under ``torch.func.vmap``, it gives a dict of the named ones only.
+    A leaf's path joins its keys with dots: ``"Dense_0.kernel"``, ``"layers.0.weight"``. The
+    ``value`` that Flax NNX puts under every variable is no part of it, so that a state, its
+    gradients and an optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same
+    tree with ``None`` at every path that ``values`` does not name; for a flat dict of torch
+    tensors, which cannot hold ``None`` under ``torch.func.vmap``, it gives a dict of the named ones
+    only.
 
     Raises:
         ValueError: two leaves have the same path, or torch tensors are not in one flat dict.

@@ -1,4 +1,4 @@
-"""Exact selection in torch: pick out the few elements near the cut, and let ``kthvalue`` rank those.
+"""Exact selection in torch: pick out the few elements near the cut, and rank only those.
 
 A sorted sample brackets the cut; one pass over the weights counts what lies below the bracket and
 copies what lies inside, about one in a hundred. Shapes here depend on data, which torch allows in
@@ -19,9 +19,10 @@ SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
 def local_cuts(pieces: Sequence[Piece], counts: Any, check: bool) -> tuple[Cut, list[Any]]:
-    """Returns the cuts that prune the ``counts[i]`` lowest elements of piece i, and where NaN is.
+    """Returns the cuts that prune the ``counts[i]`` lowest of piece i, and where NaN is.
 
-    The second result says for each piece whether a score is NaN; it is looked for only if ``check``.
+    The second result says for each piece whether a score is NaN; it is looked for only if
+    ``check``.
     """
     cuts = [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
     cut = Cut([c.key[0] for c in cuts], [c.index[0] for c in cuts])
@@ -53,8 +54,8 @@ def pruned(piece: Piece, cut: Cut, i: int) -> Any:
 def lowest(keys: Any, budgets: Any, costs: Any | None) -> Any:
     """Returns which keys of each row are pruned: the lowest, as long as they fit into its budget.
 
-    For int32 ``keys (rows, n)``; ``costs (n,)`` are those of the units, 1 if None. Equal keys count in
-    order of position; the first that does not fit ends it.
+    For int32 ``keys (rows, n)``; ``costs (n,)`` are those of the units, 1 if None. Equal keys count
+    in order of position; the first that does not fit ends it.
     """
     xp = namespace(keys)
     order = xp.argsort(keys, axis=1, stable=True)
@@ -72,7 +73,7 @@ class _Near(NamedTuple):
 
 
 def _solve(pieces: Sequence[Piece], budget: int, caps: list[int]) -> Cut:
-    """Returns the cuts; a piece that reaches its cap is cut there, and the others share what is left."""
+    """Returns the cuts; a piece that reaches its cap is cut there, the others share the rest."""
     xp = namespace(pieces[0].arrays[0])
     keys, indices = [LOWEST] * len(pieces), [HIGHEST] * len(pieces)
     free = list(range(len(pieces)))
@@ -124,7 +125,6 @@ def _look(xp: Any, piece: Piece, low: int, high: int) -> _Near:
 
 def _nth_tie(piece: Piece, key: int, n: int) -> int:
     """Returns the flat index of the n-th element whose key is ``key``; -1 for n = 0."""
-    xp = namespace(piece.arrays[0])
     for index, keys in _chunks(piece) if n else ():
         ties = index[keys == key]
         if n <= ties.shape[0]:

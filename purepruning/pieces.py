@@ -30,10 +30,12 @@ class Piece(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of every array."""
         return tuple(self.arrays[0].shape)
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def keys(self, xp: Any) -> tuple[Any, Any]:
@@ -43,10 +45,10 @@ class Piece(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What to prune of each piece: keys below ``key``, and equal ones up to flat index ``index``."""
+    """What to prune of each piece: keys below ``key``, equal ones up to flat index ``index``."""
 
-    key: Array
-    index: Array
+    key: Any
+    index: Any
 
     def prunes(self, i: int, bits: Any, index: Any) -> Any:
         """Returns which elements of piece i are pruned, from their keys and flat indices."""
@@ -54,7 +56,7 @@ class Cut(NamedTuple):
 
 
 def ordered_bits(xp: Any, score: Any) -> Any:
-    """Returns int32 in the order of float32 ``score``: both zeros are 0, every NaN is the highest."""
+    """Returns int32 in the order of float32 ``score``: both zeros are 0, all NaNs the highest."""
     bits = float_bits(xp, score)
     return xp.where(score != score, HIGHEST, xp.where(bits < 0, LOWEST - bits, bits))
 

@@ -1,8 +1,8 @@
 """Scores and counts to masks: exactly k units, the same ones in every framework.
 
-One rule throughout: the units of lowest score are pruned, and of equal scores those that come first.
-Positions count in the parameter's own layout (C order); in global scope layers come in the order of
-their names, and where layers are stacked, the first of the stack first.
+One rule throughout: the units of lowest score are pruned, and of equal scores those that come
+first. Positions count in the parameter's own layout (C order); in global scope layers come in the
+order of their names, and where layers are stacked, the first of the stack first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,37 +29,42 @@ from purepruning.namespace import (
     spans_devices,
 )
 from purepruning.pieces import HIGHEST, Piece, ordered_bits
-from purepruning.units import NM, Granularity, Grid, fold, grid, spread
+from purepruning.units import NM, Block, Granularity, Grid, fold, grid, spread
 
-#: Up to this many elements in a pool, ranking whole copies of the scores is as fast as counting.
+#: Up to this many elements that are ranked together, copying their scores is as fast as counting.
 SMALL = 65_536
 
 
 class Criterion(NamedTuple):
-    """What a pruner ranks by. Larger scores are more important; all are float32.
+    """What a pruner ranks by. Scores are float32, and larger ones are more important.
 
     Attributes:
         name: the pruner's name, for messages.
-        element: ``(layer, weight, stats) -> Piece``: scores single weights, without computing them
-            yet; None if the criterion has no such meaning.
-        unit: ``(layer, grid, weight, stats) -> (members, units)``: scores channels and blocks; None
-            if the criterion has no such meaning.
-        refuses: granularities that ``unit`` has no meaning for, by class or name.
+        element: ``(layer, weight, stats) -> Piece``: how single weights score, for elements and
+            N:M; None if the criterion has no such meaning.
+        channel: ``(layer, grid, weight, stats) -> (members, units)``: how channels score; None if
+            the criterion has no such meaning.
+        block: the same for blocks.
     """
 
     name: str
     element: Callable[[Layer, Any, Any], Piece] | None = None
-    unit: Callable[[Layer, Grid, Any, Any], Any] | None = None
-    refuses: tuple[Any, ...] = ()
+    channel: Callable[[Layer, Grid, Any, Any], Any] | None = None
+    block: Callable[[Layer, Grid, Any, Any], Any] | None = None
 
 
 class _Plan(NamedTuple):
-    """The static part of a config."""
+    """What is static about a call: the criterion's way to score, and the config without counts."""
 
+    score: Callable[..., Any]
     pools: tuple[Pool, ...]
     scope: Scope
     granularity: Granularity
     bias: BiasRule
+
+
+# Masks by parameter path, and by layer name whether one of its scores is NaN.
+_Masks = tuple[dict[str, Any], dict[str, Any]]
 
 
 def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
@@ -70,147 +75,156 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 
     Raises:
         KeyError: a layer's parameter is not in ``params``.
-        ValueError: a parameter has another shape or is not a float; a count is missing, outside the
-            layer's units, or empties a layer whose rule does not allow it; a score is NaN, where
-            values are known. Under ``jit`` and ``vmap`` they are not: counts are then clipped to the
-            units there are, and NaN ranks above infinity, so that it stays in the weights to be seen.
+        ValueError: the criterion has no meaning for the config's granularity; a parameter has
+            another shape or is not a float; a count is missing, outside the layer's units, or
+            empties a layer whose rule does not allow it; a score is NaN, where values are known.
+            Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
+            and NaN ranks above infinity, so that it stays in the weights to be seen.
     """
+    score = _score_of(criterion, config.granularity)
     tree = flatten(params)
-    weights = _weights(criterion, tree.leaves, config)
+    weights = _weights(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
+    plan = _Plan(score, config.pools, config.scope, config.granularity, config.bias)
+    counts = {} if isinstance(config.granularity, NM) else _counts(config)
     like = next(iter(weights.values()))
     check = all(map(is_concrete, weights.values()))
-    plan = _Plan(config.pools, config.scope, config.granularity, config.bias)
-    counts = {} if isinstance(plan.granularity, NM) else _counts(config)
-    run = compiled(like, _masks, "criterion", "plan", "check")
-    masks, bad = run(weights, stats, counts, criterion=criterion, plan=plan, check=check)
-    nan = [name for name, flag in sorted(bad.items()) if is_concrete(flag) and bool(flag)]
+    masks, has_nan = compiled(like, _masks, "plan", "check")(
+        weights, stats, counts, plan=plan, check=check
+    )
+    nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
         raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    if plan.bias == "follow":
-        biases = {x.bias: tuple(tree.leaves[x.bias].shape) for x in config.layers if x.bias in masks}
-        for path, shape in biases.items():
-            masks[path] = namespace(like).reshape(masks[path], shape)
+    for layer in config.layers:
+        if layer.bias is not None and layer.bias in masks:
+            shape = tuple(tree.leaves[layer.bias].shape)
+            masks[layer.bias] = namespace(like).reshape(masks[layer.bias], shape)
     return tree.rebuild(masks)
 
 
-def _weights(criterion: Criterion, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Returns the weights that are pruned, checked against the config."""
-    granularity = config.granularity
-    kind = granularity if isinstance(granularity, str) else type(granularity)
-    elements = kind in ("element", NM)
-    if (criterion.element if elements else criterion.unit) is None or kind in criterion.refuses:
-        wanted = "'element' or NM" if criterion.unit is None else "channels or blocks"
+def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., Any]:
+    if granularity == "element" or isinstance(granularity, NM):
+        score: Callable[..., Any] | None = criterion.element
+    else:
+        score = criterion.block if isinstance(granularity, Block) else criterion.channel
+    if score is None:
+        kinds = {"elements or NM": criterion.element, "channels": criterion.channel}
+        kinds["blocks"] = criterion.block
+        wanted = ", ".join(kind for kind, known in kinds.items() if known)
         raise ValueError(
             f"{criterion.name} ranks {wanted}, but the config was resolved with "
             f"granularity={granularity!r}"
         )
+    return score
+
+
+def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Returns the weights that are pruned, checked against the config."""
     weights = {}
     for layer in config.layers:
-        paths = [layer.weight]
-        if config.bias == "follow" and layer.bias is not None:
-            paths.append(layer.bias)
-        for path in paths:
-            if path not in leaves:
-                hint = "" if path == layer.weight else " (resolve with bias='keep' to leave it out)"
-                message = f"{criterion.name}: layer {layer.name!r}: params have no {path!r}{hint}"
-                raise KeyError(missing(message, path, leaves))
+        where = f"{pruner}: layer {layer.name!r}"
+        if layer.weight not in leaves:
+            raise KeyError(
+                missing(f"{where}: params have no {layer.weight!r}", layer.weight, leaves)
+            )
+        if config.bias == "follow" and layer.bias is not None and layer.bias not in leaves:
+            message = (
+                f"{where}: params have no {layer.bias!r} (bias='keep' in resolve leaves it out)"
+            )
+            raise KeyError(missing(message, layer.bias, leaves))
         weight = leaves[layer.weight]
         shape = tuple(getattr(weight, "shape", ()))
         if shape != layer.shape:
             raise ValueError(
-                f"{criterion.name}: layer {layer.name!r}: the layer table gives {layer.weight!r} shape "
-                f"{layer.shape}, but in params it has {shape}"
+                f"{where}: {layer.weight!r} has shape {shape} in params, but {layer.shape} in the "
+                "layer table"
             )
-        xp = namespace(weight)
-        if not xp.isdtype(weight.dtype, "real floating"):
-            raise ValueError(
-                f"{criterion.name}: layer {layer.name!r}: {layer.weight!r} must be floating, "
-                f"got {weight.dtype}"
-            )
+        if not namespace(weight).isdtype(weight.dtype, "real floating"):
+            raise ValueError(f"{where}: {layer.weight!r} must be floating, got {weight.dtype}")
         weights[layer.weight] = weight
     return weights
 
 
 def _counts(config: Config) -> dict[str, Any]:
+    """Returns the counts, checked as far as they are known."""
     for pool in config.pools:
         count = config.counts[pool.name]
         if count is None:
             raise ValueError(
-                f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or call "
-                "config.with_sparsity(...)"
+                f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or "
+                "call config.with_sparsity(...)"
             )
         if not is_concrete(count):
             continue
         if getattr(count, "ndim", 0):
             raise ValueError(
-                f"the count of pool {pool.name!r} has shape {tuple(count.shape)}: map over it with vmap"
+                f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
             )
-        most = pool.size if pool.allow_empty or pool.caps is not None else pool.size - 1
-        if not 0 <= int(count) <= max(most, 0):
+        most = pool.size if pool.allow_empty or pool.caps else max(pool.size - 1, 0)
+        if not 0 <= int(count) <= most:
             raise ValueError(
-                f"the count of pool {pool.name!r} must lie in [0, {most}], got {int(count)}; it has "
-                f"{pool.size} units, and its rule does not allow to empty it"
+                f"the count of {pool.name!r} must lie in [0, {most}], got {int(count)}: it has "
+                f"{pool.size} units, and to lose them all its rule needs 'allow_empty': True"
             )
     return config.counts
 
 
+# From here on everything is traceable.
+
+
 def _masks(
-    weights: dict[str, Any],
-    stats: Any,
-    counts: dict[str, Any],
-    *,
-    criterion: Criterion,
-    plan: _Plan,
-    check: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns masks by path, and by layer whether some score is NaN; traceable."""
+    weights: dict[str, Any], stats: Any, counts: dict[str, Any], *, plan: _Plan, check: bool
+) -> _Masks:
     if isinstance(plan.granularity, NM):
-        masks, bad = _nm_masks(weights, stats, criterion, plan)
-    elif plan.granularity == "element":
-        masks, bad = _element_masks(weights, stats, counts, criterion, plan, check)
+        masks, has_nan = _nm_masks(weights, stats, plan, plan.granularity)
     else:
-        masks, bad = _unit_masks(weights, stats, counts, criterion, plan)
-    if plan.bias == "follow":
-        for pool in plan.pools:
-            for layer in pool.layers:
-                keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
-                if keep is not None:
-                    masks[layer.bias] = keep
-    return masks, bad
+        masks, has_nan = {}, {}
+        # In layer scope all pools are solved side by side; in global scope each is one problem.
+        problems = [plan.pools] if plan.scope == "layer" else [(pool,) for pool in plan.pools]
+        solve = _element_masks if plan.granularity == "element" else _unit_masks
+        for pools in problems:
+            some = solve(weights, stats, counts, plan._replace(pools=pools), check)
+            masks |= some[0]
+            has_nan |= some[1]
+    for pool in plan.pools if plan.bias == "follow" else ():
+        for layer in pool.layers:
+            keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
+            if keep is not None and layer.bias is not None:
+                masks[layer.bias] = keep
+    return masks, has_nan
+
+
+def _kernel(like: Any) -> ModuleType:
+    """Returns the module that selects best in the framework of ``like``; both find the same."""
+    return partition if is_torch(like) else counting
 
 
 # Single elements.
 
 
 def _element_masks(
-    weights: dict[str, Any],
-    stats: Any,
-    counts: dict[str, Any],
-    criterion: Criterion,
-    plan: _Plan,
-    check: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    masks, bad = {}, {}
-    alone = [[pool] for pool in plan.pools]
-    # In layer scope all pools are solved side by side; in global scope each is one problem.
-    for pools in [list(plan.pools)] if plan.scope == "layer" else alone:
-        layers = [layer for pool in pools for layer in pool.layers]
-        pieces, ks = [], []
-        for pool in pools:
-            for layer in pool.layers:
-                members = _members(criterion.element(layer, weights[layer.weight], stats), layer)
-                pieces += members
-                ks += [counts.get(pool.name)] * len(members)
-        xp = namespace(pieces[0].arrays[0])
-        keep, nan = _keep_elements(xp, pieces, ks, pools[0] if plan.scope == "global" else None, check)
-        for layer in layers:
-            n = math.prod(layer.shape[a] for a in layer.stack_axes)
-            masks[layer.weight] = _restack(xp, keep[:n], layer)
-            bad[layer.name] = functools.reduce(operator.or_, nan[:n])
-            keep, nan = keep[n:], nan[n:]
-    return masks, bad
+    weights: dict[str, Any], stats: Any, counts: dict[str, Any], plan: _Plan, check: bool
+) -> _Masks:
+    pieces: list[Piece] = []
+    ks: list[Any] = []
+    caps: list[int] = []
+    members = {}
+    for pool in plan.pools:
+        for i, layer in enumerate(pool.layers):
+            parts = _members(plan.score(layer, weights[layer.weight], stats), layer)
+            pieces += parts
+            ks += [counts[pool.name]] * len(parts)
+            caps += [pool.caps[i]] * len(parts) if plan.scope == "global" else []
+            members[layer] = len(parts)
+    xp = namespace(pieces[0].arrays[0])
+    keep, nan = _keep_elements(xp, pieces, ks, caps, check)
+    masks, has_nan, start = {}, {}, 0
+    for layer, n in members.items():
+        masks[layer.weight] = _restack(xp, keep[start : start + n], layer)
+        has_nan[layer.name] = functools.reduce(operator.or_, nan[start : start + n])
+        start += n
+    return masks, has_nan
 
 
 def _members(piece: Piece, layer: Layer) -> list[Piece]:
@@ -220,161 +234,157 @@ def _members(piece: Piece, layer: Layer) -> list[Piece]:
     xp = namespace(piece.arrays[0])
     rest = tuple(a for a in range(len(layer.shape)) if a not in layer.stack_axes)
     shape = tuple(layer.shape[a] for a in rest)
-    flat = [
-        xp.reshape(xp.permute_dims(x, (*layer.stack_axes, *rest)), (-1, *shape)) for x in piece.arrays
-    ]
-    return [
-        Piece(
-            tuple(x[i, ...] for x in flat),
-            lambda arrays, index, start=i * math.prod(shape): piece.score(arrays, index + start),
-        )
-        for i in range(flat[0].shape[0])
-    ]
+    order = (*layer.stack_axes, *rest)
+    stacks = [xp.reshape(xp.permute_dims(x, order), (-1, *shape)) for x in piece.arrays]
+    size = math.prod(shape)
+
+    def member(i: int) -> Piece:
+        def score(arrays: tuple[Any, ...], index: Any) -> Any:
+            return piece.score(arrays, index + i * size)
+
+        return Piece(tuple(stack[i, ...] for stack in stacks), score)
+
+    return [member(i) for i in range(stacks[0].shape[0])]
 
 
-def _restack(xp: Any, keep: list[Any], layer: Layer) -> Any:
+def _restack(xp: Any, keep: Sequence[Any], layer: Layer) -> Any:
     if not layer.stack_axes:
         return keep[0]
     rest = tuple(a for a in range(len(layer.shape)) if a not in layer.stack_axes)
     order = (*layer.stack_axes, *rest)
-    stacked = xp.reshape(xp.stack(keep), tuple(layer.shape[a] for a in order))
+    stacked = xp.reshape(xp.stack(list(keep)), tuple(layer.shape[a] for a in order))
     return xp.permute_dims(stacked, tuple(order.index(a) for a in range(len(order))))
 
 
 def _keep_elements(
-    xp: Any, pieces: list[Piece], ks: list[Any], pool: Pool | None, check: bool
+    xp: Any, pieces: list[Piece], ks: list[Any], caps: list[int], check: bool
 ) -> tuple[list[Any], list[Any]]:
+    """Returns which elements of each piece stay, and whether its scores hold a NaN.
+
+    Without caps each piece loses its own count; with caps they share the first one.
+    """
     like = pieces[0].arrays[0]
     sizes = [p.size for p in pieces]
-    if pool is None:
-        budgets = [xp.clip(int32(xp, k, like), 0, n) for k, n in zip(ks, sizes, strict=True)]
-        caps = None
-    else:
-        per_layer = [math.prod(x.shape[a] for a in x.stack_axes) for x in pool.layers]
-        caps = [c for c, n in zip(pool.caps, per_layer, strict=True) for _ in range(n)]
+    if caps:
         budgets = [xp.clip(int32(xp, ks[0], like), 0, sum(caps))]
+    else:
+        budgets = [xp.clip(int32(xp, k, like), 0, n) for k, n in zip(ks, sizes, strict=True)]
     small = sum(sizes) <= SMALL and not spans_devices(like)
     if small or any(is_batched(x) for p in pieces for x in (*p.arrays, *budgets)):
         keys = [xp.reshape(p.keys(xp)[0], (1, -1)) for p in pieces]
-        nan = [xp.any(k == HIGHEST) for k in keys]
-        pruned = _lowest_of(xp, keys, budgets, caps, [1] * len(keys))
-        return [xp.reshape(~p, x.shape) for p, x in zip(pruned, pieces, strict=True)], nan
+        pruned = _lowest(xp, keys, budgets, caps, [1] * len(keys))
+        keep = [xp.reshape(~rows, p.shape) for rows, p in zip(pruned, pieces, strict=True)]
+        return keep, [xp.any(k == HIGHEST) for k in keys]
     kernel = _kernel(like)
-    if caps is None:
-        cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
-    else:
+    if caps:
         cut, nan = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like), check)
+    else:
+        cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
     return [~kernel.pruned(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
-
-
-def _kernel(like: Any) -> ModuleType:
-    """Returns the module that selects best in the framework of ``like``; both find the same units."""
-    return partition if is_torch(like) else counting
-
-
-def _lowest_of(
-    xp: Any, keys: list[Any], budgets: list[Any], caps: list[int] | None, costs: list[Any]
-) -> list[Any]:
-    """Returns which units of each ``(members, units)`` array of keys are pruned.
-
-    Without caps every row loses as many units as its array's budget. With caps all arrays share one
-    budget, which units are charged to at their cost, and a row loses at most its cap of units.
-    """
-    if caps is None:
-        return _rows(xp, keys, budgets)
-    rooms = _rows(xp, keys, [int32(xp, cap, keys[0]) for cap in caps])
-    flat = [xp.reshape(xp.where(r, k, HIGHEST), (1, -1)) for r, k in zip(rooms, keys, strict=True)]
-    cost = xp.concat(
-        [xp.reshape(xp.broadcast_to(int32(xp, c, k), k.shape), (-1,)) for c, k in zip(costs, keys, strict=True)]
-    )
-    pruned = _kernel(cost).lowest(xp.concat(flat, axis=1), xp.reshape(budgets[0], (1,)), cost)[0, :]
-    result, start = [], 0
-    for room, k in zip(rooms, keys, strict=True):
-        n = math.prod(k.shape)
-        result.append(room & xp.reshape(pruned[start : start + n], k.shape))
-        start += n
-    return result
-
-
-def _rows(xp: Any, keys: list[Any], counts: list[Any]) -> list[Any]:
-    """Returns the ``counts[i]`` lowest of each row of ``keys[i]``; equally long rows are solved together."""
-    result: list[Any] = [None] * len(keys)
-    for width in sorted({k.shape[1] for k in keys}):
-        which = [i for i, k in enumerate(keys) if k.shape[1] == width]
-        rows = xp.concat([keys[i] for i in which])
-        ks = xp.concat([xp.broadcast_to(xp.reshape(counts[i], (1,)), (keys[i].shape[0],)) for i in which])
-        pruned, start = _kernel(rows).lowest(rows, ks, None), 0
-        for i in which:
-            n = keys[i].shape[0]
-            result[i] = pruned[start : start + n, :]
-            start += n
-    return result
 
 
 # Channels and blocks.
 
 
 def _unit_masks(
-    weights: dict[str, Any], stats: Any, counts: dict[str, Any], criterion: Criterion, plan: _Plan
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    masks, bad = {}, {}
-    alone = [[pool] for pool in plan.pools]
-    for pools in [list(plan.pools)] if plan.scope == "layer" else alone:
-        layers = [layer for pool in pools for layer in pool.layers]
-        grids = [grid(layer, plan.granularity) for layer in layers]
-        xp = namespace(weights[layers[0].weight])
-        keys = []
-        for layer, g in zip(layers, grids, strict=True):
-            scores = replicated(criterion.unit(layer, g, weights[layer.weight], stats))
-            keys.append(ordered_bits(xp, scores))
-            bad[layer.name] = xp.any(keys[-1] == HIGHEST)
-        ks = [int32(xp, counts[pool.name], keys[0]) for pool in pools]
-        if plan.scope == "layer":
-            budgets = [xp.clip(k, 0, g.n_units) for k, g in zip(ks, grids, strict=True)]
-            pruned = _lowest_of(xp, keys, budgets, None, [])
-        else:
-            pruned = _lowest_of(xp, keys, ks, list(pools[0].caps), [g.cost for g in grids])
-        for layer, g, p in zip(layers, grids, pruned, strict=True):
-            masks[layer.weight] = spread(xp, ~p, g)
-    return masks, bad
+    weights: dict[str, Any], stats: Any, counts: dict[str, Any], plan: _Plan, check: bool
+) -> _Masks:
+    layers = [layer for pool in plan.pools for layer in pool.layers]
+    grids = [grid(layer, plan.granularity) for layer in layers]
+    xp = namespace(weights[layers[0].weight])
+    keys, has_nan = [], {}
+    for layer, g in zip(layers, grids, strict=True):
+        scores = replicated(plan.score(layer, g, weights[layer.weight], stats))
+        keys.append(ordered_bits(xp, scores))
+        has_nan[layer.name] = xp.any(keys[-1] == HIGHEST)
+    budgets = [int32(xp, counts[pool.name], keys[0]) for pool in plan.pools]
+    caps: list[int] = []
+    if plan.scope == "global":
+        caps = list(plan.pools[0].caps)
+    else:
+        budgets = [xp.clip(k, 0, g.n_units) for k, g in zip(budgets, grids, strict=True)]
+    pruned = _lowest(xp, keys, budgets, caps, [g.cost for g in grids])
+    masks = {x.weight: spread(xp, ~p, g) for x, p, g in zip(layers, pruned, grids, strict=True)}
+    return masks, has_nan
+
+
+def _lowest(
+    xp: Any, keys: list[Any], budgets: list[Any], caps: list[int], costs: list[Any]
+) -> list[Any]:
+    """Returns which units of each ``(members, units)`` array of keys are pruned.
+
+    Without caps every row loses as many units as its array's budget says. With caps all arrays
+    share one budget, to which units are charged at their cost, and a row loses at most its cap of
+    units.
+    """
+    if not caps:
+        return _lowest_in_rows(xp, keys, budgets)
+    # Units beyond their layer's cap take no part: they rank last, and stay.
+    within = _lowest_in_rows(xp, keys, [int32(xp, cap, keys[0]) for cap in caps])
+    flat_keys, flat_costs = [], []
+    for k, cost, allowed in zip(keys, costs, within, strict=True):
+        flat_keys.append(xp.reshape(xp.where(allowed, k, HIGHEST), (1, -1)))
+        each = int32(xp, cost, k)
+        each = xp.reshape(each, (1, -1)) if each.ndim else each
+        flat_costs.append(xp.reshape(xp.broadcast_to(each, k.shape), (-1,)))
+    together = _kernel(keys[0]).lowest(
+        xp.concat(flat_keys, axis=1), xp.reshape(budgets[0], (1,)), xp.concat(flat_costs)
+    )
+    pruned, start = [], 0
+    for k, allowed in zip(keys, within, strict=True):
+        n = math.prod(k.shape)
+        pruned.append(allowed & xp.reshape(together[0, start : start + n], k.shape))
+        start += n
+    return pruned
+
+
+def _lowest_in_rows(xp: Any, keys: list[Any], counts: list[Any]) -> list[Any]:
+    """Returns the ``counts[i]`` lowest of each row of ``keys[i]``; equally long rows together."""
+    pruned: list[Any] = [None] * len(keys)
+    for width in sorted({k.shape[1] for k in keys}):
+        which = [i for i, k in enumerate(keys) if k.shape[1] == width]
+        rows = xp.concat([keys[i] for i in which])
+        ks = xp.concat([xp.broadcast_to(counts[i], (keys[i].shape[0],)) for i in which])
+        lowest, start = _kernel(rows).lowest(rows, ks, None), 0
+        for i in which:
+            n = keys[i].shape[0]
+            pruned[i] = lowest[start : start + n, :]
+            start += n
+    return pruned
 
 
 # N:M.
 
 
-def _nm_masks(
-    weights: dict[str, Any], stats: Any, criterion: Criterion, plan: _Plan
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    masks, bad = {}, {}
+def _nm_masks(weights: dict[str, Any], stats: Any, plan: _Plan, nm: NM) -> _Masks:
+    masks, has_nan = {}, {}
     for pool in plan.pools:
-        (layer,) = pool.layers
-        piece = criterion.element(layer, weights[layer.weight], stats)
-        xp = namespace(piece.arrays[0])
-        keys, _ = piece.keys(xp)
-        bad[layer.name] = xp.any(keys == HIGHEST)
-        masks[layer.weight] = _keep_nm(xp, keys, layer, plan.granularity)
-    return masks, bad
+        for layer in pool.layers:
+            piece = plan.score(layer, weights[layer.weight], stats)
+            xp = namespace(piece.arrays[0])
+            keys, _ = piece.keys(xp)
+            has_nan[layer.name] = xp.any(keys == HIGHEST)
+            masks[layer.weight] = _keep_nm(xp, keys, layer, nm)
+    return masks, has_nan
 
 
 def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
-    """Returns the mask that keeps the highest of every group, found by comparing all pairs in it."""
+    """Returns the mask that keeps the highest of every group, by comparing all pairs in it."""
     rest = tuple(a for a in range(keys.ndim) if a not in layer.in_axes)
-    lead = rest[: layer.in_axes[0]]
+    lead = tuple(a for a in rest if a < layer.in_axes[0])
     order = (*lead, *layer.in_axes, *(a for a in rest if a not in lead))
     moved = xp.permute_dims(keys, order)
-    before = moved.shape[: len(lead)]
-    after = moved.shape[len(lead) + len(layer.in_axes) :]
+    before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(layer.in_axes) :]
     groups = xp.reshape(moved, (*before, -1, nm.of, *after))
-    at = [groups[(slice(None),) * (len(before) + 1) + (i,)] for i in range(nm.of)]
+    place = (slice(None),) * (len(before) + 1)
+    at = [groups[(*place, i)] for i in range(nm.of)]
     keep = []
     for i in range(nm.of):
-        # Equal keys: the earlier one is lower.
+        # Of equal keys the earlier one is lower.
         lower = [at[j] <= at[i] if j < i else at[j] < at[i] for j in range(nm.of) if j != i]
-        rank = xp.astype(lower[0], xp.uint8)
-        for one in lower[1:]:
-            rank = rank + xp.astype(one, xp.uint8)
+        rank = functools.reduce(operator.add, (xp.astype(x, xp.uint8) for x in lower))
         keep.append(rank >= nm.of - nm.keep)
-    mask = xp.reshape(xp.stack(keep, axis=len(before) + 1), moved.shape)
+    mask = xp.reshape(xp.stack(keep, axis=len(place)), moved.shape)
     return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
 
 
@@ -382,9 +392,9 @@ def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
 
 
 def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
-    """Returns which biases stay, flat: those of output channels with some weight left.
+    """Returns which biases stay, ``(members, channels)``: those with some weight left.
 
-    None if the layer has no bias or no channel can lose all its weights.
+    None if the layer has no bias, or if no channel can lose all its weights.
     """
     if layer.bias is None or not layer.out_axes:
         return None
@@ -392,5 +402,4 @@ def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
         return None
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, layer.shape)
-    keep = fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
-    return xp.reshape(keep, (-1,))
+    return fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))

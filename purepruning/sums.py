@@ -19,8 +19,8 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
 
     With M the largest magnitude among the n terms of a sum, every term is cut into integer limbs of
     b bits below M, b = 30 - log2(n), so that the int32 sum of each limb is exact; enough limbs are
-    kept that what is cut off is less than 2**-24 M. The result is within a unit in the last place or
-    two of the true sum of non-negative terms. A sum over NaN or infinity is NaN or infinity.
+    kept that what is cut off is less than 2**-24 M. The result is within a unit in the last place
+    or two of the true sum of non-negative terms. A sum over NaN or infinity is NaN or infinity.
     """
     xp = namespace(values)
     axes = tuple(a % values.ndim for a in axes)
@@ -48,8 +48,8 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
 def power_of_two_scale(top: Any, bits: int) -> tuple[Any, Any]:
     """Returns powers of two ``scale`` and ``1 / scale`` with ``scale * top < 2**bits``.
 
-    ``top`` is non-negative float32; for normal numbers ``scale * top >= 2**(bits - 1)`` too. Scaling
-    by it rounds nothing.
+    ``top`` is non-negative float32; for normal numbers ``scale * top >= 2**(bits - 1)`` too.
+    Scaling by it rounds nothing.
     """
     xp = namespace(top)
     exponent = float_bits(xp, top) >> 23

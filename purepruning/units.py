@@ -23,10 +23,10 @@ class Block:
     """Tiles of a weight, pruned whole.
 
     Attributes:
-        shape: tile size for each axis of the weight: output axes first, then input axes, then kernel
-            taps, whatever order the framework stores them in. ``-1`` is the whole axis; axes beyond
-            the given sizes have size 1. Where a size does not divide an axis, the last tile is
-            smaller.
+        shape: tile size for each axis of the weight: output axes first, then input axes, then
+            kernel taps, whatever order the framework stores them in. ``-1`` is the whole axis; axes
+            beyond the given sizes have size 1. Where a size does not divide an axis, the last tile
+            is smaller.
     """
 
     shape: tuple[int, ...]
@@ -98,13 +98,17 @@ class Grid:
     @functools.cached_property
     def cost(self) -> int | np.ndarray:
         """Number of weights in a unit: one int, or ``(n_units,)`` where edge tiles are smaller."""
-        whole = math.prod(n for a, n in enumerate(self.shape) if not {2 * a} & {*self.stack, *self.units})
+        whole = math.prod(
+            n for a, n in enumerate(self.shape) if not {2 * a} & {*self.stack, *self.units}
+        )
         if not self.is_padded:
             return whole * math.prod(self.sizes[a // 2] for a in self.units)
         cost = np.asarray(whole)
         for a in self.units:
             n, size = self.shape[a // 2], self.sizes[a // 2]
-            cost = np.multiply.outer(cost, np.minimum(size, n - size * np.arange(self.tiles[a // 2])))
+            cost = np.multiply.outer(
+                cost, np.minimum(size, n - size * np.arange(self.tiles[a // 2]))
+            )
         return cost.reshape(-1)
 
     @property
@@ -134,7 +138,7 @@ def grid(layer: Layer, granularity: Granularity) -> Grid:
         tiles, sizes = _block(layer, granularity)
         units = tuple(2 * a for a in range(len(shape)) if a not in stack)
         return Grid(shape, tiles, sizes, stacked, units)
-    side = {"output_channel": "out", "input_channel": "in"}[granularity]
+    side = "out" if granularity == "output_channel" else "in"
     axes, other = layer.out_axes, layer.in_axes
     if side == "in":
         axes, other = other, axes
@@ -194,7 +198,9 @@ def spread(xp: Any, keep: Any, g: Grid) -> Any:
     """Returns a mask that broadcasts to the weight, from ``keep`` of shape ``(members, units)``."""
     order = (*g.stack, *g.units, *g.inside)
     shape = (*(g.split[a] for a in (*g.stack, *g.units)), *(1 for _ in g.inside))
-    mask = xp.permute_dims(xp.reshape(keep, shape), tuple(order.index(a) for a in range(len(order))))
+    mask = xp.permute_dims(
+        xp.reshape(keep, shape), tuple(order.index(a) for a in range(len(order)))
+    )
     # Where an axis has several tiles, every weight in a tile repeats the tile's bit; where the mask
     # does not vary along an axis, that axis stays of size 1.
     tiled, merged = list(mask.shape), []
@@ -211,5 +217,7 @@ def _pad(xp: Any, weight: Any, g: Grid) -> Any:
         if tiles * size > n:
             fill = list(weight.shape)
             fill[axis] = tiles * size - n
-            weight = xp.concat([weight, xp.zeros_like(weight[tuple(slice(0, f) for f in fill)])], axis=axis)
+            weight = xp.concat(
+                [weight, xp.zeros_like(weight[tuple(slice(0, f) for f in fill)])], axis=axis
+            )
     return weight

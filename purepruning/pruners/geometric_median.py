@@ -9,7 +9,7 @@ from purepruning.layers import Layer
 from purepruning.namespace import matmul, namespace
 from purepruning.select import Criterion, prune
 from purepruning.sums import exact_sum
-from purepruning.units import Block, Grid, cut
+from purepruning.units import Grid, cut
 
 ROWS = 512  # units whose distances to all others are held at a time
 
@@ -19,11 +19,11 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
 
     $$s_u = \sum_v \lVert w_u - w_v \rVert_2$$
 
-    For configs of output or input channels, with ``stats=None``. Distances come from inner products, a
-    block of rows at a time: n channels of m weights take memory for ``min(n, 512) * n`` distances. They
-    are exact, and masks the same in every framework, where the products of weights are exact in
-    float32, as for integers; otherwise channels whose scores agree to about 1e-6 may change places. See
-    :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
+    For configs of output or input channels, with ``stats=None``. Distances come from inner
+    products, a block of rows at a time: n channels of m weights take memory for ``min(n, 512) * n``
+    distances. They are exact, and masks the same in every framework, where the products of weights
+    are exact in float32, as for integers; otherwise channels whose scores agree to about 1e-6 may
+    change places. See :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     He et al. 2018, arXiv:1811.00250; NNI's FPGM pruner.
     """
@@ -33,7 +33,8 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
 def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
     units = cut(xp, xp.astype(weight, xp.float32), g)
-    # Distances do not change when all units move together; near the origin the products cancel least.
+    # Distances do not change when all units move together; near the origin the products cancel
+    # least.
     middle = (xp.max(units, axis=1, keepdims=True) + xp.min(units, axis=1, keepdims=True)) / 2
     units = units - middle
     squares = xp.sum(units * units, axis=2)
@@ -44,10 +45,10 @@ def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
         part = units[:, start : start + ROWS, :]
         products = matmul(xp, part, xp.matrix_transpose(units))
         square = squares[:, start : start + ROWS, None] + squares[:, None, :] - 2 * products
-        itself = (place[None, start : start + ROWS, None] == place[None, None, :])
+        itself = place[None, start : start + ROWS, None] == place[None, None, :]
         square = xp.where(itself | (square < 0), 0.0, square)
         rows.append(exact_sum(xp.sqrt(square), (2,)))
     return xp.concat(rows, axis=1)
 
 
-_FPGM = Criterion("fpgm", unit=_distances, refuses=(Block,))
+_FPGM = Criterion("fpgm", channel=_distances)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from purepruning.config import Config
 from purepruning.layers import Layer
 from purepruning.namespace import namespace
@@ -18,8 +20,8 @@ def level(params: Any, stats: None, config: Config) -> Any:
 
     $$s_i = |w_i|$$
 
-    For configs of single elements or N:M. With ``stats=None``; see :func:`purepruning.prune` for the
-    form of the masks, ties, NaN and errors.
+    For configs of single elements or N:M. With ``stats=None``; see :func:`purepruning.prune` for
+    the form of the masks, ties, NaN and errors.
 
     Han et al. 2015, arXiv:1506.02626; NNI's Level pruner.
 
@@ -39,9 +41,9 @@ def l1_norm(params: Any, stats: None, config: Config) -> Any:
 
     $$s_u = \sum_{i \in u} |w_i|$$
 
-    For configs of output channels, input channels or blocks; a block cut off at the edge is scaled up
-    to the size of a whole one. Norms are summed exactly (:mod:`purepruning.sums`), so that the same
-    weights give the same masks in every framework, layout and device count. See
+    For configs of output channels, input channels or blocks; a block cut off at the edge is scaled
+    up to the size of a whole one. Norms are summed exactly (:mod:`purepruning.sums`), so that the
+    same weights give the same masks in every framework, layout and device count. See
     :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     Li et al. 2016, arXiv:1608.08710; NNI's L1 norm (L1 filter) pruner.
@@ -87,10 +89,10 @@ def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
 
 
 def _edge_scale(xp: Any, g: Grid) -> Any:
-    cost = g.cost
-    return xp.asarray((cost.max() / cost)[None, :].astype("float32"))
+    cost = np.asarray(g.cost)
+    return xp.asarray((cost.max() / cost)[None, :].astype(np.float32))
 
 
 _LEVEL = Criterion("level", element=_element)
-_L1 = Criterion("l1_norm", unit=_l1)
-_L2 = Criterion("l2_norm", unit=_l2)
+_L1 = Criterion("l1_norm", channel=_l1, block=_l1)
+_L2 = Criterion("l2_norm", channel=_l2, block=_l2)

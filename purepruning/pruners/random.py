@@ -18,9 +18,9 @@ def random_pruning(params: Any, stats: Any, config: Config) -> Any:
 
     The key stands in the place of the statistics: an integer seed, a ``jax.random`` key, or two
     32-bit words in an integer array or tensor; seed 5 and ``jax.random.key(5)`` are the same. Every
-    unit's score is a hash of the key, the layer's weight path and the unit's position, so that masks
-    are the same in every framework, a layer's mask does not depend on the other layers, and ``vmap``
-    over keys gives many masks at once. For configs of any granularity. See
+    unit's score is a hash of the key, the layer's weight path and the unit's position, so that
+    masks are the same in every framework, a layer's mask does not depend on the other layers, and
+    ``vmap`` over keys gives many masks at once. For configs of any granularity. See
     :func:`purepruning.prune` for the form of the masks and errors.
 
     Raises:
@@ -61,4 +61,4 @@ def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
     return _score(layer, words, index)
 
 
-_RANDOM = Criterion("random_pruning", element=_element, unit=_unit)
+_RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit)
