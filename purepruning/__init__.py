@@ -7,12 +7,13 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
-from purepruning.config import Config, Gradual, Pool, count_of, resolve
+from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.namespace import leaf_paths
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
+from purepruning.rules import Gradual
 from purepruning.select import Criterion, prune
 from purepruning.units import NM, Block
 

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from purepruning import counting, partition
-from purepruning.config import BiasRule, Config, Pool, Scope
+from purepruning.config import BiasRule, Config, Pool
 from purepruning.layers import Layer, missing
 from purepruning.namespace import (
     compiled,
@@ -29,6 +29,7 @@ from purepruning.namespace import (
     spans_devices,
 )
 from purepruning.pieces import HIGHEST, Piece, ordered_bits
+from purepruning.rules import Scope
 from purepruning.units import NM, Block, Granularity, Grid, fold, grid, spread
 
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.

@@ -1,0 +1,208 @@
+"""Reading one rule: its keys, which layers it selects, and its numbers.
+
+Every mistake in a rule is found here. Messages give the rule's number, the key, what was expected,
+what came, and the nearest valid names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer, missing
+from purepruning.units import NM, Granularity
+
+Rule = Mapping[str, Any]
+Scope = Literal["layer", "global"]
+
+#: No layer loses more than this share of its units in global scope, unless its rule says otherwise.
+MAX_SPARSITY_PER_LAYER = 0.99
+
+_SELECTORS = ("op_types", "op_names", "op_partial_names")
+_SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity", "final_sparsity")
+_GRADUAL = ("initial_sparsity", "final_sparsity", "start_epoch", "end_epoch", "frequency")
+_QUANTIZER = ("quant_types", "quant_bits", "quant_start_step")
+_KEYS = (
+    *_SELECTORS,
+    *_SPARSITIES,
+    *_GRADUAL,
+    *_QUANTIZER,
+    "max_sparsity_per_layer",
+    "exclude",
+    "prune_iterations",
+    "allow_empty",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradual:
+    """The gradual keys of a rule, for a schedule: sparsities are fractions, times are epochs."""
+
+    initial_sparsity: float
+    final_sparsity: float
+    start_epoch: int
+    end_epoch: int
+    frequency: int
+
+
+def check_keys(number: int, rule: Any) -> None:
+    """Raises where a rule has unknown, missing or contradictory keys."""
+    if not isinstance(rule, Mapping):
+        raise TypeError(f"rule {number} must be a dictionary, got {type(rule).__name__}")
+    for key in rule:
+        if key not in _KEYS:
+            raise ValueError(missing(f"rule {number}: unknown key {key!r}", str(key), _KEYS))
+    if not any(key in rule for key in _SELECTORS):
+        raise ValueError(
+            f"rule {number} selects nothing: give op_types (['default'] for every weighted layer), "
+            "op_names or op_partial_names"
+        )
+    for key in ("exclude", "allow_empty"):
+        if not isinstance(rule.get(key, False), bool):
+            raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
+    given = [key for key in _SPARSITIES if key in rule]
+    if rule.get("exclude", False) and given:
+        raise ValueError(f"rule {number}: it excludes its layers, so {given[0]!r} has no meaning")
+    if len(given) > 1:
+        raise ValueError(f"rule {number}: {' and '.join(map(repr, given))} say the same; give one")
+
+
+def select(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[Layer]:
+    """Returns the layers that satisfy every selector of the rule."""
+    activations_only = "quant_types" in rule and "weight" not in rule["quant_types"]
+    selected = list(table)
+    for key in _SELECTORS:
+        if key not in rule:
+            continue
+        values = _strings(number, key, rule[key])
+        if not activations_only:
+            for value in values:
+                _check_selector(number, key, value, table)
+        selected = [x for x in selected if any(_satisfies(x, key, v) for v in values)]
+    if not selected and not activations_only:
+        asked = ", ".join(f"{key}={rule[key]!r}" for key in _SELECTORS if key in rule)
+        raise ValueError(f"rule {number}: no layer satisfies all of {asked}")
+    return selected
+
+
+def _satisfies(layer: Layer, key: str, value: str) -> bool:
+    if key == "op_names":
+        return value in layer.names
+    if key == "op_partial_names":
+        return any(value in name for name in layer.names)
+    types = DEFAULT_OP_TYPES if value == "default" else (value,)
+    return any(layer.has_type(t) for t in types)
+
+
+def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...]) -> None:
+    if any(_satisfies(layer, key, value) for layer in table):
+        return
+    names = [name for layer in table for name in layer.names]
+    types = sorted({t for layer in table for t in (layer.type, layer.class_name) if t})
+    what = {"op_names": "name", "op_partial_names": "part of a name", "op_types": "type"}[key]
+    message = f"rule {number}: {key}: no layer has the {what} {value!r}"
+    inside = [name for name in names if name.startswith(value + ".")]
+    if key == "op_names" and inside:
+        raise ValueError(
+            f"{message}, but {value!r} contains {len(inside)} layers, such as {inside[0]!r}; "
+            f"op_partial_names selects them all"
+        )
+    if key == "op_types" and value in OP_TYPES:
+        raise ValueError(f"{message}; the model has {', '.join(map(repr, types)) or 'none'}")
+    raise ValueError(missing(message, value, types if key == "op_types" else names))
+
+
+def sparsity_of(number: int, rule: Rule, scope: Scope, granularity: Granularity) -> float | None:
+    """Returns the fraction the rule asks for; None if it names none."""
+    given = next((key for key in _SPARSITIES if key in rule), None)
+    if given is None:
+        return None
+    where = f"rule {number}: {given}"
+    wrong = {"layer": "total_sparsity", "global": "sparsity_per_layer"}[scope]
+    if given == wrong:
+        other = {"layer": "global", "global": "layer"}[scope]
+        raise ValueError(f"{where} has a meaning in scope={other!r}, but scope is {scope!r}")
+    sparsity = fraction(rule[given], where)
+    if sparsity == 1 and not rule.get("allow_empty", False):
+        raise ValueError(
+            f"{where} of {rule[given]!r} would empty the layer; it must be less than 1, unless the "
+            "rule sets 'allow_empty': True"
+        )
+    if isinstance(granularity, NM):
+        fixed = 1 - granularity.keep / granularity.of
+        if not math.isclose(sparsity, fixed):
+            raise ValueError(f"{where} is {rule[given]!r}, but {granularity} prunes {fixed:g}")
+    return sparsity
+
+
+def maximum(number: int, rule: Rule, layers: list[Layer], scope: Scope) -> dict[str, float]:
+    """Returns the largest fraction of units that each layer may lose, by layer name."""
+    names = [layer.name for layer in layers]
+    key = "max_sparsity_per_layer"
+    if key not in rule:
+        return dict.fromkeys(names, MAX_SPARSITY_PER_LAYER)
+    if scope != "global":
+        raise ValueError(f"rule {number}: {key} has a meaning in scope='global' only")
+    value = rule[key]
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, fraction(value, f"rule {number}: {key}"))
+    maximum = dict.fromkeys(names, MAX_SPARSITY_PER_LAYER)
+    for name, share in value.items():
+        layer = next((x for x in layers if name in x.names), None)
+        if layer is None:
+            raise ValueError(missing(f"rule {number}: {key}: no layer {name!r} in it", name, names))
+        maximum[layer.name] = fraction(share, f"rule {number}: {key}[{name!r}]")
+    return maximum
+
+
+def gradual(number: int, rule: Rule) -> Gradual | None:
+    """Returns the rule's gradual keys; None if it has none."""
+    if not any(key in rule for key in _GRADUAL):
+        return None
+    final_key = next((key for key in _SPARSITIES if key in rule), None)
+    if final_key is None:
+        raise ValueError(f"rule {number}: a gradual rule needs 'final_sparsity'")
+    final = fraction(rule[final_key], f"rule {number}: {final_key}")
+    initial = fraction(rule.get("initial_sparsity", 0), f"rule {number}: initial_sparsity")
+    if initial > final:
+        raise ValueError(
+            f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}"
+        )
+    start = integer(rule, "start_epoch", number, 0, 0)
+    end = integer(rule, "end_epoch", number, max(start, 1), start)
+    return Gradual(initial, final, start, end, integer(rule, "frequency", number, 1, 1))
+
+
+def _strings(number: int, key: str, value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
+        raise TypeError(
+            f"rule {number}: {key} must be a string or a list of strings, got {value!r}"
+        )
+    if not values:
+        raise ValueError(f"rule {number}: {key} is empty")
+    return list(values)
+
+
+def fraction(value: Any, where: str) -> float:
+    """Returns a number in [0, 1]; ``where`` names it in messages."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if not number or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{where} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
+    return float(value)
+
+
+def integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:
+    """Returns the rule's integer at ``key``, at least ``lowest``."""
+    value = rule.get(key, default)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"rule {number}: {key} must be an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"rule {number}: {key} must be at least {lowest}, got {value!r}")
+    return int(value)
