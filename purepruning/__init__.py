@@ -9,6 +9,7 @@ import importlib.metadata
 
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
+from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.namespace import leaf_paths
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
@@ -40,4 +41,10 @@ __all__ = [
     "random_pruning",
     "prune",
     "Criterion",
+    # Masks.
+    "apply_masks",
+    "merge_masks",
+    "invert",
+    "expand",
+    "density",
 ]
