@@ -16,6 +16,9 @@ from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.rules import Gradual
 from purepruning.select import Criterion, prune
+from purepruning.storage import load_masks, save_masks
+from purepruning.summary import LayerSummary, Summary, summarize
+from purepruning.transform import KeepPrunedState, keep_pruned, set_masks
 from purepruning.units import NM, Block
 
 __version__ = importlib.metadata.version("purepruning")
@@ -47,4 +50,13 @@ __all__ = [
     "invert",
     "expand",
     "density",
+    "summarize",
+    "Summary",
+    "LayerSummary",
+    "save_masks",
+    "load_masks",
+    # Training with masks.
+    "keep_pruned",
+    "set_masks",
+    "KeepPrunedState",
 ]

@@ -119,7 +119,9 @@ class Config:
 
         Raises:
             KeyError: a pool is missing or unknown.
+            ValueError: the counts of N:M are fixed.
         """
+        self._check_counted()
         names = [pool.name for pool in self.pools]
         for name in counts:
             if name not in names:
@@ -149,8 +151,7 @@ class Config:
         >>> config.counts, config.with_sparsity(0.29).counts
         ({'fc': 50}, {'fc': 29})
         """
-        if isinstance(self.granularity, NM):
-            raise ValueError(f"the sparsity of {self.granularity} is fixed by keep and of")
+        self._check_counted()
         names = [pool.name for pool in self.pools]
         if not isinstance(sparsity, Mapping):
             sparsity = dict.fromkeys(names, sparsity)
@@ -163,13 +164,17 @@ class Config:
                 counts[pool.name] = self._count(pool, sparsity[pool.name])
         return dataclasses.replace(self, counts=counts)
 
+    def _check_counted(self) -> None:
+        if isinstance(self.granularity, NM):
+            raise ValueError(f"the sparsity of {self.granularity} is fixed by keep and of")
+
     def _count(self, pool: Pool, sparsity: Any) -> int | np.ndarray:
         where = f"pool {pool.name!r}: sparsity"
         if np.ndim(sparsity) == 0:
             return _checked_count(pool, fraction(sparsity, where), self.granularity, where)
         if np.ndim(sparsity) > 1:
             raise TypeError(f"{where} must be a fraction or a sequence of them, got {sparsity!r}")
-        fractions = [fraction(s, where) for s in np.asarray(sparsity, dtype=float).tolist()]
+        fractions = [fraction(s, where) for s in np.asarray(sparsity)]
         counts = [_checked_count(pool, s, self.granularity, where) for s in fractions]
         return np.asarray(counts, np.int32)
 
@@ -351,12 +356,12 @@ def _check_nm(number: int, layer: Layer, nm: NM) -> None:
 
 def _checked_count(pool: Pool, sparsity: float, granularity: Granularity, where: str) -> int:
     """Returns the pool's count; raises if its layers cannot or must not lose that many."""
-    if sparsity == 1 and not pool.allow_empty:
-        raise ValueError(
-            f"{where} 1 would prune every unit of {pool.name!r}; give its rule 'allow_empty': True "
-            "if that is meant"
-        )
     count = count_of(sparsity, pool.size)
+    if 0 < count == pool.size and not pool.allow_empty:
+        raise ValueError(
+            f"{where} {sparsity!r} would prune every unit of {pool.name!r}; give its rule "
+            "'allow_empty': True if that is meant"
+        )
     if pool.caps:
         most = sum(
             grid(layer, granularity).n_members * _largest(grid(layer, granularity), cap)

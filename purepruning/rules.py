@@ -195,7 +195,8 @@ def fraction(value: Any, where: str) -> float:
         raise TypeError(f"{where} must be a number, got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
-    return float(value)
+    # A number of lower precision stands for the decimal it prints as: float32 0.7 is 0.7.
+    return float(str(value))
 
 
 def integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:

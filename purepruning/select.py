@@ -35,6 +35,9 @@ from purepruning.units import NM, Block, Granularity, Grid, fold, grid, spread
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.
 SMALL = 65_536
 
+#: Up to this many weights in a group of N:M, comparing all pairs is fastest.
+PAIRS = 16
+
 
 class Criterion(NamedTuple):
     """What a pruner ranks by. Scores are float32, and larger ones are more important.
@@ -76,6 +79,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 
     Raises:
         KeyError: a layer's parameter is not in ``params``.
+        TypeError: a count is no integer.
         ValueError: the criterion has no meaning for the config's granularity; a parameter has
             another shape or is not a float; a count is missing, outside the layer's units, or
             empties a layer whose rule does not allow it; a score is NaN, where values are known.
@@ -156,6 +160,8 @@ def _counts(config: Config) -> dict[str, Any]:
                 f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or "
                 "call config.with_sparsity(...)"
             )
+        if not _is_integer(count):
+            raise TypeError(f"the count of {pool.name!r} must be an integer, got {count!r}")
         if not is_concrete(count):
             continue
         if getattr(count, "ndim", 0):
@@ -169,6 +175,12 @@ def _counts(config: Config) -> dict[str, Any]:
                 f"{pool.size} units, and to lose them all its rule needs 'allow_empty': True"
             )
     return config.counts
+
+
+def _is_integer(count: Any) -> bool:
+    if hasattr(count, "dtype"):
+        return namespace(count).isdtype(count.dtype, "integral")
+    return isinstance(count, int) and not isinstance(count, bool)
 
 
 # From here on everything is traceable.
@@ -320,11 +332,12 @@ def _lowest(
     """
     if not caps:
         return _lowest_in_rows(xp, keys, budgets)
-    # Units beyond their layer's cap take no part: they rank last, and stay.
+    # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
     within = _lowest_in_rows(xp, keys, [int32(xp, cap, keys[0]) for cap in caps])
     flat_keys, flat_costs = [], []
     for k, cost, allowed in zip(keys, costs, within, strict=True):
-        flat_keys.append(xp.reshape(xp.where(allowed, k, HIGHEST), (1, -1)))
+        ranked = xp.where(allowed, xp.clip(k, max=HIGHEST - 1), HIGHEST)
+        flat_keys.append(xp.reshape(ranked, (1, -1)))
         each = int32(xp, cost, k)
         each = xp.reshape(each, (1, -1)) if each.ndim else each
         flat_costs.append(xp.reshape(xp.broadcast_to(each, k.shape), (-1,)))
@@ -370,23 +383,37 @@ def _nm_masks(weights: dict[str, Any], stats: Any, plan: _Plan, nm: NM) -> _Mask
 
 
 def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
-    """Returns the mask that keeps the highest of every group, by comparing all pairs in it."""
+    """Returns the mask that keeps the highest of every group."""
     rest = tuple(a for a in range(keys.ndim) if a not in layer.in_axes)
     lead = tuple(a for a in rest if a < layer.in_axes[0])
     order = (*lead, *layer.in_axes, *(a for a in rest if a not in lead))
     moved = xp.permute_dims(keys, order)
     before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(layer.in_axes) :]
     groups = xp.reshape(moved, (*before, -1, nm.of, *after))
-    place = (slice(None),) * (len(before) + 1)
-    at = [groups[(*place, i)] for i in range(nm.of)]
+    keep = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
+    mask = xp.reshape(keep(xp, groups, len(before) + 1, nm), moved.shape)
+    return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
+
+
+def _highest_of_pairs(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns which keys along ``axis`` are among the highest, by comparing all pairs of them."""
+    at = [groups[(*(slice(None),) * axis, i)] for i in range(nm.of)]
     keep = []
     for i in range(nm.of):
         # Of equal keys the earlier one is lower.
         lower = [at[j] <= at[i] if j < i else at[j] < at[i] for j in range(nm.of) if j != i]
         rank = functools.reduce(operator.add, (xp.astype(x, xp.uint8) for x in lower))
         keep.append(rank >= nm.of - nm.keep)
-    mask = xp.reshape(xp.stack(keep, axis=len(place)), moved.shape)
-    return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
+    return xp.stack(keep, axis=axis)
+
+
+def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns the same, by ranking every group: comparing pairs takes the square of its size."""
+    last = xp.moveaxis(groups, axis, -1)
+    rows = xp.reshape(last, (-1, nm.of))
+    count = xp.full_like(rows[:, 0], nm.of - nm.keep)
+    lowest = _kernel(rows).lowest(rows, count, None)
+    return xp.moveaxis(xp.reshape(~lowest, last.shape), -1, axis)
 
 
 # Biases.

@@ -78,14 +78,16 @@ def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
 
 def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
-    magnitude = xp.abs(xp.astype(weight, xp.float32))
-    # Squares are taken of numbers near 1, so that none overflows or vanishes.
-    top = xp.max(magnitude)
-    scale, unscale = power_of_two_scale(top, 0)
-    scaled = xp.where(xp.isfinite(top), magnitude * scale, magnitude)
-    unscale = xp.where(xp.isfinite(top), unscale, 1.0)
-    squares = fold(xp, scaled * scaled, g, exact_sum)
-    return xp.sqrt(squares * _edge_scale(xp, g) if g.is_padded else squares) * unscale
+    norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, _root_of_squares)
+    return norm * xp.sqrt(_edge_scale(xp, g)) if g.is_padded else norm
+
+
+def _root_of_squares(magnitude: Any, axes: tuple[int, ...]) -> Any:
+    xp = namespace(magnitude)
+    # Squares are taken of numbers near 1, so that the largest of them neither overflow nor vanish.
+    scale, unscale = power_of_two_scale(xp.max(magnitude, axis=axes, keepdims=True), 0, 63)
+    scaled = magnitude * scale
+    return xp.sqrt(exact_sum(scaled * scaled, axes)) * xp.squeeze(unscale, axis=axes)
 
 
 def _edge_scale(xp: Any, g: Grid) -> Any:
