@@ -29,7 +29,11 @@ def namespace(x: Any) -> Any:
 
     NumPy arrays and Python scalars belong to ``jax.numpy``.
     """
-    return importlib.import_module("array_api_compat.torch") if is_torch(x) else jnp
+    if not is_torch(x):
+        return jnp
+    # torch.compile can look a module up, but not import it.
+    name = "array_api_compat.torch"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def compiled(x: Any, function: Callable[..., Any], *static: str) -> Callable[..., Any]:

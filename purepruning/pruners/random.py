@@ -18,7 +18,7 @@ def random_pruning(params: Any, stats: Any, config: Config) -> Any:
 
     The key stands in the place of the statistics: an integer seed, a ``jax.random`` key, or two
     32-bit words in an integer array or tensor; seed 5 and ``jax.random.key(5)`` are the same. Every
-    unit's score is a hash of the key, the layer's weight path and the unit's position, so that
+    unit's score is a hash of the key, the layer's name and the unit's position, so that
     masks are the same in every framework, a layer's mask does not depend on the other layers, and
     ``vmap`` over keys gives many masks at once. For configs of any granularity. See
     :func:`purepruning.prune` for the form of the masks and errors.
@@ -43,8 +43,8 @@ def _shift(x: Any, by: int) -> Any:
 def _score(layer: Layer, words: Any, index: Any) -> Any:
     xp = namespace(index)
     high, low = (int32(xp, word, index) for word in words)
-    path = zlib.crc32(layer.weight.encode()) & 0x7FFFFFFF
-    first = _mix(high ^ path)
+    name = zlib.crc32(layer.name.encode()) & 0x7FFFFFFF
+    first = _mix(high ^ name)
     second = _mix(low ^ first)
     bits = _mix(_mix(index ^ first) + second)
     # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.

@@ -13,6 +13,8 @@ import torch
 from purepruning.masks import apply_masks, by_path
 
 Masks = Mapping[str, torch.Tensor]
+#: A module, or the tensors themselves by name, as the functional style holds them.
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
 def masked_call(
@@ -58,7 +60,7 @@ def masked_call(
 
 
 @torch.no_grad()
-def apply_(model: torch.nn.Module, masks: Masks) -> None:
+def apply_(model: Model, masks: Masks) -> None:
     """Writes zeros into the pruned weights of ``model``, in place; returns nothing.
 
     Once, at this moment: training may move them again, see :func:`keep_pruned`.
@@ -77,7 +79,7 @@ def apply_(model: torch.nn.Module, masks: Masks) -> None:
 
 
 def keep_pruned(
-    model: torch.nn.Module,
+    model: Model,
     masks: Masks,
     optimizer: torch.optim.Optimizer,
     *,
@@ -96,7 +98,7 @@ def keep_pruned(
     ``load_state_dict(assign=True)``), so must this. Several optimizers need one call each.
 
     Args:
-        model: the module whose names the masks use.
+        model: the module whose names the masks use, or a dict of (stacked) tensors by name.
         masks: boolean tensors by parameter name.
         optimizer: it must hold at least one masked parameter.
         zero_moments: also set the optimizer's state of pruned weights to zero, in every state
@@ -126,7 +128,7 @@ class KeepPruned:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Model,
         masks: Masks,
         optimizer: torch.optim.Optimizer,
         zero_moments: bool,
@@ -172,6 +174,6 @@ class KeepPruned:
                         value.masked_fill_(pruned, 0)
 
 
-def _pairs(model: torch.nn.Module, masks: Masks) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    params = dict(model.named_parameters())
+def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    params = dict(model if isinstance(model, Mapping) else model.named_parameters())
     return [(params[name], mask) for name, mask in by_path(masks, params).items()]
