@@ -5,11 +5,11 @@ masks at once and computes the losses of all networks at once, one backward pass
 and one Adam, which works element by element, is as many as there are networks. Milliseconds per
 epoch of one of 30 networks (one thread, torch 2.13):
 
-    ===============================================  ====
-    ``vmap``, ``keep_pruned`` on the stacked tensors   17
-    ``vmap`` of ``masked_call``                        25
-    loop over modules, optimizers, ``keep_pruned``     26
-    ===============================================  ====
+    ================================================  ====
+    ``vmap``, ``keep_pruned`` on the stacked tensors    17
+    ``vmap`` of ``masked_call``                         25
+    loop over modules, optimizers, ``keep_pruned``      26
+    ================================================  ====
 """
 
 from __future__ import annotations
