@@ -1,7 +1,6 @@
-"""The README's example in JAX: from a Flax model to masks, and an optimizer that keeps to them."""
+"""The README's example in JAX: from a Flax model to a pruned one."""
 
 import jax
-import optax
 from flax import linen as nn
 
 import purepruning as pp
@@ -15,5 +14,4 @@ layers = linen.layers(model, params, x)
 config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], layers)
 masks = pp.level(params, None, config)
 params = pp.apply_masks(params, masks)
-optimizer = optax.chain(optax.adam(1e-3), pp.keep_pruned(masks))
 print(pp.summarize(params, masks, layers))

@@ -1,6 +1,5 @@
 """The README's example in PyTorch; what differs from JAX is marked."""
 
-import torch  # changed
 from torch import nn  # changed
 
 import purepruning as pp
@@ -12,7 +11,5 @@ params = dict(model.named_parameters())  # changed
 layers = interop.layers(model)  # changed
 config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], layers)
 masks = pp.level(params, None, config)
-interop.apply_(model, masks)  # changed: in place; pp.apply_masks returns new params here too
-optimizer = torch.optim.Adam(model.parameters(), 1e-3)  # changed
-handle = interop.keep_pruned(model, masks, optimizer)  # changed
+params = pp.apply_masks(params, masks)
 print(pp.summarize(params, masks, layers))

@@ -121,7 +121,7 @@ def expand(masks: Any, params: Any) -> Any:
     def full(path: str, leaf: Any) -> Any:
         xp = namespace(leaf)
         if path in keep:
-            return spread_mask(keep[path], leaf)
+            return xp.astype(spread_mask(keep[path], leaf), xp.bool, copy=True)
         return xp.ones_like(leaf, dtype=xp.bool) if _is_array(leaf) else xp.ones((), dtype=xp.bool)
 
     return tree.rebuild({path: full(path, leaf) for path, leaf in tree.leaves.items()})
@@ -169,13 +169,16 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
     for path, mask in named.items():
         if path not in leaves:
             raise KeyError(missing(f"masks: no parameter is called {path!r}", path, leaves))
+        if not _is_array(leaves[path]):
+            raise TypeError(f"masks: the parameter {path!r} is no array, but {leaves[path]!r}")
         _check(path, mask, leaves[path])
     return named
 
 
 def zero_pruned(x: Any, mask: Any) -> Any:
     """Returns one array with zeros where its mask is False."""
-    return namespace(x).where(spread_mask(mask, x), x, 0)
+    xp = namespace(x)
+    return xp.where(spread_mask(mask, x), x, xp.zeros_like(x))
 
 
 def spread_mask(mask: Any, x: Any) -> Any:
@@ -290,7 +293,8 @@ def _merge(path: str, group: list[Any], op: Any) -> Any:
         listed = " and ".join(map(str, shapes))
         raise ValueError(f"masks: the masks of {path!r} do not broadcast: {listed}") from None
     xp = namespace(group[0])
-    return functools.reduce(op, [xp.broadcast_to(mask, shape) for mask in group])
+    whole = [xp.broadcast_to(mask, shape) for mask in group]
+    return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)
 
 
 def _traced_density(keep: dict[str, Any], shapes: dict[str, tuple[int, ...]], total: int) -> Any:

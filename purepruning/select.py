@@ -19,6 +19,7 @@ from purepruning.config import BiasRule, Config, Pool
 from purepruning.layers import Layer, missing
 from purepruning.namespace import (
     compiled,
+    detached,
     flatten,
     int32,
     is_batched,
@@ -49,12 +50,14 @@ class Criterion(NamedTuple):
         channel: ``(layer, grid, weight, stats) -> (members, units)``: how channels score; None if
             the criterion has no such meaning.
         block: the same for blocks.
+        needs_stats: whether ``stats`` have a meaning; a pruner that needs none takes None.
     """
 
     name: str
     element: Callable[[Layer, Any, Any], Piece] | None = None
     channel: Callable[[Layer, Grid, Any, Any], Any] | None = None
     block: Callable[[Layer, Grid, Any, Any], Any] | None = None
+    needs_stats: bool = False
 
 
 class _Plan(NamedTuple):
@@ -79,19 +82,33 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 
     Raises:
         KeyError: a layer's parameter is not in ``params``.
-        TypeError: a count is no integer.
+        TypeError: ``config`` is no config, there are stats where there should be none, a parameter
+            is no array, or a count is no integer.
         ValueError: the criterion has no meaning for the config's granularity; a parameter has
             another shape or is not a float; a count is missing, outside the layer's units, or
             empties a layer whose rule does not allow it; a score is NaN, where values are known.
             Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
             and NaN ranks above infinity, so that it stays in the weights to be seen.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
+            f"returned; got {type(config).__name__}"
+        )
+    if stats is not None and not criterion.needs_stats:
+        raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
     score = _score_of(criterion, config.granularity)
     tree = flatten(params)
+    if set(tree.leaves) == {""} and not hasattr(params, "shape"):
+        raise TypeError(
+            f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
+            f"(dict(model.named_parameters())), got {type(params).__name__}"
+        )
     weights = _weights(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
-    plan = _Plan(score, config.pools, config.scope, config.granularity, config.bias)
+    pools = tuple(pool.problem for pool in config.pools)
+    plan = _Plan(score, pools, config.scope, config.granularity, config.bias)
     counts = {} if isinstance(config.granularity, NM) else _counts(config)
     like = next(iter(weights.values()))
     check = all(map(is_concrete, weights.values()))
@@ -139,7 +156,9 @@ def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str
             )
             raise KeyError(missing(message, layer.bias, leaves))
         weight = leaves[layer.weight]
-        shape = tuple(getattr(weight, "shape", ()))
+        if not hasattr(weight, "shape") or not hasattr(weight, "dtype"):
+            raise TypeError(f"{where}: {layer.weight!r} is no array, but {weight!r}")
+        shape = tuple(weight.shape)
         if shape != layer.shape:
             raise ValueError(
                 f"{where}: {layer.weight!r} has shape {shape} in params, but {layer.shape} in the "
@@ -147,7 +166,14 @@ def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str
             )
         if not namespace(weight).isdtype(weight.dtype, "real floating"):
             raise ValueError(f"{where}: {layer.weight!r} must be floating, got {weight.dtype}")
-        weights[layer.weight] = weight
+        if config.bias == "follow" and layer.bias is not None:
+            size = math.prod(getattr(leaves[layer.bias], "shape", ()))
+            if size != grid(layer, "output_channel").n_members * layer.out_channels:
+                raise ValueError(
+                    f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
+                    f"gives the layer {layer.out_channels} output channels"
+                )
+        weights[layer.weight] = detached(weight)
     return weights
 
 
@@ -168,11 +194,11 @@ def _counts(config: Config) -> dict[str, Any]:
             raise ValueError(
                 f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
             )
-        most = pool.size if pool.allow_empty or pool.caps else max(pool.size - 1, 0)
-        if not 0 <= int(count) <= most:
+        if not 0 <= int(count) <= pool.most:
+            why = "max_sparsity_per_layer" if pool.caps else "'allow_empty': True"
             raise ValueError(
-                f"the count of {pool.name!r} must lie in [0, {most}], got {int(count)}: it has "
-                f"{pool.size} units, and to lose them all its rule needs 'allow_empty': True"
+                f"the count of {pool.name!r} must lie in [0, {pool.most}], got {int(count)}; its "
+                f"size is {pool.size}, and how much of it can go depends on the rule's {why}"
             )
     return config.counts
 
@@ -204,7 +230,9 @@ def _masks(
         for layer in pool.layers:
             keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
             if keep is not None and layer.bias is not None:
-                masks[layer.bias] = keep
+                # A bias that layers share stays as long as one of them needs it.
+                shared = masks.get(layer.bias)
+                masks[layer.bias] = keep if shared is None else keep | shared
     return masks, has_nan
 
 
@@ -420,14 +448,15 @@ def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
 
 
 def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
-    """Returns which biases stay, ``(members, channels)``: those with some weight left.
+    """Returns which biases stay, flat: those of channels with some weight left.
 
     None if the layer has no bias, or if no channel can lose all its weights.
     """
     if layer.bias is None or not layer.out_axes:
         return None
-    if isinstance(granularity, NM) or granularity == "input_channel":
+    if isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1):
         return None
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, layer.shape)
-    return fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    keep = fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    return xp.reshape(keep, (-1,))

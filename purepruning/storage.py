@@ -8,7 +8,7 @@ The format is one safetensors file, which holds numbers and text and can execute
 mask is a ``uint8`` tensor named by its parameter's path: the mask's elements in C order, eight to a
 byte, the first in the lowest bit. The metadata entry ``purepruning`` is a JSON object with
 ``format`` (``"masks"``), ``format_version``, ``library_version`` and, for every path in ``masks``,
-its ``mask_shape`` and ``param_shape``.
+its ``mask_shape``, ``param_shape`` and the ``crc32`` of its bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import secrets
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,23 @@ def save_masks(path: str | os.PathLike[str], masks: Any, params: Any) -> None:
     {'b': None, 'w': Array([[ True, False,  True]], dtype=bool)}
     """
     leaves = flatten(params).leaves
+    if "__metadata__" in leaves:
+        raise ValueError("a parameter called '__metadata__' has no place in a safetensors file")
     keep = {name: to_numpy(mask) for name, mask in by_path(masks, params).items()}
+    bits = {name: np.packbits(mask.reshape(-1), bitorder="little") for name, mask in keep.items()}
     header = {
         "format": "masks",
         "format_version": FORMAT_VERSION,
         "library_version": importlib.metadata.version("purepruning"),
         "masks": {
-            name: {"mask_shape": list(mask.shape), "param_shape": list(leaves[name].shape)}
+            name: {
+                "mask_shape": list(mask.shape),
+                "param_shape": list(leaves[name].shape),
+                "crc32": zlib.crc32(bits[name].tobytes()),
+            }
             for name, mask in keep.items()
         },
     }
-    bits = {name: np.packbits(mask.reshape(-1), bitorder="little") for name, mask in keep.items()}
     # One metadata entry, since safetensors writes several in any order.
     metadata = {"purepruning": json.dumps(header, sort_keys=True)}
     _write(Path(path), safetensors.numpy.save(bits, metadata=metadata))
@@ -119,6 +126,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
     """Returns mask and parameter shape by name, everything checked."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory")
     path.stat()  # FileNotFoundError, with the path; safetensors' own differs by version
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -138,14 +147,18 @@ def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
         if header["masks"].keys() != bits.keys():
             raise ValueError("header and contents name different masks")
         return {name: _unpack(name, bits[name], header["masks"][name]) for name in sorted(bits)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as masks: {error}") from error
 
 
 def _unpack(name: str, bits: np.ndarray, row: dict) -> tuple[np.ndarray, tuple[int, ...]]:
-    shape, param_shape = (tuple(map(int, row[key])) for key in ("mask_shape", "param_shape"))
+    shape, param_shape = (tuple(row[key]) for key in ("mask_shape", "param_shape"))
+    if not all(type(n) is int and n >= 0 for n in (*shape, *param_shape)):
+        raise ValueError(f"{name!r}: shapes {shape} and {param_shape}")
     size = math.prod(shape)
     if bits.dtype != np.uint8 or bits.shape != (-(-size // 8),):
         raise ValueError(f"{name!r}: {bits.dtype} of shape {bits.shape} for a mask of {shape}")
+    if zlib.crc32(bits.tobytes()) != row["crc32"]:
+        raise ValueError(f"{name!r}: the contents do not agree with their checksum")
     flat = np.unpackbits(bits, count=size, bitorder="little")
     return flat.astype(bool).reshape(shape), param_shape

@@ -93,7 +93,8 @@ def keep_pruned(
         _check_updates(updates, keep)
         inner_state = state.inner
         if inner is not None:
-            shapes = {path: weight.shape for path, weight in flatten(params).leaves.items()}
+            leaves = flatten(params).leaves
+            shapes = {path: leaves[path].shape for path in keep}
             updates, inner_state = inner.update(
                 _zero_pruned(updates, keep, shapes),
                 inner_state,

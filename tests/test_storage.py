@@ -1,6 +1,7 @@
 """Masks in files: what is read is what was written, in either framework; nothing else passes."""
 
 import json
+import zlib
 
 import equinox as eqx
 import jax
@@ -76,7 +77,9 @@ def test_the_format(file):
         "format": "masks",
         "format_version": 1,
         "library_version": pp.__version__,
-        "masks": {"w": {"mask_shape": [2, 5], "param_shape": [2, 5]}},
+        "masks": {
+            "w": {"mask_shape": [2, 5], "param_shape": [2, 5], "crc32": zlib.crc32(b"\x65\x02")}
+        },
     }
 
 
@@ -143,13 +146,14 @@ def write(file, tensors, header):
 
 
 def header(**changes):
-    row = {"mask_shape": [7], "param_shape": [7]}
+    row = {"mask_shape": [7], "param_shape": [7], "crc32": CRC}
     return {
         "format": "masks", "format_version": 1, "library_version": "9", "masks": {"a.b": row},
     } | changes  # fmt: skip
 
 
 BITS = {"a.b": np.zeros(1, np.uint8)}
+CRC = zlib.crc32(b"\0")
 
 
 def test_a_file_written_by_hand_is_read(file):
@@ -167,8 +171,17 @@ def test_a_file_written_by_hand_is_read(file):
         (BITS, header(masks={}), "different masks"),
         (BITS, header(masks={"a.b": {}}), "cannot be read"),
         (BITS, header(masks={"a.b": {"mask_shape": [7], "param_shape": "x"}}), "cannot be read"),
-        (BITS, header(masks={"a.b": {"mask_shape": [9], "param_shape": [7]}}), "'a.b'.*uint8"),
-        (BITS, header(masks={"a.b": {"mask_shape": [5], "param_shape": [7]}}), "broadcast"),
+        (
+            BITS,
+            header(masks={"a.b": {"mask_shape": [9], "param_shape": [7], "crc32": CRC}}),
+            "'a.b'.*uint8",
+        ),
+        (
+            BITS,
+            header(masks={"a.b": {"mask_shape": [5], "param_shape": [7], "crc32": CRC}}),
+            "broadcast",
+        ),
+        (BITS, header(masks={"a.b": header()["masks"]["a.b"] | {"crc32": 1}}), "checksum"),
         (BITS, header(masks={"a.b": {"mask_shape": [-7], "param_shape": [7]}}), "'a.b'"),
         ({"a.b": np.zeros(7, bool)}, header(), "'a.b': bool"),
     ],

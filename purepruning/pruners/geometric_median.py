@@ -6,9 +6,9 @@ from typing import Any
 
 from purepruning.config import Config
 from purepruning.layers import Layer
-from purepruning.namespace import matmul, namespace
+from purepruning.namespace import iota, matmul, namespace
 from purepruning.select import Criterion, prune
-from purepruning.sums import exact_sum
+from purepruning.sums import exact_sum, power_of_two_scale
 from purepruning.units import Grid, cut
 
 ROWS = 512  # units whose distances to all others are held at a time
@@ -22,8 +22,10 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
     For configs of output or input channels, with ``stats=None``. Distances come from inner
     products, a block of rows at a time: n channels of m weights take memory for ``min(n, 512) * n``
     distances. They are exact, and masks the same in every framework, where the products of weights
-    are exact in float32, as for integers; otherwise channels whose scores agree to about 1e-6 may
-    change places. See :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
+    are exact in float32, as for integers. Otherwise a distance is off by as much as 3e-4 of the
+    layer's radius (the square root of float32's precision) where it is small against that radius,
+    and channels whose scores are closer than that may change places between frameworks. See
+    :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     He et al. 2018, arXiv:1811.00250; NNI's FPGM pruner.
     """
@@ -33,13 +35,14 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
 def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
     units = cut(xp, xp.astype(weight, xp.float32), g)
-    # Distances do not change when all units move together; near the origin the products cancel
-    # least.
-    middle = (xp.max(units, axis=1, keepdims=True) + xp.min(units, axis=1, keepdims=True)) / 2
-    units = units - middle
+    # Distances do not change when all units move together; near the origin their products cancel
+    # least. The middle is rounded to a coarse grid, so that products of integers stay exact.
+    scale, unscale = power_of_two_scale(xp.max(xp.abs(units), axis=(1, 2), keepdims=True), 3, 60)
+    units = units * scale
+    units = units - xp.round(exact_sum(units, (1,))[:, None, :] / g.n_units)
     squares = xp.sum(units * units, axis=2)
     n = g.n_units
-    place = xp.arange(n)
+    place = iota(xp, n, weight)
     rows = []
     for start in range(0, n, ROWS):
         part = units[:, start : start + ROWS, :]
@@ -48,7 +51,7 @@ def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
         itself = place[None, start : start + ROWS, None] == place[None, None, :]
         square = xp.where(itself | (square < 0), 0.0, square)
         rows.append(exact_sum(xp.sqrt(square), (2,)))
-    return xp.concat(rows, axis=1)
+    return xp.concat(rows, axis=1) * unscale[:, :, 0]
 
 
 _FPGM = Criterion("fpgm", channel=_distances)

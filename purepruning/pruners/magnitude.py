@@ -8,7 +8,7 @@ import numpy as np
 
 from purepruning.config import Config
 from purepruning.layers import Layer
-from purepruning.namespace import namespace
+from purepruning.namespace import is_torch, namespace
 from purepruning.pieces import Piece
 from purepruning.select import Criterion, prune
 from purepruning.sums import exact_sum, power_of_two_scale
@@ -20,8 +20,8 @@ def level(params: Any, stats: None, config: Config) -> Any:
 
     $$s_i = |w_i|$$
 
-    For configs of single elements or N:M. With ``stats=None``; see :func:`purepruning.prune` for
-    the form of the masks, ties, NaN and errors.
+    Magnitudes are compared in float32. For configs of single elements or N:M, with ``stats=None``;
+    see :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     Han et al. 2015, arXiv:1506.02626; NNI's Level pruner.
 
@@ -73,13 +73,13 @@ def _magnitude(arrays: tuple[Any, ...], index: Any) -> Any:
 def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
     norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, exact_sum)
-    return norm * _edge_scale(xp, g) if g.is_padded else norm
+    return norm * _edge_scale(norm, g) if g.is_padded else norm
 
 
 def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
     norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, _root_of_squares)
-    return norm * xp.sqrt(_edge_scale(xp, g)) if g.is_padded else norm
+    return norm * xp.sqrt(_edge_scale(norm, g)) if g.is_padded else norm
 
 
 def _root_of_squares(magnitude: Any, axes: tuple[int, ...]) -> Any:
@@ -90,9 +90,10 @@ def _root_of_squares(magnitude: Any, axes: tuple[int, ...]) -> Any:
     return xp.sqrt(exact_sum(scaled * scaled, axes)) * xp.squeeze(unscale, axis=axes)
 
 
-def _edge_scale(xp: Any, g: Grid) -> Any:
+def _edge_scale(norm: Any, g: Grid) -> Any:
     cost = np.asarray(g.cost)
-    return xp.asarray((cost.max() / cost)[None, :].astype(np.float32))
+    scale = (cost.max() / cost)[None, :].astype(np.float32)
+    return namespace(norm).asarray(scale, device=norm.device if is_torch(norm) else None)
 
 
 _LEVEL = Criterion("level", element=_element)

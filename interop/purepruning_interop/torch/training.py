@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from purepruning.layers import missing
 from purepruning.masks import apply_masks, by_path
 
 Masks = Mapping[str, torch.Tensor]
@@ -40,7 +41,7 @@ def masked_call(
         **kwargs: keyword arguments of the model.
 
     Raises:
-        KeyError: a mask names no parameter.
+        KeyError: a mask, or an entry of ``params``, names no parameter.
         ValueError: a mask does not broadcast to its parameter, or lies on another device.
         TypeError: a mask is not boolean.
 
@@ -53,6 +54,11 @@ def masked_call(
     """
     own = dict(model.named_parameters())
     given = dict(params or {})
+    known = {*(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name in given:
+        if name not in known:
+            raise KeyError(missing(f"params: the model has no {name!r}", name, sorted(known)))
     by_path(masks, own | given)
     masked = {name: given.get(name, own.get(name)) for name in masks}
     values = given | apply_masks(masked, masks)
@@ -133,6 +139,8 @@ class KeepPruned:
         optimizer: torch.optim.Optimizer,
         zero_moments: bool,
     ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"keep_pruned needs a torch optimizer, got {type(optimizer).__name__}")
         self._model, self._zero_moments = model, zero_moments
         self._held = {p for group in optimizer.param_groups for p in group["params"]}
         self.set_masks(masks)
@@ -176,4 +184,4 @@ class KeepPruned:
 
 def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
     params = dict(model if isinstance(model, Mapping) else model.named_parameters())
-    return [(params[name], mask) for name, mask in by_path(masks, params).items()]
+    return [(params[name], mask.clone()) for name, mask in by_path(masks, params).items()]
