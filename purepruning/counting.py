@@ -49,15 +49,15 @@ def global_cuts(
     return _solve(pieces, jnp.broadcast_to(budget, caps.shape), caps, check)
 
 
-def pruned(piece: Piece, cut: Cut, i: int) -> Array:
-    """Returns which elements of piece i the cut prunes, in the shape of its arrays."""
-    return _pruned(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
+def kept(piece: Piece, cut: Cut, i: int) -> Array:
+    """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
+    return _kept(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
 
 
 # Compiled on its own, so that XLA sees layers of one shape as calls of one function.
 @functools.partial(jax.jit, static_argnames="score")
-def _pruned(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
-    return cut.prunes(0, *Piece(arrays, score).keys(jnp))
+def _kept(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
+    return cut.keeps(0, *Piece(arrays, score).keys(jnp))
 
 
 def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from purepruning.namespace import int32, namespace
 from purepruning.pieces import HIGHEST, LOWEST, Cut, Piece, ordered_bits
 
-CHUNK = 262_144  # elements looked at together, so that what is derived from them stays in cache
+CHUNK = 524_288  # elements looked at together, so that what is derived from them stays in cache
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
@@ -41,13 +41,13 @@ def global_cuts(
     return cut, [check and _has_nan(piece) for piece in pieces]
 
 
-def pruned(piece: Piece, cut: Cut, i: int) -> Any:
-    """Returns which elements of piece i the cut prunes, in the shape of its arrays."""
+def kept(piece: Piece, cut: Cut, i: int) -> Any:
+    """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
     xp = namespace(piece.arrays[0])
     result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)
     for index, keys in _chunks(piece):
         start = int(index[0])
-        result[start : start + keys.shape[0]] = cut.prunes(i, keys, index)
+        result[start : start + keys.shape[0]] = cut.keeps(i, keys, index)
     return xp.reshape(result, piece.shape)
 
 

@@ -321,7 +321,7 @@ def _keep_elements(
         cut, nan = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like), check)
     else:
         cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
-    return [~kernel.pruned(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
+    return [kernel.kept(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
 
 
 # Channels and blocks.
