@@ -161,8 +161,8 @@ def flatten(tree: Any) -> Flat:
     """Returns the leaves of ``tree`` by dotted path, and the way back to a tree.
 
     A leaf's path joins its keys with dots: ``"Dense_0.kernel"``, ``"layers.0.weight"``. The
-    ``value`` that Flax NNX puts under every variable is no part of it, so that a state, its
-    gradients and an optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same
+    ``value`` in a variable of Flax NNX is no part of it, so that a state, its gradients and an
+    optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same
     tree with ``None`` at every path that ``values`` does not name; for a flat dict of torch
     tensors, which cannot hold ``None`` under ``torch.func.vmap``, it gives a dict of the named ones
     only.
@@ -178,10 +178,10 @@ def flatten(tree: Any) -> Flat:
         return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})
     treedef = jax.tree_util.tree_structure(tree)
     leaves = {}
-    # A variable of Flax NNX is a node with its value in it; the path ends at the variable.
-    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable):
+    # Flax's boxes are nodes with a value in them; the path ends at the box.
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
-        for leaf in jax.tree_util.tree_leaves(node) if _is_nnx_variable(node) else [node]:
+        for leaf in jax.tree_util.tree_leaves(node) if _is_box(node) else [node]:
             if path in leaves:
                 raise ValueError(f"two leaves of the tree have the path {path!r}")
             leaves[path] = leaf
@@ -205,6 +205,9 @@ def leaf_paths(tree: Any) -> tuple[str, ...]:
     return tuple(flatten(tree).leaves)
 
 
-def _is_nnx_variable(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Variable)
+def _is_box(x: Any) -> bool:
+    """Whether ``x`` is one of Flax's boxes around an array: an NNX variable, Linen's metadata."""
+    nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+    if nnx is not None and isinstance(x, nnx.Variable):
+        return True
+    return meta is not None and isinstance(x, meta.AxisMetadata)

@@ -404,9 +404,14 @@ def _nm_masks(weights: dict[str, Any], stats: Any, plan: _Plan, nm: NM) -> _Mask
         for layer in pool.layers:
             piece = plan.score(layer, weights[layer.weight], stats)
             xp = namespace(piece.arrays[0])
-            keys, _ = piece.keys(xp)
-            has_nan[layer.name] = xp.any(keys == HIGHEST)
-            masks[layer.weight] = _keep_nm(xp, keys, layer, nm)
+            last = layer.in_axes == tuple(range(len(layer.shape)))[-len(layer.in_axes) :]
+            if is_torch(piece.arrays[0]) and is_concrete(piece.arrays[0]) and last:
+                keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
+                mask, nan = partition.by_rows(piece, nm.of, keep)
+            else:
+                keys, _ = piece.keys(xp)
+                mask, nan = _keep_nm(xp, keys, layer, nm), xp.any(keys == HIGHEST)
+            masks[layer.weight], has_nan[layer.name] = mask, nan
     return masks, has_nan
 
 
@@ -418,19 +423,31 @@ def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
     moved = xp.permute_dims(keys, order)
     before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(layer.in_axes) :]
     groups = xp.reshape(moved, (*before, -1, nm.of, *after))
-    keep = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
-    mask = xp.reshape(keep(xp, groups, len(before) + 1, nm), moved.shape)
+    mask = xp.reshape(_highest_of_groups(groups, len(before) + 1, nm), moved.shape)
     return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
 
 
+def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
+    """Returns which of the ``nm.of`` keys along ``axis`` are among the ``nm.keep`` highest."""
+    choose = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
+    return choose(namespace(groups), groups, axis, nm)
+
+
 def _highest_of_pairs(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
-    """Returns which keys along ``axis`` are among the highest, by comparing all pairs of them."""
+    """Returns the same, by comparing all pairs of a group."""
     at = [groups[(*(slice(None),) * axis, i)] for i in range(nm.of)]
+    # Of equal keys the earlier one is lower: the rank of j counts the i before it that do not
+    # exceed it, and the i behind it that are not reached by it.
+    not_above = {
+        (i, j): xp.astype(at[i] <= at[j], xp.uint8) for j in range(nm.of) for i in range(j)
+    }
     keep = []
-    for i in range(nm.of):
-        # Of equal keys the earlier one is lower.
-        lower = [at[j] <= at[i] if j < i else at[j] < at[i] for j in range(nm.of) if j != i]
-        rank = functools.reduce(operator.add, (xp.astype(x, xp.uint8) for x in lower))
+    for j in range(nm.of):
+        rank = nm.of - 1 - j
+        for i in range(j):
+            rank = rank + not_above[i, j]
+        for i in range(j + 1, nm.of):
+            rank = rank - not_above[j, i]
         keep.append(rank >= nm.of - nm.keep)
     return xp.stack(keep, axis=axis)
 

@@ -11,7 +11,8 @@ from purepruning.select import Criterion, prune
 from purepruning.sums import exact_sum, power_of_two_scale
 from purepruning.units import Grid, cut
 
-ROWS = 512  # units whose distances to all others are held at a time
+BLOCKS = 2  # a layer's units, in this many blocks: distances of one block are held at a time
+LEAST_ROWS = 64  # of a block
 
 
 def fpgm(params: Any, stats: None, config: Config) -> Any:
@@ -20,12 +21,12 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
     $$s_u = \sum_v \lVert w_u - w_v \rVert_2$$
 
     For configs of output or input channels, with ``stats=None``. Distances come from inner
-    products, a block of rows at a time: n channels of m weights take memory for ``min(n, 512) * n``
-    distances. They are exact, and masks the same in every framework, where the products of weights
-    are exact in float32, as for integers. Otherwise a distance is off by as much as 3e-4 of the
-    layer's radius (the square root of float32's precision) where it is small against that radius,
-    and channels whose scores are closer than that may change places between frameworks. See
-    :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
+    products, half of the channels at a time. They are exact, and masks the same in every
+    framework, where the products of weights are exact in float32, as for integers. Otherwise a
+    distance is off by as much as 3e-4 of the layer's radius (the square root of float32's
+    precision) where it is small against that radius, and channels whose scores are closer than that
+    may change places between frameworks. See :func:`purepruning.prune` for the form of the masks,
+    ties, NaN and errors.
 
     He et al. 2018, arXiv:1811.00250; NNI's FPGM pruner.
     """
@@ -39,19 +40,24 @@ def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     # least. The middle is rounded to a coarse grid, so that products of integers stay exact.
     scale, unscale = power_of_two_scale(xp.max(xp.abs(units), axis=(1, 2), keepdims=True), 3, 60)
     units = units * scale
-    units = units - xp.round(exact_sum(units, (1,))[:, None, :] / g.n_units)
+    units = units - xp.round(xp.mean(units, axis=1, keepdims=True))
     squares = xp.sum(units * units, axis=2)
     n = g.n_units
     place = iota(xp, n, weight)
-    rows = []
-    for start in range(0, n, ROWS):
-        part = units[:, start : start + ROWS, :]
-        products = matmul(xp, part, xp.matrix_transpose(units))
-        square = squares[:, start : start + ROWS, None] + squares[:, None, :] - 2 * products
-        itself = place[None, start : start + ROWS, None] == place[None, None, :]
-        square = xp.where(itself | (square < 0), 0.0, square)
-        rows.append(exact_sum(xp.sqrt(square), (2,)))
-    return xp.concat(rows, axis=1) * unscale[:, :, 0]
+    total = xp.zeros_like(squares)
+    for start in range(0, n, size := max(LEAST_ROWS, -(-n // BLOCKS))):
+        # Distances to the units from here on; those to the units before are known by symmetry.
+        rows, behind = slice(start, min(start + size, n)), slice(start, n)
+        products = matmul(xp, units[:, rows, :], xp.matrix_transpose(units[:, behind, :]))
+        square = squares[:, rows, None] + squares[:, None, behind] - 2 * products
+        itself = place[None, rows, None] == place[None, None, behind]
+        distance = xp.sqrt(xp.where(itself | (square < 0), 0.0, square))
+        sums = [exact_sum(distance, (2,))]
+        if start + size < n:
+            sums.append(exact_sum(distance[:, :, size:], (1,)))
+        before = total[:, :start]
+        total = xp.concat([before, total[:, behind] + xp.concat(sums, axis=1)], axis=1)
+    return total * unscale[:, :, 0]
 
 
 _FPGM = Criterion("fpgm", channel=_distances)

@@ -157,7 +157,7 @@ def test_masked_call_compiles_into_one_graph():
     compiled = torch.compile(
         lambda params, x: masked_call(model, MASKS, x, params=params),
         fullgraph=True,
-        backend="aot_eager",
+        backend="eager",
     )
     torch.testing.assert_close(compiled(params, x), masked_call(model, MASKS, x))
 
