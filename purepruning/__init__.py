@@ -15,6 +15,7 @@ from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.rules import Gradual
+from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
 from purepruning.select import Criterion, prune
 from purepruning.storage import load_masks, save_masks
 from purepruning.summary import LayerSummary, Summary, summarize
@@ -44,6 +45,10 @@ __all__ = [
     "random_pruning",
     "prune",
     "Criterion",
+    # What a lottery ticket is compared with.
+    "reinitialize",
+    "shuffle_masks",
+    "invert_scores",
     # Masks.
     "apply_masks",
     "merge_masks",

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from purepruning.layers import Layer, missing
+from purepruning.masks import named_masks
 from purepruning.rules import (
     Gradual,
     Rule,
@@ -95,15 +96,16 @@ class Pool:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["counts"],
-    meta_fields=["pools", "scope", "granularity", "bias"],
+    data_fields=["counts", "masks"],
+    meta_fields=["pools", "scope", "granularity", "bias", "inverted"],
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Rules resolved against a layer table: all that a pruner needs to know besides the numbers.
 
-    A pytree whose only leaves are the counts, so that one compiled function serves every sparsity,
-    and ``vmap`` over counts gives the masks of many sparsities at once. Everything else is static.
+    A pytree whose only leaves are the counts, and masks where it has any, so that one compiled
+    function serves every sparsity, and ``vmap`` over counts gives the masks of many sparsities at
+    once. Everything else is static.
 
     Attributes:
         counts: by pool name, how many units (weights in global scope) to prune; None where the rule
@@ -112,6 +114,9 @@ class Config:
         scope: ``"layer"`` or ``"global"``.
         granularity: what a unit is.
         bias: ``"follow"`` if a bias is pruned where its whole output channel is, else ``"keep"``.
+        masks: by parameter path, what is pruned already; see :meth:`with_masks`.
+        inverted: whether the units of highest score are pruned, see
+            :func:`purepruning.invert_scores`.
     """
 
     counts: dict[str, Any]
@@ -119,6 +124,8 @@ class Config:
     scope: Scope
     granularity: Granularity
     bias: BiasRule
+    masks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inverted: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -128,11 +135,16 @@ class Config:
     def with_counts(self, counts: Mapping[str, Any]) -> Config:
         """Returns the config with other counts: integers, or integer arrays to ``vmap`` over.
 
+        N:M, whose counts are fixed, has none: ``{}``.
+
         Raises:
             KeyError: a pool is missing or unknown.
             ValueError: the counts of N:M are fixed.
         """
-        self._check_counted()
+        if counts:
+            self._check_counted()
+        if isinstance(self.granularity, NM):
+            return self
         names = [pool.name for pool in self.pools]
         for name in counts:
             if name not in names:
@@ -141,6 +153,18 @@ class Config:
             if name not in counts:
                 raise KeyError(f"counts have none for pool {name!r}")
         return dataclasses.replace(self, counts={name: counts[name] for name in names})
+
+    def with_masks(self, masks: Any) -> Config:
+        """Returns the config by which what ``masks`` prune is pruned first, whatever its score.
+
+        Counts include it. A pruner's masks are then nested in ``masks``, unless a count is smaller
+        than what they prune. A unit of several weights is pruned already if all its weights are.
+        Masks of biases play no part: biases follow their weights.
+
+        Raises:
+            KeyError, ValueError, TypeError: by the pruner, if the masks do not fit its ``params``.
+        """
+        return dataclasses.replace(self, masks=named_masks(masks))
 
     def with_sparsity(self, sparsity: float | Sequence[float] | Mapping[str, Any]) -> Config:
         """Returns the config with the counts of another sparsity; nothing is resolved again.

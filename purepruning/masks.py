@@ -70,7 +70,7 @@ def merge_masks(*masks: Any, how: Literal["and", "or"] = "and") -> Any:
         raise ValueError(f"how must be 'and' or 'or', got {how!r}")
     if not masks:
         raise ValueError("merge_masks needs at least one tree of masks")
-    named = [_named(tree) for tree in masks]
+    named = [named_masks(tree) for tree in masks]
     rebuild, places = _places(masks)
     merged = {}
     for path in places:
@@ -94,7 +94,7 @@ def invert(masks: Any) -> Any:
     {'b': None, 'w': Array([False,  True], dtype=bool)}
     """
     rebuild, _ = _places((masks,))
-    leaves = _named(masks)
+    leaves = named_masks(masks)
     for path, mask in leaves.items():
         _check_bool(path, mask)
     return rebuild({path: ~mask for path, mask in leaves.items()})
@@ -165,7 +165,7 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
         KeyError, ValueError, TypeError: as :func:`apply_masks`.
     """
     leaves = flatten(params).leaves
-    named = _named(masks)
+    named = named_masks(masks)
     for path, mask in named.items():
         if path not in leaves:
             raise KeyError(missing(f"masks: no parameter is called {path!r}", path, leaves))
@@ -210,7 +210,8 @@ def to_numpy(mask: Any) -> np.ndarray:
     return mask.detach().cpu().numpy() if is_torch(mask) else np.asarray(mask)
 
 
-def _named(masks: Any) -> dict[str, Any]:
+def named_masks(masks: Any) -> dict[str, Any]:
+    """Returns the masks of a tree by parameter path, without its None."""
     if isinstance(masks, Mapping) and any(map(is_torch, masks.values())):
         masks = {name: mask for name, mask in masks.items() if mask is not None}
     return flatten(masks).leaves
@@ -264,7 +265,7 @@ def _places(masks: tuple[Any, ...]) -> tuple[Any, Iterable[str]]:
         jax.tree.map(lambda x: nothing if x is None else x, masks[0], is_leaf=lambda x: x is None)
     )
     for other in masks[1:]:
-        for path in _named(other):
+        for path in named_masks(other):
             if path not in tree.leaves:
                 message = f"merge_masks: the first tree has no place for {path!r}"
                 raise KeyError(missing(message, path, tree.leaves))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from purepruning import counting, partition
 from purepruning.config import BiasRule, Config, Pool
 from purepruning.layers import Layer, missing
+from purepruning.masks import by_path, spread_mask
 from purepruning.namespace import (
     compiled,
     detached,
@@ -68,6 +69,7 @@ class _Plan(NamedTuple):
     scope: Scope
     granularity: Granularity
     bias: BiasRule
+    inverted: bool
 
 
 # Masks by parameter path, and by layer name whether one of its scores is NaN.
@@ -76,6 +78,8 @@ _Masks = tuple[dict[str, Any], dict[str, Any]]
 
 def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     """Returns the masks of a criterion: True keeps, None is not pruned.
+
+    What the config's masks prune is pruned first (:meth:`purepruning.Config.with_masks`).
 
     Masks broadcast to their parameters. The tree is that of ``params``; of a flat dict of torch
     tensors only the pruned ones are named, since ``torch.func.vmap`` cannot return None.
@@ -108,12 +112,14 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     if not weights:
         return tree.rebuild({})
     pools = tuple(pool.problem for pool in config.pools)
-    plan = _Plan(score, pools, config.scope, config.granularity, config.bias)
+    plan = _Plan(score, pools, config.scope, config.granularity, config.bias, config.inverted)
+    before = by_path(config.masks, tree.leaves) if config.masks else {}
+    before = {path: mask for path, mask in before.items() if path in weights}
     counts = {} if isinstance(config.granularity, NM) else _counts(config)
     like = next(iter(weights.values()))
     check = all(map(is_concrete, weights.values()))
     masks, has_nan = compiled(like, _masks, "plan", "check")(
-        weights, stats, counts, plan=plan, check=check
+        weights, stats, counts, before, plan=plan, check=check
     )
     nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
@@ -213,8 +219,15 @@ def _is_integer(count: Any) -> bool:
 
 
 def _masks(
-    weights: dict[str, Any], stats: Any, counts: dict[str, Any], *, plan: _Plan, check: bool
+    weights: dict[str, Any],
+    stats: Any,
+    counts: dict[str, Any],
+    before: dict[str, Any],
+    *,
+    plan: _Plan,
+    check: bool,
 ) -> _Masks:
+    plan = plan._replace(score=functools.partial(_adjusted, plan, before, plan.score))
     if isinstance(plan.granularity, NM):
         masks, has_nan = _nm_masks(weights, stats, plan, plan.granularity)
     else:
@@ -228,12 +241,40 @@ def _masks(
             has_nan |= some[1]
     for pool in plan.pools if plan.bias == "follow" else ():
         for layer in pool.layers:
-            keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
+            keep = bias_mask(layer, masks[layer.weight], plan.granularity)
             if keep is not None and layer.bias is not None:
                 # A bias that layers share stays as long as one of them needs it.
                 shared = masks.get(layer.bias)
                 masks[layer.bias] = keep if shared is None else keep | shared
     return masks, has_nan
+
+
+def _adjusted(
+    plan: _Plan, before: dict[str, Any], score: Callable[..., Any], layer: Layer, *args: Any
+) -> Any:
+    """Returns the scores of a layer; what is pruned already has the lowest there is."""
+    scores, keep = score(layer, *args), before.get(layer.weight)
+    if keep is not None:
+        keep = spread_mask(keep, args[-2])
+    if isinstance(scores, Piece):
+        if keep is None and not plan.inverted:
+            return scores
+        arrays = scores.arrays if keep is None else (*scores.arrays, keep)
+        return Piece(arrays, functools.partial(_adjusted_part, plan.inverted, scores))
+    if keep is not None:
+        keep = replicated(fold(namespace(keep), keep, args[0], any_of))
+    return _with_lowest(replicated(scores), keep, plan.inverted)
+
+
+def _adjusted_part(inverted: bool, piece: Piece, arrays: tuple[Any, ...], index: Any) -> Any:
+    n = len(piece.arrays)
+    keep = arrays[n] if len(arrays) > n else None
+    return _with_lowest(piece.score(arrays[:n], index), keep, inverted)
+
+
+def _with_lowest(scores: Any, keep: Any, inverted: bool) -> Any:
+    scores = -scores if inverted else scores
+    return scores if keep is None else namespace(scores).where(keep, scores, -math.inf)
 
 
 def _kernel(like: Any) -> ModuleType:
@@ -335,8 +376,7 @@ def _unit_masks(
     xp = namespace(weights[layers[0].weight])
     keys, has_nan = [], {}
     for layer, g in zip(layers, grids, strict=True):
-        scores = replicated(plan.score(layer, g, weights[layer.weight], stats))
-        keys.append(ordered_bits(xp, scores))
+        keys.append(ordered_bits(xp, plan.score(layer, g, weights[layer.weight], stats)))
         has_nan[layer.name] = xp.any(keys[-1] == HIGHEST)
     budgets = [int32(xp, counts[pool.name], keys[0]) for pool in plan.pools]
     caps: list[int] = []
@@ -464,7 +504,12 @@ def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
 # Biases.
 
 
-def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
+def any_of(mask: Any, axes: tuple[int, ...]) -> Any:
+    """Returns whether anything is kept along ``axes``; for :func:`purepruning.units.fold`."""
+    return namespace(mask).any(mask, axis=axes)
+
+
+def bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
     """Returns which biases stay, flat: those of channels with some weight left.
 
     None if the layer has no bias, or if no channel can lose all its weights.
@@ -475,5 +520,5 @@ def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
         return None
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, layer.shape)
-    keep = fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    keep = fold(xp, whole, grid(layer, "output_channel"), any_of)
     return xp.reshape(keep, (-1,))

@@ -255,6 +255,61 @@ def test_pruning_again_to_the_same_count_changes_nothing(row, run):
     assert_equal(prune(row, apply(params, masks), run=run), masks)
 
 
+# Every JAX case of these two compiles anew, for seconds; it is selection that they are about, of
+# which these are all the kinds, and torch runs them all.
+SELECTIONS = (*ROWS[:5], ROWS[7])
+
+
+@pytest.mark.parametrize(
+    ("row", "mode"),
+    [(row, mode) for row in ROWS for mode in ("torch_eager", "torch_vmap")]
+    + [(row, "jax_eager") for row in SELECTIONS]
+    + [(ROWS[0], "jax_vmap_params")],
+    ids=str,
+)
+def test_what_is_pruned_stays_pruned(row, mode):
+    """Other weights, of which other units would go; those that went are part of the count."""
+    before = prune(row, integers(2), 0.3)
+    convert = as_torch if mode.startswith("torch") else as_jax
+    config = row.config(0.6).with_masks(convert(before))
+    masks = MODES[mode](row.pruner, integers(7), row.stats, config)
+    assert all(np.all(masks[path] <= before[path]) for path in masks)
+    if isinstance(row.granularity, NM):
+        assert_equal(masks, before)
+    elif row.scope == "layer":
+        for name, units in pruned_units(row, masks).items():
+            assert np.all(units.sum(axis=1) == config.counts[name])
+    else:
+        # A unit is charged at its weights, so that a new one may not fit where another did.
+        alone = prune(row, integers(7), 0.6)
+        gone, without = (sum(int(np.sum(~m)) for m in whole(x).values()) for x in (masks, alone))
+        assert abs(gone - without) <= 36
+        assert gone <= config.counts["rule 0"]
+
+
+@pytest.mark.parametrize(
+    ("row", "mode"),
+    [
+        (row, mode)
+        for row in ROWS
+        for mode in ("torch_eager", "jax_eager")
+        if row.scope == "layer" and row.granularity != NM(1, 2)
+        if mode == "torch_eager" or row in SELECTIONS
+    ],
+    ids=str,
+)
+def test_inverted_scores_prune_the_most_important(row, mode):
+    """Of the units that stay at one count, exactly those go at the count of the others."""
+    config, rest = row.config(0.4), row.config()
+    sizes = {pool.name: pool.size for pool in config.pools}
+    rest = rest.with_counts({name: sizes[name] - k for name, k in config.counts.items()})
+    expected = pruned_units(row, MODES[mode](row.pruner, integers(3), row.stats, rest))
+    inverted = pp.invert_scores(row.pruner)
+    got = pruned_units(row, MODES[mode](inverted, integers(3), row.stats, config))
+    for name, units in expected.items():
+        np.testing.assert_array_equal(got[name], ~units)
+
+
 @layer_rows
 @pytest.mark.parametrize(
     ("dtype", "mode"),

@@ -41,11 +41,11 @@ def _shift(x: Any, by: int) -> Any:
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
-def _score(layer: Layer, words: Any, index: Any) -> Any:
+def noise(name: str, words: tuple[Any, Any], index: Any) -> Any:
+    """Returns random positive float32, a hash of a name, a key's words and int32 positions."""
     xp = namespace(index)
     high, low = (int32(xp, word, index) for word in words)
-    name = zlib.crc32(layer.name.encode()) & 0x7FFFFFFF
-    first = _mix(high ^ name)
+    first = _mix(high ^ (zlib.crc32(name.encode()) & 0x7FFFFFFF))
     second = _mix(low ^ first)
     bits = _mix(_mix(index ^ first) + second)
     # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
@@ -53,13 +53,13 @@ def _score(layer: Layer, words: Any, index: Any) -> Any:
 
 
 def _element(layer: Layer, weight: Any, words: Any) -> Piece:
-    return Piece((weight,), lambda arrays, index: _score(layer, words, index))
+    return Piece((weight,), lambda arrays, index: noise(layer.name, words, index))
 
 
 def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
     xp = namespace(weight)
     index = xp.reshape(iota(xp, g.n_members * g.n_units, weight), (g.n_members, g.n_units))
-    return _score(layer, words, index)
+    return noise(layer.name, words, index)
 
 
 _RANDOM = Criterion(
