@@ -16,6 +16,14 @@ from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.rules import Gradual
 from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
+from purepruning.schedules.gradual import agp, cosine, exponential, linear, one_shot
+from purepruning.schedules.schedule import (
+    Event,
+    Schedule,
+    ScheduleState,
+    check_resumed,
+    vmap_axes,
+)
 from purepruning.select import Criterion, prune
 from purepruning.storage import load_masks, save_masks
 from purepruning.summary import LayerSummary, Summary, summarize
@@ -45,6 +53,17 @@ __all__ = [
     "random_pruning",
     "prune",
     "Criterion",
+    # Schedules: when to prune, and how much.
+    "one_shot",
+    "linear",
+    "agp",
+    "cosine",
+    "exponential",
+    "Schedule",
+    "ScheduleState",
+    "Event",
+    "vmap_axes",
+    "check_resumed",
     # What a lottery ticket is compared with.
     "reinitialize",
     "shuffle_masks",

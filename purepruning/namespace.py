@@ -37,6 +37,11 @@ def namespace(x: Any) -> Any:
     return sys.modules.get(name) or importlib.import_module(name)
 
 
+def host_namespace(x: Any) -> Any:
+    """Returns NumPy for its own arrays, else :func:`namespace`: for counters that steer a loop."""
+    return np if isinstance(x, np.ndarray | np.generic) else namespace(x)
+
+
 def compiled(x: Any, function: Callable[..., Any], *static: str) -> Callable[..., Any]:
     """Returns ``function`` compiled for the framework of ``x``: jitted in JAX, itself in torch."""
     return function if is_torch(x) else _jitted(function, static)

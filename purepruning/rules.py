@@ -42,13 +42,16 @@ _KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Gradual:
-    """The gradual keys of a rule, for a schedule: sparsities are fractions, times are epochs."""
+    """The gradual keys of a rule, for a schedule: sparsities are fractions, times are epochs.
 
-    initial_sparsity: float
+    A key that the rule does not name is None; the schedule says it.
+    """
+
+    initial_sparsity: float | None
     final_sparsity: float
-    start_epoch: int
-    end_epoch: int
-    frequency: int
+    start_epoch: int | None
+    end_epoch: int | None
+    frequency: int | None
 
 
 def check_keys(number: int, rule: Any) -> None:
@@ -172,14 +175,21 @@ def gradual(number: int, rule: Rule) -> Gradual | None:
     if final_key is None:
         raise ValueError(f"rule {number}: a gradual rule needs 'final_sparsity'")
     final = fraction(rule[final_key], f"rule {number}: {final_key}")
-    initial = fraction(rule.get("initial_sparsity", 0), f"rule {number}: initial_sparsity")
-    if initial > final:
+    initial = None
+    if "initial_sparsity" in rule:
+        initial = fraction(rule["initial_sparsity"], f"rule {number}: initial_sparsity")
+        if initial > final:
+            raise ValueError(
+                f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}"
+            )
+    least = {"start_epoch": 0, "end_epoch": 0, "frequency": 1}
+    times = {k: integer(rule, k, number, 0, low) if k in rule else None for k, low in least.items()}
+    start, end = times["start_epoch"], times["end_epoch"]
+    if end is not None and end < (start or 0):
         raise ValueError(
-            f"rule {number}: initial_sparsity {initial:g} exceeds {final_key} {final:g}"
+            f"rule {number}: end_epoch must be at least {start or 0}, where it starts, got {end}"
         )
-    start = integer(rule, "start_epoch", number, 0, 0)
-    end = integer(rule, "end_epoch", number, max(start, 1), start)
-    return Gradual(initial, final, start, end, integer(rule, "frequency", number, 1, 1))
+    return Gradual(initial, final, **times)
 
 
 def _strings(number: int, key: str, value: Any) -> list[str]:

@@ -298,7 +298,7 @@ def test_gradual_keys_are_for_a_schedule_to_read():
     assert config.counts == {"fc2": 140}
     assert config.pools[0].gradual == Gradual(0.0, 0.8, 0, 10, 1)
     short = resolve([{"op_names": ["fc2"], "sparsity": 0.6, "start_epoch": 4}], TABLE)
-    assert short.pools[0].gradual == Gradual(0.0, 0.6, 4, 4, 1)
+    assert short.pools[0].gradual == Gradual(None, 0.6, 4, None, None)
     assert resolve([{"op_names": ["fc2"], "sparsity": 0.6}], TABLE).pools[0].gradual is None
 
 

@@ -1,0 +1,296 @@
+"""A schedule and its state: a table of integers made on the host, and a counter that walks it.
+
+What is decided by fractions is decided once, by :meth:`Schedule.init`, in float64 and through
+:func:`purepruning.count_of`. From then on there are only integers: ``step`` compares the counter
+with the table. So it runs the same in a Python loop on the host (the state is NumPy), under
+``jit``, in ``lax.scan`` and on torch tensors, and is compiled once.
+
+The counter and the times depend on no batch. Under ``vmap`` they stay without a batch axis as long
+as nothing gives them one, and then ``lax.cond`` on :attr:`Event.due` stays a branch; a batched one
+would run both sides at every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from purepruning.config import Config, Pool, count_of
+from purepruning.namespace import host_namespace, is_concrete
+from purepruning.rules import fraction
+from purepruning.units import NM
+
+#: Steps up to which a state counts; the counter then stays.
+LAST_STEP = 2**31 - 1
+
+
+class ScheduleState(NamedTuple):
+    """Where a schedule is, and its table: int32 arrays only.
+
+    Attributes:
+        step: steps taken so far, ``()``.
+        times: steps at which something is pruned, ascending, ``(events,)``.
+        counts: by pool name, how many are pruned once so many events have passed,
+            ``(events + 1,)``; with a leading axis where there are several sparsities.
+        turns: by pool name, whether an event prunes the pool, ``(events,)``; ``{}`` if every event
+            prunes every pool.
+    """
+
+    step: Any
+    times: Any
+    counts: dict[str, Any]
+    turns: dict[str, Any]
+
+
+class Event(NamedTuple):
+    """What is to be done at one step.
+
+    Attributes:
+        due: whether to prune now.
+        counts: by pool name, the counts that hold from this step on, for
+            :meth:`purepruning.Config.with_counts`.
+        turns: by pool name, whether it is pruned now; ``{}`` if all pools are whenever one is. A
+            pool whose turn it is not has the count that it had.
+    """
+
+    due: Any
+    counts: dict[str, Any]
+    turns: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When to prune, and to which sparsity: made by :func:`purepruning.agp` and its like.
+
+    Attributes:
+        events: ``(pool, final sparsity) -> [(step, sparsity), ...]``, steps ascending; the last
+            sparsity should be the final one.
+
+    >>> import purepruning as pp
+    >>> layer = pp.Layer("fc", "Linear", "fc.w", (10, 10), out_axes=(1,), in_axes=(0,))
+    >>> config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], [layer])
+    >>> schedule = pp.linear(begin=1, end=5, frequency=2)
+    >>> state = schedule.init(config)
+    >>> for _ in range(7):
+    ...     state, event = schedule.step(state)
+    ...     print(int(event.due), int(event.counts["fc"]))
+    0 0
+    1 0
+    0 0
+    1 40
+    0 40
+    1 80
+    0 80
+    """
+
+    events: Callable[[Pool, float], Sequence[tuple[int, float]]]
+
+    def init(self, config: Config, sparsity: Any = None) -> ScheduleState:
+        """Returns the state before the first step, as NumPy arrays.
+
+        The final sparsity of a pool is that of its rule, as long as the config has that count,
+        and else the config's count.
+
+        Args:
+            config: the resolved rules.
+            sparsity: other final sparsities, as in :meth:`purepruning.Config.with_sparsity`; a
+                sequence of them gives counts ``(sparsities, events + 1)``, to ``vmap`` over.
+
+        Raises:
+            ValueError: a pool has no sparsity, or one that its layers do not allow; the steps of
+                a pool do not ascend; the config is of N:M, whose counts are fixed, and there are
+                several events.
+        """
+        if sparsity is not None:
+            config = config.with_sparsity(sparsity)
+        own = {pool.name: _table(self.events, pool, config, sparsity) for pool in config.pools}
+        times = np.asarray(sorted({t for table in own.values() for t in table.times}), np.int32)
+        fixed = isinstance(config.granularity, NM)
+        if fixed and len(times) > 1:
+            raise ValueError(
+                f"the counts of {config.granularity} are fixed, so that it can be pruned once; "
+                f"this schedule has {len(times)} events"
+            )
+        counts, turns = {}, {}
+        for name, table in own.items():
+            turns[name] = np.isin(times, table.times)
+            passed = np.concatenate([[0], np.cumsum(turns[name])])
+            if not fixed:
+                counts[name] = table.counts[..., passed]
+        if all(turn.all() for turn in turns.values()):
+            turns = {}
+        return ScheduleState(np.zeros((), np.int32), times, counts, turns)
+
+    def step(self, state: ScheduleState) -> tuple[ScheduleState, Event]:
+        """Returns the state one step on, and what is to be done at the step: pure, and traceable.
+
+        The first call is for step 0. Call it once per step, before the step is taken; a step is
+        whatever the schedule's times count, an update or an epoch.
+        """
+        return advance(state), Event(due(state), counts(state), turns(state))
+
+
+def advance(state: ScheduleState) -> ScheduleState:
+    """Returns the state one step on."""
+    xp = host_namespace(state.step)
+    return state._replace(step=xp.asarray(xp.clip(state.step, 0, LAST_STEP - 1) + 1))
+
+
+def due(state: ScheduleState) -> Any:
+    """Returns whether to prune at the state's step."""
+    return (state.times == state.step).any()
+
+
+def counts(state: ScheduleState) -> dict[str, Any]:
+    """Returns the counts that hold at the state's step."""
+    row = (state.times <= state.step).sum()
+    return {name: table[..., row] for name, table in state.counts.items()}
+
+
+def turns(state: ScheduleState) -> dict[str, Any]:
+    """Returns which pools are pruned at the state's step."""
+    here = state.times == state.step
+    return {name: (turn & here).any() for name, turn in state.turns.items()}
+
+
+def vmap_axes(tree: Any) -> Any:
+    """Returns the axes for ``jax.vmap``: 0 for every leaf, None for the clocks of schedules.
+
+    ``tree`` is a state, such as that of an optimizer with
+    :func:`purepruning.prune_on_schedule` in it, of one model (shapes are enough:
+    ``jax.eval_shape(tx.init, params)``). Counters and times then have no batch axis, so that a step
+    at which nothing is pruned costs nothing. Counts have one if they are of several sparsities.
+
+    >>> import jax, optax
+    >>> import purepruning as pp
+    >>> layer = pp.Layer("fc", "Linear", "w", (2, 2), out_axes=(1,), in_axes=(0,))
+    >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> vmap_axes(pp.one_shot().init(config))
+    ScheduleState(step=None, times=None, counts={'fc': None}, turns={})
+    """
+
+    def axes(node: Any) -> Any:
+        if not isinstance(node, ScheduleState):
+            return 0
+        counts = {name: 0 if np.ndim(table) > 1 else None for name, table in node.counts.items()}
+        return ScheduleState(None, None, counts, dict.fromkeys(node.turns))
+
+    return jax.tree.map(axes, tree, is_leaf=_is_state)
+
+
+def check_resumed(restored: Any, fresh: Any) -> None:
+    """Raises if a restored state has another schedule than the run that it is to resume.
+
+    For checkpoints that were read by others, such as orbax; :func:`purepruning.load_state` does
+    this by itself. The tables of all schedules in the two trees are compared.
+
+    Args:
+        restored: what was read.
+        fresh: the state that the run would begin with.
+
+    Raises:
+        ValueError: pools, times or counts differ, or the trees hold different numbers of schedules.
+    """
+    pairs = [
+        [x for x in jax.tree.leaves(t, is_leaf=_is_state) if _is_state(x)]
+        for t in (restored, fresh)
+    ]
+    if len(pairs[0]) != len(pairs[1]):
+        raise ValueError(
+            f"the checkpoint has {len(pairs[0])} schedules, and this run {len(pairs[1])}"
+        )
+    for old, new in zip(*pairs, strict=True):
+        _check_same(old, new)
+
+
+def _check_same(old: ScheduleState, new: ScheduleState) -> None:
+    where = "the checkpoint is of another schedule or of other rules:"
+    if old.counts.keys() != new.counts.keys():
+        raise ValueError(
+            f"{where} its pools are {sorted(old.counts)}, this run's are {sorted(new.counts)}"
+        )
+    for what, a, b in [
+        ("times", old.times, new.times),
+        *((f"counts of {name!r}", old.counts[name], new.counts[name]) for name in old.counts),
+    ]:
+        if not is_concrete(a) or not is_concrete(b):
+            raise TypeError("check_resumed is not for jit or vmap, where values are not known")
+        before, after = np.asarray(a), np.asarray(b)
+        if before.shape != after.shape or (before != after).any():
+            raise ValueError(
+                f"{where} the {what} were {_short(before)}, and are {_short(after)} now"
+            )
+    if {k: np.asarray(v).tolist() for k, v in old.turns.items()} != {
+        k: np.asarray(v).tolist() for k, v in new.turns.items()
+    }:
+        raise ValueError(f"{where} different pools are pruned at its events")
+
+
+def _short(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=8, edgeitems=3, separator=", ")
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, ScheduleState)
+
+
+class _Table(NamedTuple):
+    """One pool's own events: times ``(events,)`` and counts ``(..., events + 1)``."""
+
+    times: tuple[int, ...]
+    counts: np.ndarray
+
+
+def _table(
+    events: Callable[[Pool, float], Sequence[tuple[int, float]]],
+    pool: Pool,
+    config: Config,
+    sparsity: Any,
+) -> _Table:
+    if isinstance(config.granularity, NM):
+        return _Table(_times(pool, events(pool, 0.0)), np.zeros(1, np.int32))
+    count = config.counts[pool.name]
+    if count is None:
+        raise ValueError(
+            f"rule {pool.rule} gives no sparsity for {pool.name!r}, so that a schedule has none to "
+            "end at; name one in the rule or give init(config, sparsity=...)"
+        )
+    if not is_concrete(count):
+        raise TypeError("Schedule.init makes a table on the host; call it outside of jit and vmap")
+    given = sparsity.get(pool.name) if isinstance(sparsity, Mapping) else sparsity
+    finals = np.asarray(count).reshape(-1).tolist()
+    several = np.ndim(count) > 0
+    if given is None:
+        fractions = [_fraction_of(pool, k) for k in finals]
+    else:
+        fractions = [fraction(s, "sparsity") for s in (given if several else [given])]
+    times: set[tuple[int, ...]] = set()
+    rows = []
+    for share, final in zip(fractions, finals, strict=True):
+        row = [(t, s) for t, s in events(pool, share)]
+        times.add(_times(pool, row))
+        # The last count is the config's own, which need not be that of any short fraction.
+        rows.append([0, *(final if s == share else count_of(s, pool.size) for _, s in row)])
+    if len(times) > 1:
+        raise ValueError(f"the events of {pool.name!r} are at other steps for other sparsities")
+    counts = np.asarray(rows, np.int32)
+    return _Table(times.pop(), counts if several else counts[0])
+
+
+def _fraction_of(pool: Pool, count: int) -> float:
+    """Returns the sparsity that a count stands for: the rule's, if it is the rule's count."""
+    if pool.sparsity is not None and count_of(pool.sparsity, pool.size) == count:
+        return pool.sparsity
+    return count / pool.size
+
+
+def _times(pool: Pool, events: Sequence[tuple[int, float]]) -> tuple[int, ...]:
+    times = tuple(time for time, _ in events)
+    if not times or times[0] < 0 or any(a >= b for a, b in itertools.pairwise(times)):
+        raise ValueError(f"the events of {pool.name!r} must be at ascending steps, got {times}")
+    return times
