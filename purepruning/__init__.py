@@ -27,7 +27,14 @@ from purepruning.schedules.schedule import (
 from purepruning.select import Criterion, prune
 from purepruning.storage import load_masks, save_masks
 from purepruning.summary import LayerSummary, Summary, summarize
-from purepruning.transform import KeepPrunedState, keep_pruned, set_masks
+from purepruning.transform import (
+    KeepPrunedState,
+    PruneOnScheduleState,
+    get_masks,
+    keep_pruned,
+    prune_on_schedule,
+    set_masks,
+)
 from purepruning.units import NM, Block
 
 __version__ = importlib.metadata.version("purepruning")
@@ -81,6 +88,9 @@ __all__ = [
     "load_masks",
     # Training with masks.
     "keep_pruned",
+    "prune_on_schedule",
+    "get_masks",
     "set_masks",
     "KeepPrunedState",
+    "PruneOnScheduleState",
 ]

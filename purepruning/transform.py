@@ -1,16 +1,23 @@
-"""Masks in an Optax chain: pruned weights stay exactly zero, whatever the optimizer does."""
+"""Masks in an Optax chain: pruned weights stay exactly zero, whatever the optimizer does.
+
+And pruning in one: :func:`prune_on_schedule` makes the masks as training goes on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from purepruning.config import Config
 from purepruning.layers import missing
-from purepruning.masks import by_path, spread_mask, zero_pruned
-from purepruning.namespace import flatten
+from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
+from purepruning.namespace import flatten, is_concrete
+from purepruning.schedules import schedule as clock
+from purepruning.schedules.schedule import Schedule, ScheduleState
 
 
 class KeepPrunedState(NamedTuple):
@@ -110,6 +117,182 @@ def keep_pruned(
         return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class PruneOnScheduleState(NamedTuple):
+    """State of :func:`prune_on_schedule`: arrays only.
+
+    Attributes:
+        schedule: where the schedule is.
+        kept: the masks in force, and the state of the optimizer that is kept off pruned weights.
+    """
+
+    schedule: ScheduleState
+    kept: KeepPrunedState
+
+
+def prune_on_schedule(
+    pruner: Callable[[Any, Any, Config], Any],
+    schedule: Schedule | ScheduleState,
+    config: Config,
+    inner: optax.GradientTransformation | optax.MultiSteps | None = None,
+    *,
+    masks: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns :func:`keep_pruned` with masks that the pruner makes anew when the schedule says so.
+
+    At a step that is due, the pruner ranks the parameters as they are before the update; what is
+    pruned stays pruned (:meth:`purepruning.Config.with_masks`), and pools whose turn it is not keep
+    their masks. Then, as at every step, pruned weights go to zero. Steps are calls of ``update``:
+    within ``optax.MultiSteps``, real updates; so put it inside. There it is, as
+    :func:`keep_pruned`, the last of a chain, or has the optimizer inside::
+
+        tx = optax.chain(optax.adamw(1e-3), prune_on_schedule(pp.level, schedule, config))
+        tx = prune_on_schedule(pp.level, schedule, config, optax.adamw(1e-3))
+
+    The events are in the state, as arrays, so that it is compiled once, and checkpoints hold them.
+    Under ``jit`` a step that is not due prunes nothing (``lax.cond``); under ``vmap`` too, as long
+    as the schedule's counter has no batch axis: where states are mapped over, with
+    :func:`purepruning.vmap_axes`.
+
+    Statistics for the pruner are the extra argument ``stats`` of ``update``. A ``TrainState`` of
+    Flax passes no extra arguments on; there, and where pruning is better kept out of the step, use
+    the schedule's ``step``, the pruner and :func:`set_masks` directly. The result is the same.
+
+    Args:
+        pruner: ``(params, stats, config) -> masks``, traceable.
+        schedule: what to prune when; or a state to begin with, as its ``init`` returned, maybe with
+            counts that are traced.
+        config: the resolved rules.
+        inner: optimizer to keep off pruned weights.
+        masks: what is pruned to begin with; name here, as :func:`purepruning.expand` does, other
+            parameters that the pruner has masks for than those of the config's layers.
+
+    Raises:
+        ValueError, TypeError: by ``init``, as :meth:`purepruning.Schedule.init`; by ``update``, as
+            the pruner, or without ``params``.
+        KeyError: a parameter is missing, or the pruner has a mask for one that the state has none
+            for.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import purepruning as pp
+    >>> params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    >>> layer = pp.make_layer(params, "w", "Linear", out_axes=1, in_axes=0)
+    >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> tx = optax.chain(optax.sgd(0.5), prune_on_schedule(pp.level, pp.linear(end=2), config))
+    >>> state = tx.init(params)
+    >>> for _ in range(4):
+    ...     updates, state = tx.update({"w": jnp.ones((1, 4))}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     print(params["w"].tolist())
+    [[3.5, 2.5, 1.5, 0.5]]
+    [[3.0, 2.0, 1.0, 0.0]]
+    [[2.5, 1.5, 0.0, 0.0]]
+    [[2.0, 1.0, 0.0, 0.0]]
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"prune_on_schedule: config is what resolve returned, got {type(config).__name__}"
+        )
+    if not isinstance(schedule, Schedule | ScheduleState):
+        raise TypeError(
+            "prune_on_schedule: schedule must be a Schedule, such as agp(...), or a state of one, "
+            f"got {type(schedule).__name__}"
+        )
+    keeper = keep_pruned({}, inner)
+
+    def init(params: Any) -> PruneOnScheduleState:
+        state = schedule.init(config) if isinstance(schedule, Schedule) else schedule
+        kept = keep_pruned(_places(config, params, masks), inner).init(params)
+        return PruneOnScheduleState(jax.tree.map(jnp.array, state), kept)
+
+    def update(
+        updates: Any,
+        state: PruneOnScheduleState,
+        params: Any = None,
+        *,
+        stats: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, PruneOnScheduleState]:
+        if params is None:
+            raise ValueError(
+                "prune_on_schedule needs the parameters: call update(updates, state, params)"
+            )
+        due, old = clock.due(state.schedule), state.kept.masks
+
+        def prune() -> dict[str, Any]:
+            # Looked up here, in the branch: there may be many pools.
+            now = config.with_counts(clock.counts(state.schedule)).with_masks(old)
+            turns = clock.turns(state.schedule)
+            return _replaced(old, pruner(params, stats, now), config, turns)
+
+        if is_concrete(due):
+            new = prune() if due else old
+        else:
+            new = jax.lax.cond(due, prune, lambda: old)
+        updates, kept = keeper.update(
+            updates, KeepPrunedState(new, state.kept.inner), params, **extra_args
+        )
+        return updates, PruneOnScheduleState(clock.advance(state.schedule), kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
+    """Returns whole masks for all that the config may prune, and those given."""
+    leaves = flatten(params).leaves
+    named = by_path(masks, leaves) if leaves else named_masks(masks)
+    shapes = {layer.weight: layer.shape for layer in config.layers}
+    if config.bias == "follow":
+        shapes |= {layer.bias: () for layer in config.layers if layer.bias is not None}
+    for path in leaves and shapes:
+        if path not in leaves:
+            raise KeyError(missing(f"prune_on_schedule: params have no {path!r}", path, leaves))
+    whole = {
+        path: jnp.broadcast_to(
+            named.get(path, True), leaves[path].shape if path in leaves else shape
+        )
+        for path, shape in shapes.items()
+    }
+    return named | whole
+
+
+def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, Any]) -> Any:
+    """Returns the masks in force with those of ``new``, where it is the turn of their pool."""
+    mine = {
+        path: turns[pool.name]
+        for pool in config.pools
+        if pool.name in turns
+        for layer in pool.layers
+        for path in (layer.weight, layer.bias)
+    }
+    masks = dict(old)
+    for path, mask in by_path(named_masks(new), old).items():
+        if turns and path not in mine:
+            raise ValueError(
+                f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
+                "with pools that are pruned at different steps it is not known when it is due"
+            )
+        whole = jnp.broadcast_to(mask, old[path].shape)
+        masks[path] = jnp.where(mine[path], whole, old[path]) if turns else whole
+    return masks
+
+
+def get_masks(opt_state: Any) -> dict[str, Any]:
+    """Returns the masks in :func:`keep_pruned`'s state, wherever it is, by parameter path.
+
+    Raises:
+        ValueError: there is no such state.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, False])}))
+    >>> get_masks(tx.init({"w": jnp.ones(2)}))
+    {'w': Array([ True, False], dtype=bool)}
+    """
+    states = _states(opt_state)
+    if not states:
+        raise ValueError("get_masks: there is no state of keep_pruned in this opt_state")
+    return {path: mask for state in states for path, mask in flatten(state.masks).leaves.items()}
 
 
 def set_masks(opt_state: Any, masks: Any) -> Any:
