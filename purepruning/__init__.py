@@ -17,6 +17,7 @@ from purepruning.pruners.random import random_pruning
 from purepruning.rules import Gradual
 from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
 from purepruning.schedules.gradual import agp, cosine, exponential, linear, one_shot
+from purepruning.schedules.lottery import Lottery, LotteryState, lottery
 from purepruning.schedules.schedule import (
     Event,
     Schedule,
@@ -71,7 +72,10 @@ __all__ = [
     "Event",
     "vmap_axes",
     "check_resumed",
-    # What a lottery ticket is compared with.
+    # Lottery tickets, and what they are compared with.
+    "lottery",
+    "Lottery",
+    "LotteryState",
     "reinitialize",
     "shuffle_masks",
     "invert_scores",

@@ -7,6 +7,7 @@ and put together, and the operations whose best native form differs.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import operator
@@ -55,6 +56,13 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
 def detached(x: Any) -> Any:
     """Returns ``x`` without the history that torch keeps for gradients; masks have none."""
     return x.detach() if is_torch(x) else x
+
+
+def copied(x: Any) -> Any:
+    """Returns a copy of one leaf that shares no memory and no gradient history with it."""
+    if is_torch(x):
+        return x.detach().clone()
+    return jnp.array(x, copy=True) if isinstance(x, jax.Array) else copy.deepcopy(x)
 
 
 def is_concrete(x: Any) -> bool:

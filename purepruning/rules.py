@@ -234,9 +234,13 @@ def _simplest(low: Fraction, high: Fraction) -> Fraction:
 
 def integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:
     """Returns the rule's integer at ``key``, at least ``lowest``."""
-    value = rule.get(key, default)
+    return whole_number(rule.get(key, default), f"rule {number}: {key}", lowest)
+
+
+def whole_number(value: Any, where: str, lowest: int) -> int:
+    """Returns an integer that is at least ``lowest``; ``where`` names it in messages."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"rule {number}: {key} must be an integer, got {value!r}")
+        raise TypeError(f"{where} must be an integer, got {value!r}")
     if value < lowest:
-        raise ValueError(f"rule {number}: {key} must be at least {lowest}, got {value!r}")
+        raise ValueError(f"{where} must be at least {lowest}, got {value!r}")
     return int(value)

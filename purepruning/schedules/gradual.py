@@ -7,10 +7,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from purepruning.config import Pool
-from purepruning.rules import fraction
+from purepruning.rules import fraction, whole_number
 from purepruning.schedules.schedule import LAST_STEP, Schedule
 
 Curve = Callable[[float, float, float], float]
@@ -225,7 +223,5 @@ def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
 
 
 def _check_step(name: str, value: object, least: int = 0) -> None:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not least <= value < LAST_STEP:
-        raise ValueError(f"{name} must be at least {least} and below 2**31 - 1, got {value}")
+    if whole_number(value, name, least) >= LAST_STEP:
+        raise ValueError(f"{name} must be below 2**31 - 1, got {value}")
