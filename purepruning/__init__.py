@@ -16,6 +16,7 @@ from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.rules import Gradual
 from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
+from purepruning.schedules.annealing import Annealing, AnnealingState, annealing
 from purepruning.schedules.gradual import agp, cosine, exponential, linear, one_shot
 from purepruning.schedules.lottery import Lottery, LotteryState, lottery
 from purepruning.schedules.schedule import (
@@ -79,6 +80,10 @@ __all__ = [
     "reinitialize",
     "shuffle_masks",
     "invert_scores",
+    # Search for how a total sparsity is divided among layers.
+    "annealing",
+    "Annealing",
+    "AnnealingState",
     # Masks.
     "apply_masks",
     "merge_masks",
