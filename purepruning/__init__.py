@@ -27,6 +27,7 @@ from purepruning.schedules.schedule import (
     vmap_axes,
 )
 from purepruning.select import Criterion, prune
+from purepruning.states import load_state, save_state
 from purepruning.storage import load_masks, save_masks
 from purepruning.summary import LayerSummary, Summary, summarize
 from purepruning.transform import (
@@ -72,7 +73,6 @@ __all__ = [
     "ScheduleState",
     "Event",
     "vmap_axes",
-    "check_resumed",
     # Lottery tickets, and what they are compared with.
     "lottery",
     "Lottery",
@@ -95,6 +95,10 @@ __all__ = [
     "LayerSummary",
     "save_masks",
     "load_masks",
+    # Runs that are stopped and go on.
+    "save_state",
+    "load_state",
+    "check_resumed",
     # Training with masks.
     "keep_pruned",
     "prune_on_schedule",

@@ -1,8 +1,8 @@
-"""Masks in files: the one module of the library that reads and writes.
+"""Masks in files. Here and in :mod:`purepruning.states` the library reads and writes.
 
-It stands at the edge. Nothing in the library imports it, and it adds nothing to what masks are; it
-is here, and not with the caller, because a file must mean the same to everybody who opens it, in
-either framework.
+These two stand at the edge. Nothing in the library imports them, and they add nothing to what masks
+and states are; they are here, and not with the caller, because a file must mean the same to
+everybody who opens it, in either framework.
 
 The format is one safetensors file, which holds numbers and text and can execute nothing. Every
 mask is a ``uint8`` tensor named by its parameter's path: the mask's elements in C order, eight to a
@@ -74,7 +74,7 @@ def save_masks(path: str | os.PathLike[str], masks: Any, params: Any) -> None:
     }
     # One metadata entry, since safetensors writes several in any order.
     metadata = {"purepruning": json.dumps(header, sort_keys=True)}
-    _write(Path(path), safetensors.numpy.save(bits, metadata=metadata))
+    write_whole(Path(path), safetensors.numpy.save(bits, metadata=metadata))
 
 
 def load_masks(path: str | os.PathLike[str], params: Any) -> Any:
@@ -112,7 +112,8 @@ def _like(mask: np.ndarray, leaf: Any) -> Any:
     return namespace(leaf).asarray(mask, device=leaf.device)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
@@ -124,8 +125,8 @@ def _write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
-    """Returns mask and parameter shape by name, everything checked."""
+def read_whole(path: Path, kind: str, version: int) -> tuple[dict, dict[str, np.ndarray]]:
+    """Returns the header and the arrays of a file of ``save_<kind>``, in the given version."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
     path.stat()  # FileNotFoundError, with the path; safetensors' own differs by version
@@ -133,17 +134,26 @@ def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if "purepruning" not in metadata:
-                raise ValueError(f"{path} holds no masks: it was not written by save_masks")
-            bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                raise ValueError(f"{path} holds no {kind}: it was not written by save_{kind}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
     try:
         header = json.loads(metadata["purepruning"])
-        if header["format"] != "masks" or header["format_version"] != FORMAT_VERSION:
+        if header["format"] != kind or header["format_version"] != version:
             raise ValueError(
                 f"format {header['format']!r}, version {header['format_version']}, by purepruning "
-                f"{header['library_version']}; this is version {FORMAT_VERSION} of 'masks'"
+                f"{header['library_version']}; this is version {version} of {kind!r}"
             )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+    return header, arrays
+
+
+def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
+    """Returns mask and parameter shape by name, everything checked."""
+    header, bits = read_whole(path, "masks", FORMAT_VERSION)
+    try:
         if header["masks"].keys() != bits.keys():
             raise ValueError("header and contents name different masks")
         return {name: _unpack(name, bits[name], header["masks"][name]) for name in sorted(bits)}

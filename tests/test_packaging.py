@@ -36,6 +36,7 @@ ADAPTERS = {
 ALSO = {
     "namespace.py": "array_api_compat",
     "transform.py": "optax",
+    "states.py": "safetensors",
     "storage.py": "safetensors",
     "summary.py": "rich",
 }
