@@ -152,9 +152,10 @@ def _weights(module: Any) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
         case eqx.nn.RMSNorm():
             weight = per_channel("weight", "RMSNorm", module.shape, bias="bias")
         case eqx.nn.GroupNorm():
-            weight = per_channel("weight", "GroupNorm", (module.channels,), bias="bias")
+            weight = per_channel("weight", "GroupNorm", (module.channels,), bias="bias", output=1)
         case eqx.nn.BatchNorm():
-            weight = per_channel("weight", "BatchNorm", (module.input_size,), bias="bias")
+            # Called on one example of any rank: in a batch of them, channels follow the batch axis.
+            weight = per_channel("weight", "BatchNorm", (module.input_size,), bias="bias", output=1)
         case eqx.nn.PReLU():
             weight = per_channel("negative_slope", "PReLU", module.negative_slope.shape)
         case eqx.nn.LSTMCell():

@@ -182,13 +182,16 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
             return in_out("w", "Linear", shape, bias="b"), False
         case hk.ConvND(), "w":
             type_, groups = f"Conv{rank - 2}d", module.feature_group_count
-            return in_out("w", type_, shape, bias="b", groups=groups), False
+            weight = in_out("w", type_, shape, bias="b", groups=groups)
+            return _channels(weight, module.channel_index, rank), False
         case hk.DepthwiseConv1D() | hk.DepthwiseConv2D() | hk.DepthwiseConv3D(), "w":
             type_, groups = f"Conv{rank - 2}d", shape[-1] // module.channel_multiplier
-            return in_out("w", type_, shape, bias="b", groups=groups), False
+            weight = in_out("w", type_, shape, bias="b", groups=groups)
+            return _channels(weight, module.channel_index, rank), False
         case hk.ConvNDTranspose(), "w":
             type_ = f"ConvTranspose{rank - 2}d"
-            return in_out("w", type_, shape, bias="b", swapped=True), False
+            weight = in_out("w", type_, shape, bias="b", swapped=True)
+            return _channels(weight, module.channel_index, rank), False
         case hk.Embed(), "embeddings":
             return in_out("embeddings", "Embedding", shape), False
         case hk.GRU(), "w_i":
@@ -201,7 +204,7 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
             if averaged is None:
                 averaged = [a for a in range(rank) if a != module.channel_index % rank]
             axes = [a for a in range(rank) if a not in averaged]
-            return _norm(ranked("BatchNorm", rank), shape, axes), False
+            return _norm(ranked("BatchNorm", rank), shape, axes)._replace(output=tuple(axes)), False
         case hk.LayerNorm() | hk.RMSNorm(), "scale":
             type_ = "RMSNorm" if isinstance(module, hk.RMSNorm) else "LayerNorm"
             if isinstance(module, hk.InstanceNorm):
@@ -212,12 +215,17 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
                 axes = list(range(rank)[kept] if isinstance(kept, slice) else kept)
             return _norm(type_, shape, axes), False
         case hk.GroupNorm(), "scale":
-            return _norm("GroupNorm", shape, [0]), False
+            return _norm("GroupNorm", shape, [0])._replace(output=(module.channel_index,)), False
         case hk.BatchNorm() | hk.LayerNorm() | hk.GroupNorm(), "offset":
             return None, True
         case (hk.Bias() | hk.GRU(), "b"):
             return None, True
     return None, False
+
+
+def _channels(weight: Weight, channel_index: int, rank: int) -> Weight:
+    """Returns the weight of a convolution whose output has its channels there."""
+    return weight._replace(output=(-1,) if channel_index == -1 else (1 - rank,))
 
 
 def _norm(type: str, shape: Shape, axes: Iterable[int]) -> Weight:

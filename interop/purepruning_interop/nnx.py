@@ -155,18 +155,34 @@ def _weights(module: nnx.Module) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
         case nnx.Embed():
             weight = in_out("embedding", "Embedding", (module.num_embeddings, module.features))
         case nnx.BatchNorm():
-            weight = per_channel("scale", "BatchNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale", "BatchNorm", (module.num_features,), bias="bias", output=module.axis
+            )
         case nnx.InstanceNorm():
-            weight = per_channel("scale", "InstanceNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale",
+                "InstanceNorm",
+                (module.num_features,),
+                bias="bias",
+                output=module.feature_axes,
+            )
         case nnx.LayerNorm():
-            weight = per_channel("scale", "LayerNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale",
+                "LayerNorm",
+                (module.num_features,),
+                bias="bias",
+                output=module.feature_axes,
+            )
         case nnx.GroupNorm():
             sizes = (module.num_groups * module.group_size,)
             weight = per_channel("scale", "GroupNorm", sizes, bias="bias")
         case nnx.RMSNorm():
-            weight = per_channel("scale", "RMSNorm", (module.num_features,))
+            weight = per_channel(
+                "scale", "RMSNorm", (module.num_features,), output=module.feature_axes
+            )
         case nnx.LoRA():
-            down = in_out("lora_a", "LoRA", (module.in_features, None))
+            down = in_out("lora_a", "LoRA", (module.in_features, None))._replace(output=())
             up = in_out("lora_b", "LoRA", (None, module.out_features))
             return (down, up), ()
         case nnx.PReLU():
