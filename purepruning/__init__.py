@@ -7,12 +7,16 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
+from purepruning import stats
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.namespace import leaf_paths
+from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
+from purepruning.pruners.slimming import slim, slim_penalty
+from purepruning.pruners.taylor import taylor_fo
 from purepruning.rules import Gradual
 from purepruning.select import Criterion, prune
 from purepruning.units import NM, Block
@@ -38,6 +42,13 @@ __all__ = [
     "l2_norm",
     "fpgm",
     "random_pruning",
+    "slim",
+    "slim_penalty",
+    "apoz_rank",
+    "mean_activation_rank",
+    "taylor_fo",
     "prune",
     "Criterion",
+    # Running statistics that some pruners need.
+    "stats",
 ]

@@ -147,9 +147,7 @@ def einsum(param: str, equation: str, sizes: Sizes, *, bias: str | None) -> Weig
 
 
 def _places(letters: str) -> dict[str, int]:
-    """Returns the axis of every letter of an einsum's output, counted from the end, or, before an
-    ellipsis, from the start.
-    """
+    """Returns the axis of every letter of an einsum's output; negative, except before an ellipsis."""
     before, dots, after = letters.rpartition("...")
     from_end = {c: i - len(after) for i, c in enumerate(after)}
     return from_end | ({c: i for i, c in enumerate(before)} if dots else {})

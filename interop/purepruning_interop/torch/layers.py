@@ -113,8 +113,8 @@ def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ..
         case nn.modules.batchnorm._NormBase():
             type_ = _norm_type(module)
             # A batch norm takes batches only; an instance norm may be called without one.
-            rank = {"1d": 1, "2d": 2, "3d": 3}.get(type_[-2:])
-            axis = -1 - rank if rank and type_.startswith("Instance") else 1
+            instance = {f"InstanceNorm{d}d": -1 - d for d in (1, 2, 3)}
+            axis = instance.get(type_, 1)
             weight = per_channel("weight", type_, (None,), bias="bias", output=axis)
         case nn.LayerNorm() | nn.RMSNorm():
             type_ = "LayerNorm" if isinstance(module, nn.LayerNorm) else "RMSNorm"
