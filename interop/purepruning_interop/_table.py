@@ -147,7 +147,7 @@ def einsum(param: str, equation: str, sizes: Sizes, *, bias: str | None) -> Weig
 
 
 def _places(letters: str) -> dict[str, int]:
-    """Returns the axis of every letter of an einsum's output; negative, except before an ellipsis."""
+    """Returns the axis of each letter of an einsum's output; negative, except before dots."""
     before, dots, after = letters.rpartition("...")
     from_end = {c: i - len(after) for i, c in enumerate(after)}
     return from_end | ({c: i for i, c in enumerate(before)} if dots else {})
@@ -317,9 +317,10 @@ def split_static(tree: Any) -> tuple[list[Any], Any]:
     """
     leaves, treedef = jax.tree.flatten(tree)
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    rest = [None if is_array(leaf) else leaf for leaf in leaves]  # put keeps no tracer alive
 
     def put(arrays: Sequence[Any]) -> Any:
-        full = list(leaves)
+        full = list(rest)
         for i, array in zip(where, arrays, strict=True):
             full[i] = array
         return jax.tree.unflatten(treedef, full)

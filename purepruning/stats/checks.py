@@ -70,11 +70,14 @@ def refuse_others(where: str, a: Mapping[str, Count | Sum], b: Mapping[str, Coun
 
 def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
-    finite = {
+    flags = {
         name: [compiled(x, _is_finite)(x) for x in some if is_concrete(x)]
         for name, some in arrays.items()
     }
-    bad = [name for name, flags in finite.items() if not all(map(bool, flags))]
+    # Inside a trace, what is computed of known values is not known either.
+    bad = [
+        name for name, some in flags.items() if any(is_concrete(f) and not bool(f) for f in some)
+    ]
     if bad:
         raise ValueError(
             f"{where}: {what} of layer {', '.join(map(repr, bad))} is NaN or infinite; the "

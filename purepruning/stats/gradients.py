@@ -183,15 +183,24 @@ def _terms(weight: Any, slope: Any, *, g: Grid | None, keep: tuple[Kept, ...]) -
     """Returns what one step adds to each of the totals kept."""
     xp = namespace(weight)
     weight, slope = (xp.astype(stop_gradient(x), xp.float32) for x in (weight, slope))
-    term = slope * weight
+    term = _rounded(slope * weight)
     result = []
     for kind in keep:
         if kind == "squares":
-            result.append(term * term if g is None else fold(xp, term * term, g, exact_sum))
+            square = _rounded(term * term)
+            result.append(square if g is None else fold(xp, square, g, exact_sum))
         else:
             total = term if g is None else fold(xp, term, g, exact_sum)
-            result.append(total if kind == "signed" else total * total)
+            result.append(total if kind == "signed" else _rounded(total * total))
     return tuple(result)
+
+
+def _rounded(product: Any) -> Any:
+    """Returns a product that compilers do not fuse with the addition that follows.
+
+    Fused, it would be rounded once rather than twice: differently under ``jit`` and without.
+    """
+    return namespace(product).where(product == 0, 0.0, product)
 
 
 def _leaves(grads: Any) -> dict[str, Any]:
