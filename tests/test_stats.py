@@ -410,7 +410,8 @@ alone, together = jax.jit(count)(data), everywhere(shards)
 def same(a, b):
     is_total = lambda x: isinstance(x, (Count, Sum))
     for x, y in zip(*(jax.tree.leaves(t, is_leaf=is_total) for t in (a, b)), strict=True):
-        x, y = (np.asarray(t[0], float) * (2**20 if isinstance(t, Count) else 1) + t[1] for t in (x, y))
+        unit = 2**20 if isinstance(x, Count) else 1
+        x, y = (np.asarray(t[0], float) * unit + t[1] for t in (x, y))
         # Small integers are added exactly; large floats are rounded once by each device.
         np.testing.assert_allclose(x, y, rtol=0 if np.all(y < 2**24) else 8 * 2**-24)
 
