@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from flax.linen.recurrent import DenseParams
 from purepruning.layers import Layer
 from purepruning.namespace import flatten
 from purepruning_interop import _capture
-from purepruning_interop._marks import collect, mark, marking
+from purepruning_interop._marks import mark, marked, marking, run, trace
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -149,8 +151,8 @@ def capture(
     new leading axis; under ``nn.vmap`` likewise, after the axes of scans; ``nn.remat`` and
     ``nn.jit`` change nothing. A layer called several times gives the list of its outputs.
 
-    Without ``jax.jit`` around it every call is traced anew. A layer whose parameters
-    ``nn.WeightNorm`` replaces goes by its own path, as in the table.
+    Without ``jax.jit`` around it every call is traced anew. The parts of an
+    ``nn.OptimizedLSTMCell`` are never called; the cell is.
 
     Args:
         module: the Linen module.
@@ -177,53 +179,63 @@ def capture(
     where = "capture(module, variables, *inputs)"
     _check(where, module, variables, inputs, method, kwargs)
     names = _capture.asked(where, layers)
-    if not isinstance(variables.get("params", {}), Mapping) or "params" not in variables:
+    if not isinstance(variables.get("params"), Mapping):
         variables = {"params": variables}
     paths = flatten(meta.unbox(variables["params"])).leaves
     owners = {path: path.rpartition(".")[0] for path in paths}
-    modules = {name: owners.get(name.removeprefix("params."), name) for name in names}
+    modules = {name: owners.get(name, name) for name in names}
+    wanted = frozenset(modules.values())
     seen: dict[str, None] = {}
 
-    def apply(variables: Any, inputs: Any, rngs: Any, kwargs: Any) -> Any:
-        with nn.intercept_methods(_marker(frozenset(modules.values()), seen)):
+    def apply(variables: Any, inputs: Any, rngs: Any, kwargs: Any, *, afresh: bool) -> Any:
+        with contextlib.ExitStack() as contexts:
+
+            def renew() -> None:
+                if afresh:
+                    contexts.enter_context(marking(object()))
+
+            renew()
+            contexts.enter_context(nn.intercept_methods(_marker(wanted, seen, renew)))
             return module.apply(
                 variables, *inputs, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
 
-    key = frozenset(modules.values())
-    result, calls = collect(where, key, apply, variables, inputs, rngs, kwargs)
-    holders = {
-        ".".join(parts[:i])
-        for p in owners.values()
-        for parts in [p.split(".")]
-        for i in range(len(parts) + 1)
-    }
+    # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
+    # only. Where that may have happened, everything is traced once more, each call for itself.
+    arguments = variables, inputs, rngs, kwargs
+    program = trace(wanted, partial(apply, afresh=False), *arguments)
+    found, several = marked(program)
+    if several or found != wanted:
+        program = trace(wanted, partial(apply, afresh=True), *arguments)
     for name, path in modules.items():
-        if path not in seen and path not in holders:
-            raise _capture.unknown(where, name, [*seen, *owners.values()])
+        holds = any(f"{owner}.".startswith(f"{path}.") for owner in owners.values())
+        if path and path not in seen and not holds:
+            raise _capture.unknown(where, name, [*owners.values(), *seen])
+    result, calls = run(where, program)
     return result, _capture.outputs(where, modules, calls)
 
 
-def _marker(paths: frozenset[str], seen: dict[str, None]) -> nn.module.Interceptor:
+def _marker(
+    paths: frozenset[str], seen: dict[str, None], renew: Callable[[], None]
+) -> nn.module.Interceptor:
     """Returns an interceptor that marks what the modules at ``paths`` return.
 
-    Of a class that ``nn.scan`` or another transform lifted, the module inside counts, once per step
-    of the loop, not the one around the transform.
+    Of a class that ``nn.scan`` or another transform lifted, it is the module inside that is called
+    (the one around the transform passes interceptors by): once per step of the loop.
     """
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        result = call(*args, **kwargs)
         module = context.module
         if context.method_name != "__call__" or module.scope is None:
-            return call(*args, **kwargs)
+            return result
+        renew()
         path = ".".join(module.scope.path)
         seen[path] = None
-        lifted = type(module).__module__ == "flax.linen.transforms"
-        if lifted and "__call__" in vars(type(module)):
-            # nn.jit takes modules that differ in their name only for the same.
-            with marking(paths, path):
-                return call(*args, **kwargs)
-        result = call(*args, **kwargs)
-        return mark(path, result) if path in paths else result
+        # What the call of DenseParams returns are its parameters.
+        if path not in paths or isinstance(module, DenseParams):
+            return result
+        return mark(path, result)
 
     return intercept
 
