@@ -67,6 +67,15 @@ KINDS = {
     ),
     "norm-first": (Layer("x", "BatchNorm2d", "x.w", (3,), (0,), output_axes=(1,)), (5, 3, 6, 4)),
 }
+KINDS |= {
+    # Large enough to be summed in chunks; the last is smaller.
+    "large-linear": (KINDS["linear"][0], (30_011, 3)),
+    "large-last": (KINDS["conv-last"][0], (37, 31, 19, 3)),
+    "large-first": (KINDS["conv-first"][0], (37, 3, 31, 19)),
+    "large-images": (KINDS["conv-first"][0], (2, 3, 131, 121)),
+    "large-scanned": (KINDS["scanned"][0], (2, 41, 211, 3)),
+    "large-moved": (KINDS["moved"][0], (21, 2, 311, 3)),
+}
 kinds = pytest.mark.parametrize(("layer", "shape"), KINDS.values(), ids=list(KINDS))
 NAMED = {
     "relu": lambda x: np.maximum(x, 0),

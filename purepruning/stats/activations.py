@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from purepruning.config import Config
 from purepruning.layers import Layer, missing
 from purepruning.namespace import compiled, erfc, flatten, namespace, stop_gradient, zeros
+from purepruning.stats import chunks
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
 from purepruning.stats.checks import match, refuse_non_finite, refuse_others, watched
 
@@ -216,17 +217,18 @@ def _sizes(layer: Layer) -> tuple[int, ...]:
 def _add(where: str, new: ActivationStats, layer: Layer, x: Any, activation: Activation) -> None:
     """Adds one output to the (fresh) dictionaries of ``new``."""
     xp, name = namespace(x), layer.name
-    function = activation
-    if isinstance(function, str):
-        function = compiled(x, _ACTIVATIONS[function])
-    y = function(xp.astype(stop_gradient(x), xp.float32))
-    if tuple(y.shape) != tuple(x.shape):
-        raise ValueError(
-            f"{where}: activation must be elementwise, but of the output of layer {name!r}, of "
-            f"shape {tuple(x.shape)}, it made {tuple(y.shape)}"
-        )
+    x = stop_gradient(x)
+    named = activation if isinstance(activation, str) else "identity"
+    if not isinstance(activation, str):
+        y = activation(xp.astype(x, xp.float32))
+        if tuple(y.shape) != tuple(x.shape):
+            raise ValueError(
+                f"{where}: activation must be elementwise, but of the output of layer {name!r}, of "
+                f"shape {tuple(x.shape)}, it made {tuple(y.shape)}"
+            )
+        x = y
     axes = tuple(a % x.ndim for a in layer.output_axes or ())
-    batch = compiled(x, _totals, "axes")(xp.astype(y, xp.float32), axes=axes)
+    batch = compiled(x, _totals, "axes", "activation")(x, axes=axes, activation=named)
     zero, total, magnitude, square = (xp.reshape(t, channels(where, layer)) for t in batch)
     rest = [n for a, n in enumerate(x.shape) if a not in axes]
     new.samples[name] = count(new.samples[name], rest[0] if rest else 1)
@@ -241,22 +243,23 @@ def _copy(stats: ActivationStats) -> ActivationStats:
     return ActivationStats(*(dict(field) for field in stats))  # type: ignore[arg-type]
 
 
-def _totals(x: Any, *, axes: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
+def _totals(x: Any, *, axes: tuple[int, ...], activation: str) -> tuple[Any, ...]:
     """Returns zeros, sum, sum of magnitudes and of squares, over all axes but ``axes``."""
     xp = namespace(x)
+
+    def terms(x: Any) -> tuple[Any, ...]:
+        y = _ACTIVATIONS[activation](xp.astype(x, xp.float32))
+        return xp.astype(y == 0, xp.int32), y, xp.abs(y), y * y
+
     if len(axes) == x.ndim:
-        x = x[None]
-        axes = tuple(a + 1 for a in axes)
-    rest = tuple(a for a in range(x.ndim) if a not in axes)
+        x, axes = x[None], tuple(a + 1 for a in axes)
+    if chunks.pays_off(x):
+        totals = chunks.sums(x, axes, terms)
+    else:
+        rest = tuple(a for a in range(x.ndim) if a not in axes)
+        totals = tuple(xp.sum(t, axis=rest, dtype=t.dtype) for t in terms(x))
     order = tuple(sorted(axes).index(a) for a in axes)
-    totals = (
-        xp.sum(x == 0, axis=rest, dtype=xp.int32),
-        xp.sum(x, axis=rest),
-        xp.sum(xp.abs(x), axis=rest),
-        xp.sum(x * x, axis=rest),
-    )
-    zero, total, magnitude, square = (xp.permute_dims(t, order) for t in totals)
-    return zero, total, magnitude, square
+    return tuple(xp.permute_dims(t, order) for t in totals)
 
 
 # Written with comparisons that NaN fails, so that it stays.

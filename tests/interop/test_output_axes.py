@@ -68,6 +68,19 @@ def test_linen_scan_stacks_outputs_on_their_first_axis(axis):
     assert (layer.stack_axes, layer.output_axes) == ((axis,), (0, -1))
 
 
+def test_linen_scan_leads_the_batch_axes_of_a_layer():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.DenseGeneral(3, axis=-1, batch_dims=0, name="each")(x), None
+
+    stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    x = jnp.zeros((4, 5, 3))
+    params = stack().init(jax.random.key(0), x, None)["params"]
+    (layer,) = linen.layers(stack(), params, x, None)
+    assert (layer.shape, layer.stack_axes, layer.output_axes) == ((2, 4, 3, 3), (0, 1), (0, 1, -1))
+
+
 def test_nnx():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
