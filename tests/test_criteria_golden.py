@@ -1,6 +1,6 @@
 """Slim, APoZ, mean activation and Taylor against masks that NNI 2.10 and 3.0 made.
 
-``golden/README.md`` and ``golden/manifest.json`` say what is stored. Masks are compared exactly,
+``golden/criteria.md`` says what is stored. Masks are compared exactly,
 from the importance that NNI itself ranked; where it is known how NNI went wrong, a test says so.
 """
 
@@ -19,7 +19,7 @@ from purepruning.stats.accumulate import Count, Sum
 from tests.modes import as_jax, as_numpy, as_torch
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
+MANIFEST = json.loads((GOLDEN / "criteria.json").read_text())
 FRAMEWORKS = pytest.mark.parametrize("framework", [as_jax, as_torch], ids=["jax", "torch"])
 
 PRUNERS = {
