@@ -10,6 +10,7 @@ import importlib.metadata
 from purepruning import stats
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
+from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.namespace import leaf_paths
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
@@ -19,6 +20,9 @@ from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.rules import Gradual
 from purepruning.select import Criterion, prune
+from purepruning.storage import load_masks, save_masks
+from purepruning.summary import LayerSummary, Summary, summarize
+from purepruning.transform import KeepPrunedState, keep_pruned, set_masks
 from purepruning.units import NM, Block
 
 __version__ = importlib.metadata.version("purepruning")
@@ -51,4 +55,19 @@ __all__ = [
     "Criterion",
     # Running statistics that some pruners need.
     "stats",
+    # Masks.
+    "apply_masks",
+    "merge_masks",
+    "invert",
+    "expand",
+    "density",
+    "summarize",
+    "Summary",
+    "LayerSummary",
+    "save_masks",
+    "load_masks",
+    # Training with masks.
+    "keep_pruned",
+    "set_masks",
+    "KeepPrunedState",
 ]

@@ -25,7 +25,7 @@ from purepruning.rules import (
     gradual,
     integer,
     maximum,
-    select,
+    selected_layers,
     sparsity_of,
 )
 from purepruning.units import NM, Block, Granularity, Grid, grid
@@ -56,6 +56,7 @@ class Pool:
         rule: number of the rule that selected it.
         layers: in the order of their names.
         size: the number that is pruned at sparsity 1: units, or weights in global scope.
+        most: the largest count there is: it leaves every layer a unit, or what caps demand.
         caps: in global scope, how many units each (stacked) layer can lose at most.
         sparsity: the fraction asked for; None if the rule names none.
         allow_empty: whether the rule lets a layer lose all its units.
@@ -67,6 +68,7 @@ class Pool:
     rule: int
     layers: tuple[Layer, ...]
     size: int
+    most: int
     caps: tuple[int, ...]
     sparsity: float | None
     allow_empty: bool
@@ -80,6 +82,15 @@ class Pool:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings differ from process to process.
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def problem(self) -> Pool:
+        """The pool without what its rule says about numbers: what compiled code depends on."""
+        return dataclasses.replace(self, sparsity=None, gradual=None, prune_iterations=None)
 
 
 @functools.partial(
@@ -119,7 +130,9 @@ class Config:
 
         Raises:
             KeyError: a pool is missing or unknown.
+            ValueError: the counts of N:M are fixed.
         """
+        self._check_counted()
         names = [pool.name for pool in self.pools]
         for name in counts:
             if name not in names:
@@ -149,8 +162,7 @@ class Config:
         >>> config.counts, config.with_sparsity(0.29).counts
         ({'fc': 50}, {'fc': 29})
         """
-        if isinstance(self.granularity, NM):
-            raise ValueError(f"the sparsity of {self.granularity} is fixed by keep and of")
+        self._check_counted()
         names = [pool.name for pool in self.pools]
         if not isinstance(sparsity, Mapping):
             sparsity = dict.fromkeys(names, sparsity)
@@ -163,14 +175,17 @@ class Config:
                 counts[pool.name] = self._count(pool, sparsity[pool.name])
         return dataclasses.replace(self, counts=counts)
 
+    def _check_counted(self) -> None:
+        if isinstance(self.granularity, NM):
+            raise ValueError(f"the sparsity of {self.granularity} is fixed by keep and of")
+
     def _count(self, pool: Pool, sparsity: Any) -> int | np.ndarray:
         where = f"pool {pool.name!r}: sparsity"
-        if np.ndim(sparsity) == 0:
-            return _checked_count(pool, fraction(sparsity, where), self.granularity, where)
-        if np.ndim(sparsity) > 1:
-            raise TypeError(f"{where} must be a fraction or a sequence of them, got {sparsity!r}")
-        fractions = [fraction(s, where) for s in np.asarray(sparsity, dtype=float).tolist()]
-        counts = [_checked_count(pool, s, self.granularity, where) for s in fractions]
+        several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+        if not several and getattr(sparsity, "ndim", 0) == 0:
+            return _checked_count(pool, fraction(sparsity, where), where)
+        fractions = [fraction(s, where) for s in sparsity]
+        counts = [_checked_count(pool, s, where) for s in fractions]
         return np.asarray(counts, np.int32)
 
 
@@ -183,6 +198,9 @@ def count_of(sparsity: float, n: int) -> int:
     >>> count_of(0.7, 10), count_of(0.29, 100), count_of(1 - 0.9, 10), count_of(0.55, 9)
     (7, 29, 1, 4)
     """
+    sparsity = fraction(sparsity, "sparsity")
+    if not hasattr(n, "__index__") or n < 0:
+        raise TypeError(f"n must be a number of units, got {n!r}")
     noise = 8 * np.finfo(np.float64).eps  # a few roundings of a number near 1
     return min(math.floor(n * (sparsity + noise)), n)
 
@@ -235,6 +253,8 @@ def resolve(
     >>> resolve(rules, table, granularity="output_channel").counts
     {'conv': 7}
     """
+    if isinstance(layers, Layer) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
     table = tuple(layers)
     granularity = _granularity(granularity)
     _one_of("scope", scope, ("layer", "global"))
@@ -246,11 +266,12 @@ def resolve(
     chosen: dict[str, int] = {}
     for number, rule in enumerate(rules):
         check_keys(number, rule)
-        for layer in select(number, rule, table):
+        for layer in selected_layers(number, rule, table):
             if rule.get("exclude", False):
                 chosen.pop(layer.name, None)
             else:
                 chosen[layer.name] = number
+    table = _own_biases(table, chosen)
     pools: list[Pool] = []
     for number, rule in enumerate(rules):
         mine = sorted((x for x in table if chosen.get(x.name) == number), key=lambda x: x.name)
@@ -263,7 +284,7 @@ def resolve(
     for pool in () if isinstance(granularity, NM) else pools:
         where = f"rule {pool.rule}: sparsity"
         given = pool.sparsity
-        count = None if given is None else _checked_count(pool, given, granularity, where)
+        count = None if given is None else _checked_count(pool, given, where)
         counts[pool.name] = count
     return Config(counts, tuple(pools), scope, granularity, bias)
 
@@ -293,6 +314,19 @@ def _check_table(table: tuple[Layer, ...]) -> None:
             if value in seen:
                 raise ValueError(f"two layers have the {what} {value!r}")
             seen.add(value)
+    weights = {layer.weight for layer in table}
+    for layer in table:
+        if layer.bias in weights:
+            raise ValueError(f"layer {layer.name!r}: its bias {layer.bias!r} is a layer's weight")
+
+
+def _own_biases(table: tuple[Layer, ...], chosen: Mapping[str, int]) -> tuple[Layer, ...]:
+    """Returns the table without the biases that a layer which is not pruned shares."""
+    spoken_for = {layer.bias for layer in table if layer.name not in chosen}
+    return tuple(
+        dataclasses.replace(layer, bias=None) if layer.bias in spoken_for else layer
+        for layer in table
+    )
 
 
 def _pools(
@@ -304,28 +338,57 @@ def _pools(
         iterations = integer(rule, "prune_iterations", number, 1, 1)
     largest = maximum(number, rule, layers, scope)
     common = (sparsity, rule.get("allow_empty", False), gradual(number, rule), iterations)
+    for layer in layers:
+        if 0 in layer.shape:
+            raise ValueError(
+                f"rule {number}: layer {layer.name!r} has no weights, its shape is {layer.shape}; "
+                "exclude it"
+            )
     if isinstance(granularity, NM):
+        if "max_sparsity_per_layer" in rule:
+            raise ValueError(
+                f"rule {number}: {granularity} leaves max_sparsity_per_layer no meaning"
+            )
         for layer in layers:
             _check_nm(number, layer, granularity)
-        return [Pool(x.name, number, (x,), 0, (), *common) for x in layers]
+        return [Pool(x.name, number, (x,), 0, 0, (), *common) for x in layers]
     grids = [_grid(number, layer, granularity) for layer in layers]
+    spared = 0 if rule.get("allow_empty", False) else 1
     if scope == "layer":
         pools = [
-            Pool(layer.name, number, (layer,), g.n_units, (), *common)
+            Pool(layer.name, number, (layer,), g.n_units, g.n_units - spared, (), *common)
             for layer, g in zip(layers, grids, strict=True)
         ]
     else:
-        weights = sum(math.prod(layer.shape) for layer in layers)
-        caps = tuple(
-            count_of(largest[layer.name], g.n_units) for layer, g in zip(layers, grids, strict=True)
-        )
-        pools = [Pool(f"rule {number}", number, tuple(layers), weights, caps, *common)]
-    for pool in pools if layers else []:
+        pools = []
+        if layers:
+            weights = sum(math.prod(layer.shape) for layer in layers)
+            caps = _caps(number, layers, grids, largest, spared)
+            most = sum(g.n_members * _most(g, cap) for g, cap in zip(grids, caps, strict=True))
+            pools = [Pool(f"rule {number}", number, tuple(layers), weights, most, caps, *common)]
+    for pool in pools:
         if pool.size >= _UNITS_LIMIT:
             raise ValueError(
                 f"rule {number}: {pool.name!r} has {pool.size} units, more than 2**31 - 1; split it"
             )
-    return pools if layers else []
+    return pools
+
+
+def _caps(
+    number: int, layers: list[Layer], grids: list[Grid], largest: Mapping[str, float], spared: int
+) -> tuple[int, ...]:
+    """Returns how many units each layer may lose."""
+    caps = []
+    for layer, g in zip(layers, grids, strict=True):
+        cap = count_of(largest[layer.name], g.n_units)
+        if cap > g.n_units - spared:
+            raise ValueError(
+                f"rule {number}: max_sparsity_per_layer {largest[layer.name]:g} would let layer "
+                f"{layer.name!r} lose all its {g.n_units} units; if that is meant, give the rule "
+                "'allow_empty': True"
+            )
+        caps.append(cap)
+    return tuple(caps)
 
 
 def _grid(number: int, layer: Layer, granularity: Granularity) -> Grid:
@@ -349,28 +412,23 @@ def _check_nm(number: int, layer: Layer, nm: NM) -> None:
         )
 
 
-def _checked_count(pool: Pool, sparsity: float, granularity: Granularity, where: str) -> int:
+def _checked_count(pool: Pool, sparsity: float, where: str) -> int:
     """Returns the pool's count; raises if its layers cannot or must not lose that many."""
-    if sparsity == 1 and not pool.allow_empty:
-        raise ValueError(
-            f"{where} 1 would prune every unit of {pool.name!r}; give its rule 'allow_empty': True "
-            "if that is meant"
-        )
     count = count_of(sparsity, pool.size)
+    if count <= pool.most:
+        return count
     if pool.caps:
-        most = sum(
-            grid(layer, granularity).n_members * _largest(grid(layer, granularity), cap)
-            for layer, cap in zip(pool.layers, pool.caps, strict=True)
+        raise ValueError(
+            f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can "
+            f"lose at most {pool.most} under max_sparsity_per_layer (0.99 where not given)"
         )
-        if count > most:
-            raise ValueError(
-                f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can "
-                f"lose at most {most} under max_sparsity_per_layer (0.99 where not given)"
-            )
-    return count
+    raise ValueError(
+        f"{where} {sparsity!r} would prune every unit of {pool.name!r}; give its rule "
+        "'allow_empty': True if that is meant"
+    )
 
 
-def _largest(g: Grid, units: int) -> int:
+def _most(g: Grid, units: int) -> int:
     """Returns the most weights that ``units`` units can have."""
     if isinstance(g.cost, int):
         return units * g.cost

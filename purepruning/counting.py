@@ -49,15 +49,15 @@ def global_cuts(
     return _solve(pieces, jnp.broadcast_to(budget, caps.shape), caps, check)
 
 
-def pruned(piece: Piece, cut: Cut, i: int) -> Array:
-    """Returns which elements of piece i the cut prunes, in the shape of its arrays."""
-    return _pruned(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
+def kept(piece: Piece, cut: Cut, i: int) -> Array:
+    """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
+    return _kept(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
 
 
 # Compiled on its own, so that XLA sees layers of one shape as calls of one function.
 @functools.partial(jax.jit, static_argnames="score")
-def _pruned(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
-    return cut.prunes(0, *Piece(arrays, score).keys(jnp))
+def _kept(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
+    return cut.keeps(0, *Piece(arrays, score).keys(jnp))
 
 
 def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
@@ -75,7 +75,7 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
             fits, over = ends
             gap = lax.bitcast_convert_type(over - fits, jnp.uint32)
             middle = fits + lax.bitcast_convert_type(gap >> 1, jnp.int32)
-            spent = jnp.sum(jnp.where(values <= middle[:, None], cost[None, :], 0), axis=1)
+            spent = _sum(jnp.where(values <= middle[:, None], cost[None, :], 0), axis=1)
             good = spent <= budget
             return jnp.where(good, middle, fits), jnp.where(good, over, middle)
 
@@ -85,11 +85,15 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
     key = last_that_fits(keys, budgets, LOWEST, HIGHEST)[:, None]
     below = keys <= key
     ties = keys == key + 1
-    rest = budgets - jnp.sum(jnp.where(below, cost[None, :], 0), axis=1)
+    rest = budgets - _sum(jnp.where(below, cost[None, :], 0), axis=1)
     place = lax.iota(jnp.int32, keys.shape[1])[None, :]
     order = jnp.where(ties, place, keys.shape[1])
     index = last_that_fits(order, rest, -1, keys.shape[1])[:, None]
     return below | (ties & (place <= index))
+
+
+# Where 64-bit types are enabled, a sum of int32 is int64 unless told otherwise.
+_sum = functools.partial(jnp.sum, dtype=jnp.int32)
 
 
 # The search. All pieces are searched side by side, in vectors ``(pieces,)``. In global scope they
@@ -163,7 +167,7 @@ def _search(
         """What counts of the pieces are worth towards their targets."""
         if caps is None:
             return counts
-        return jnp.where(own, counts, jnp.sum(jnp.minimum(counts, caps)))
+        return jnp.where(own, counts, _sum(jnp.minimum(counts, caps)))
 
     def is_open(s: _State) -> Array:
         b = s.bracket
@@ -220,7 +224,7 @@ def _dealt(s: _State, caps: Array) -> _State:
     below, upto = jnp.minimum(b.below, caps), jnp.minimum(b.upto, caps)
     # Equal scores at the cut go to the pieces in order.
     ties = upto - below
-    rest = s.target - jnp.sum(below) - (jnp.cumsum(ties) - ties)
+    rest = s.target - _sum(below) - (jnp.cumsum(ties, dtype=jnp.int32) - ties)
     target = below + jnp.clip(rest, 0, ties)
     # A piece at its cap is cut below the shared bracket, every other one inside it.
     capped = target < b.below
@@ -270,11 +274,11 @@ def _from_sample(s: _State, total: Array, sample: Array) -> tuple[Array, Array]:
     A repeated key is one that many elements share; interpolating between such keys gets nowhere.
     """
     width = sample.shape[1]
-    rank = jnp.sum(sample <= s.pivot[:, None], axis=1, dtype=jnp.int32) - 1
+    rank = _sum(sample <= s.pivot[:, None], axis=1) - 1
     rank, reached = (jnp.where(s.step == 0, 0, x) for x in (rank, s.reached))
     share = (s.target - reached).astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
     rank = jnp.clip(rank + jnp.ceil(share * width).astype(jnp.int32), 0, width - 1)
-    around = jnp.clip(rank[:, None] + jnp.asarray([-1, 0, 1]), 0, width - 1)
+    around = jnp.clip(rank[:, None] + jnp.asarray([[-1, 0, 1]], jnp.int32), 0, width - 1)
     before, near, after = jnp.take_along_axis(sample, around, axis=1).T
     repeated = ((before == near) & (rank > 0)) | ((near == after) & (rank < width - 1))
     return near, repeated
@@ -313,9 +317,7 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
     """
 
     def upto(key: Array, active: Array) -> Array:
-        counts = [
-            jnp.sum(p.keys(jnp)[0] <= k, dtype=jnp.int32) for p, k in zip(pieces, key, strict=True)
-        ]
+        counts = [_sum(p.keys(jnp)[0] <= k) for p, k in zip(pieces, key, strict=True)]
         return jnp.where(active, jnp.stack(counts), 0)
 
     def tie_index(key: Array, need: Array) -> Array:
@@ -323,7 +325,7 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
             counts = []
             for i, piece in enumerate(pieces):
                 bits, index = piece.keys(jnp)
-                counts.append(jnp.sum((bits == key[i]) & (index <= last[i]), dtype=jnp.int32))
+                counts.append(_sum((bits == key[i]) & (index <= last[i])))
             return jnp.where(active, jnp.stack(counts), 0)
 
         counter = _Counter(sizes, ties, tie_index)
@@ -378,7 +380,7 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
             def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
                 lo, hi = ends
                 middle = (lo + hi) // 2
-                reached = jnp.sum(ties & (place <= middle), dtype=jnp.int32) >= n
+                reached = _sum(ties & (place <= middle)) >= n
                 return jnp.where(reached, lo, middle), jnp.where(reached, middle, hi)
 
             ends = (jnp.int32(-1), jnp.int32(widest - 1))
@@ -427,8 +429,8 @@ def _total(counted: Array) -> Array:
     Rows are added elementwise, which vectorises; the barrier keeps XLA from fusing both sums into
     one that does not.
     """
-    columns = lax.optimization_barrier(jnp.sum(counted, axis=0, dtype=jnp.int32))
-    return jnp.sum(columns, dtype=jnp.int32)
+    columns = lax.optimization_barrier(_sum(counted, axis=0))
+    return _sum(columns)
 
 
 def _sample(pieces: Sequence[Piece]) -> Array:

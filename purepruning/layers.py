@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ OP_TYPES = (
     "RMSNorm",
 )
 
-#  What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without
+#: What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without
 # norms.
 DEFAULT_OP_TYPES = (
     *(f"Conv{d}d" for d in (1, 2, 3)),
@@ -95,6 +96,14 @@ class Layer:
 
     def __post_init__(self) -> None:
         where = f"layer {self.name!r}"
+        if not all(isinstance(x, str) for x in (self.name, self.type, self.weight)):
+            raise TypeError(f"{where}: name, type and weight must be strings")
+        sizes = tuple(self.shape)
+        if not all(isinstance(n, int) and n >= 0 for n in (*sizes, self.groups)):
+            raise TypeError(
+                f"{where}: shape and groups must be integers, got {self.shape} and {self.groups!r}"
+            )
+        object.__setattr__(self, "shape", sizes)
         stack, out = tuple(self.stack_axes), tuple(self.out_axes)
         for field in ("out_axes", "in_axes", "stack_axes"):
             axes = getattr(self, field)
@@ -112,8 +121,8 @@ class Layer:
         if self.grouped not in ("in", "out"):
             raise ValueError(f"{where}: grouped must be 'in' or 'out', got {self.grouped!r}")
         whole = self.out_axes if self.grouped == "in" else self.in_axes
-        size = math.prod(self.shape[a] for a in whole)
-        if self.groups < 1 or (self.groups > 1 and (not whole or size % self.groups)):
+        size = self.shape[whole[0]] if whole else 0
+        if self.groups < 1 or (self.groups > 1 and (not size or size % self.groups)):
             raise ValueError(f"{where}: {self.groups} groups do not divide {size} channels")
         if self.output_axes is None:
             axes = _default_output_axes(self)
@@ -199,6 +208,8 @@ def make_layer(
     for path in (weight, bias):
         if path is not None and path not in leaves:
             raise KeyError(missing(f"no parameter at path {path!r}", path, leaves))
+        if path is not None and not hasattr(leaves[path], "shape"):
+            raise TypeError(f"the parameter {path!r} is no array, but {leaves[path]!r}")
     layer = Layer(
         name=name if name is not None else weight.rpartition(".")[0] or weight,
         type=type,
@@ -232,12 +243,15 @@ def _default_output_axes(layer: Layer) -> tuple[int, ...]:
     return (*range(len(layer.stack_axes)), *range(-n - behind, -behind))
 
 
-def missing(message: str, name: str, known: Iterable[str], *, limit: int = 5) -> str:
+def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5) -> str:
     """Returns ``message`` followed by the known names nearest to ``name``."""
     import difflib
 
     known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    # Matched without case, which is often all that is wrong.
+    spelled = {k.lower(): k for k in reversed(known)}
+    close = difflib.get_close_matches(str(name).lower(), spelled, n=limit, cutoff=0.5)
+    near = [spelled[k] for k in close]
     if near:
         return f"{message}; nearest: {', '.join(map(repr, near))}"
     listed = ", ".join(map(repr, known[:limit])) + (", ..." if len(known) > limit else "")
@@ -245,4 +259,4 @@ def missing(message: str, name: str, known: Iterable[str], *, limit: int = 5) ->
 
 
 def _as_tuple(axes: int | Iterable[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+    return (operator.index(axes),) if hasattr(axes, "__index__") else tuple(axes)  # type: ignore[arg-type]

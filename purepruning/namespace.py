@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -29,7 +30,11 @@ def namespace(x: Any) -> Any:
 
     NumPy arrays and Python scalars belong to ``jax.numpy``.
     """
-    return importlib.import_module("array_api_compat.torch") if is_torch(x) else jnp
+    if not is_torch(x):
+        return jnp
+    # torch.compile can look a module up, but not import it.
+    name = "array_api_compat.torch"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def compiled(x: Any, function: Callable[..., Any], *static: str) -> Callable[..., Any]:
@@ -77,37 +82,51 @@ def int32(xp: Any, values: Any, like: Any) -> Any:
         return jnp.asarray(values, jnp.int32)
     if is_torch(values):
         return values.to(device=like.device, dtype=xp.int32)
-    return xp.asarray(values, dtype=xp.int32, device=like.device)
+    # A copy, since torch warns of arrays it may not write to, such as those of JAX.
+    return xp.asarray(np.array(values), dtype=xp.int32, device=like.device)
 
 
-def key_words(key: Any) -> Any:
-    """Returns the two int32 words of a random key, shape ``(2,)``: from a seed, a JAX key or words.
+def key_words(key: Any) -> tuple[Any, Any]:
+    """Returns the two int32 words of a random key: from a seed, a JAX key or words.
 
     Raises:
-        TypeError: ``key`` is none of these.
+        TypeError: ``key`` is none of these, or a batch of them.
+        ValueError: a seed that is no 32-bit number.
     """
-    if isinstance(key, (int, np.integer)) and not isinstance(key, (bool, np.bool_)):
-        seed = np.array([key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF], np.uint32)
-        return tuple(seed.view(np.int32).tolist())
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not 0 <= key < 2**32:
+            raise ValueError(f"a seed must lie in [0, 2**32), got {key}")
+        return 0, int(np.uint32(key).view(np.int32))
+    shape = tuple(getattr(key, "shape", ()))
     if not is_torch(key) and jnp.issubdtype(getattr(key, "dtype", np.float32), jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
+        if shape:
+            raise TypeError(f"one random key is needed, {shape} came; map over them with vmap")
+        words = jax.lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
+        # Some generators have keys of four words.
+        return functools.reduce(operator.xor, words[0::2]), functools.reduce(
+            operator.xor, words[1::2]
+        )
     xp = namespace(key)
-    integer = hasattr(key, "dtype") and xp.isdtype(key.dtype, "integral")
-    if not integer or tuple(key.shape) not in ((), (2,)):
-        got = f"{key.dtype} of shape {tuple(key.shape)}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"a random key must be an integer seed, a JAX key or two words, got {got}")
+    if not hasattr(key, "dtype") or not xp.isdtype(key.dtype, "integral"):
+        raise TypeError(f"a random key must be a seed, a JAX key or two words, got {key!r}")
+    if shape not in ((), (2,)):
+        raise TypeError(f"a random key must be a scalar or two words, got shape {shape}")
+    words = _low_word(xp, key)
+    return (words * 0, words) if shape == () else (words[0], words[1])
+
+
+def _low_word(xp: Any, x: Any) -> Any:
+    """Returns the low 32 bits of integers, as int32."""
     if xp is jnp:
-        key = jnp.asarray(key)
-        words = key if key.dtype.itemsize == 4 else key.astype(jnp.uint32)
-        words = jax.lax.bitcast_convert_type(words, jnp.int32)
-        return (jnp.zeros_like(words), words) if key.ndim == 0 else (words[0], words[1])
-    words = ((key & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 if key.dtype == xp.int64 else key
-    words = words.to(xp.int32)
-    return (words * 0, words) if key.ndim == 0 else (words[0], words[1])
+        return jax.lax.bitcast_convert_type(jnp.asarray(x).astype(jnp.uint32), jnp.int32)
+    return (((x.to(xp.int64) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(xp.int32)
 
 
 def matmul(xp: Any, a: Any, b: Any) -> Any:
-    """Returns the product of float32 matrices at full precision, also where the device has less."""
+    """Returns the product of float32 matrices; in JAX at full precision whatever the default is.
+
+    In torch the user's setting holds, ``torch.backends.cuda.matmul.allow_tf32``.
+    """
     return jnp.matmul(a, b, precision="highest") if xp is jnp else xp.matmul(a, b)
 
 
@@ -142,7 +161,7 @@ def spans_devices(x: Any) -> bool:
 
 
 def replicated(x: Any) -> Any:
-    """Returns ``x`` whole on every device of an explicit mesh; for small arrays, such as scores."""
+    """Returns ``x`` whole on every device of an explicit mesh, where axes cannot be split."""
     if is_torch(x):
         return x
     spec = getattr(jax.typeof(x), "sharding", None)
@@ -162,8 +181,8 @@ def flatten(tree: Any) -> Flat:
     """Returns the leaves of ``tree`` by dotted path, and the way back to a tree.
 
     A leaf's path joins its keys with dots: ``"Dense_0.kernel"``, ``"layers.0.weight"``. The
-    ``value`` that Flax NNX puts under every variable is no part of it, so that a state, its
-    gradients and an optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same
+    ``value`` in a variable of Flax NNX is no part of it, so that a state, its gradients and an
+    optimizer's copy of it have the same paths. ``rebuild(values)`` gives the same
     tree with ``None`` at every path that ``values`` does not name; for a flat dict of torch
     tensors, which cannot hold ``None`` under ``torch.func.vmap``, it gives a dict of the named ones
     only.
@@ -177,15 +196,19 @@ def flatten(tree: Any) -> Flat:
     if isinstance(tree, Mapping) and tree and all(map(is_torch, tree.values())):
         leaves = {name: tree[name] for name in sorted(tree)}
         return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})
-    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    treedef = jax.tree_util.tree_structure(tree)
     leaves = {}
-    for keys, leaf in entries:
-        path = _path(keys)
-        if path in leaves:
-            raise ValueError(f"two leaves of the tree have the path {path!r}")
-        leaves[path] = leaf
+    # Flax's boxes are nodes with a value in them; the path ends at the box.
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        for leaf in jax.tree_util.tree_leaves(node) if _is_box(node) else [node]:
+            if path in leaves:
+                raise ValueError(f"two leaves of the tree have the path {path!r}")
+            leaves[path] = leaf
     if any(map(is_torch, leaves.values())):
-        raise ValueError("torch parameters must be one flat dict of name -> tensor")
+        odd = next((path for path, leaf in leaves.items() if not is_torch(leaf)), None)
+        entry = "" if odd is None else f"; the entry {odd!r} is no tensor"
+        raise ValueError(f"torch parameters must be one flat dict of name -> tensor{entry}")
 
     def rebuild(values: Mapping[str, Any]) -> Any:
         return jax.tree_util.tree_unflatten(treedef, [values.get(path) for path in leaves])
@@ -202,7 +225,9 @@ def leaf_paths(tree: Any) -> tuple[str, ...]:
     return tuple(flatten(tree).leaves)
 
 
-def _path(keys: tuple[Any, ...]) -> str:
-    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
+def _is_box(x: Any) -> bool:
+    """Whether ``x`` is one of Flax's boxes around an array: an NNX variable, Linen's metadata."""
+    nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+    if nnx is not None and isinstance(x, nnx.Variable):
+        return True
+    return meta is not None and isinstance(x, meta.AxisMetadata)

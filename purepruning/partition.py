@@ -8,13 +8,14 @@ torch, so that this module imports no framework.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from purepruning.namespace import int32, namespace
 from purepruning.pieces import HIGHEST, LOWEST, Cut, Piece, ordered_bits
 
-CHUNK = 262_144  # elements looked at together, so that what is derived from them stays in cache
+CHUNK = 131_072  # elements looked at together, so that what is derived from them stays in cache
+DEVICE_CHUNK = 64 * CHUNK  # the same on other devices than a CPU, where every step costs a launch
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
@@ -41,14 +42,29 @@ def global_cuts(
     return cut, [check and _has_nan(piece) for piece in pieces]
 
 
-def pruned(piece: Piece, cut: Cut, i: int) -> Any:
-    """Returns which elements of piece i the cut prunes, in the shape of its arrays."""
+def kept(piece: Piece, cut: Cut, i: int) -> Any:
+    """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
     xp = namespace(piece.arrays[0])
     result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)
     for index, keys in _chunks(piece):
         start = int(index[0])
-        result[start : start + keys.shape[0]] = cut.prunes(i, keys, index)
+        result[start : start + keys.shape[0]] = cut.keeps(i, keys, index)
     return xp.reshape(result, piece.shape)
+
+
+def by_rows(piece: Piece, width: int, keep: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Returns ``keep`` of the scores in rows of ``width``, in the piece's shape; if one is NaN.
+
+    Scores are compared as they are: where one is NaN, the result means nothing.
+    """
+    xp = namespace(piece.arrays[0])
+    result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)
+    nan = False
+    for start, _, scores in _scores(piece, width):
+        rows = keep(xp.reshape(scores, (-1, width)))
+        result[start : start + scores.shape[0]] = xp.reshape(rows, (-1,))
+        nan = nan or bool(xp.any(xp.isnan(scores)))
+    return xp.reshape(result, piece.shape), nan
 
 
 def lowest(keys: Any, budgets: Any, costs: Any | None) -> Any:
@@ -139,13 +155,19 @@ def _has_nan(piece: Piece) -> bool:
 
 def _chunks(piece: Piece) -> Iterator[tuple[Any, Any]]:
     """Yields flat indices and keys of the piece, a chunk at a time."""
+    for _, index, scores in _scores(piece):
+        yield index, ordered_bits(namespace(scores), scores)
+
+
+def _scores(piece: Piece, width: int = 1) -> Iterator[tuple[int, Any, Any]]:
+    """Yields a chunk of whole rows of ``width``: its first flat index, all indices, the scores."""
     xp = namespace(piece.arrays[0])
     flats = [xp.reshape(a, (-1,)) for a in piece.arrays]
     device = flats[0].device
-    for start in range(0, piece.size, CHUNK):
-        index = xp.arange(start, min(start + CHUNK, piece.size), dtype=xp.int32, device=device)
-        parts = tuple(flat[start : start + CHUNK] for flat in flats)
-        yield index, ordered_bits(xp, piece.score(parts, index))
+    size = (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width * width
+    for start in range(0, piece.size, size):
+        index = xp.arange(start, min(start + size, piece.size), dtype=xp.int32, device=device)
+        yield start, index, piece.score(tuple(flat[start : start + size] for flat in flats), index)
 
 
 def _sample(xp: Any, pieces: Sequence[Piece]) -> Any:

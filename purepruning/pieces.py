@@ -50,9 +50,12 @@ class Cut(NamedTuple):
     key: Any
     index: Any
 
-    def prunes(self, i: int, bits: Any, index: Any) -> Any:
-        """Returns which elements of piece i are pruned, from their keys and flat indices."""
-        return (bits < self.key[i]) | ((bits == self.key[i]) & (index <= self.index[i]))
+    def keeps(self, i: int, bits: Any, index: Any) -> Any:
+        """Returns which elements of piece i stay, from their keys and flat indices."""
+        above = bits > self.key[i]
+        if isinstance(self.index[i], int) and self.index[i] == HIGHEST:
+            return above
+        return above | ((bits == self.key[i]) & (index > self.index[i]))
 
 
 def ordered_bits(xp: Any, score: Any) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer, missing
@@ -61,17 +63,20 @@ def check_keys(number: int, rule: Any) -> None:
             f"rule {number} selects nothing: give op_types (['default'] for every weighted layer), "
             "op_names or op_partial_names"
         )
+    if "quant_types" in rule:
+        _strings(number, "quant_types", rule["quant_types"])
     for key in ("exclude", "allow_empty"):
         if not isinstance(rule.get(key, False), bool):
             raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
     given = [key for key in _SPARSITIES if key in rule]
-    if rule.get("exclude", False) and given:
-        raise ValueError(f"rule {number}: it excludes its layers, so {given[0]!r} has no meaning")
+    other = [key for key in rule if key not in (*_SELECTORS, "exclude")]
+    if rule.get("exclude", False) and other:
+        raise ValueError(f"rule {number}: it excludes its layers, so {other[0]!r} has no meaning")
     if len(given) > 1:
         raise ValueError(f"rule {number}: {' and '.join(map(repr, given))} say the same; give one")
 
 
-def select(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[Layer]:
+def selected_layers(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[Layer]:
     """Returns the layers that satisfy every selector of the rule."""
     activations_only = "quant_types" in rule and "weight" not in rule["quant_types"]
     selected = list(table)
@@ -183,19 +188,38 @@ def _strings(number: int, key: str, value: Any) -> list[str]:
         raise TypeError(
             f"rule {number}: {key} must be a string or a list of strings, got {value!r}"
         )
-    if not values:
-        raise ValueError(f"rule {number}: {key} is empty")
+    if not values or "" in values:
+        raise ValueError(f"rule {number}: {key} is empty, or holds an empty string")
     return list(values)
 
 
 def fraction(value: Any, where: str) -> float:
-    """Returns a number in [0, 1]; ``where`` names it in messages."""
-    number = isinstance(value, (int, float, np.integer, np.floating))
-    if not number or isinstance(value, (bool, np.bool_)):
+    """Returns a number in [0, 1]; ``where`` names it in messages.
+
+    A number of lower precision stands for the simplest fraction within its noise: float32
+    0.39999998 is 2/5, and 0.6666666 is 2/3.
+    """
+    dtype = getattr(value, "dtype", None)
+    number = isinstance(value, int | float) or (
+        dtype is not None and np.ndim(value) == 0 and jnp.issubdtype(dtype, jnp.number)
+    )
+    if not number or isinstance(value, bool) or dtype == np.bool_:
         raise TypeError(f"{where} must be a number, got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
+        near = Fraction(float(value))
+        noise = near * 2 * Fraction(float(jnp.finfo(dtype).eps))
+        return float(_simplest(near - noise, min(near + noise, Fraction(1))))
     return float(value)
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """Returns the fraction of smallest denominator in ``[low, high]``, both at least 0."""
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
 def integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:

@@ -27,6 +27,7 @@ from purepruning.namespace import (
     namespace,
     replicated,
     spans_devices,
+    stop_gradient,
 )
 from purepruning.pieces import HIGHEST, Piece, ordered_bits
 from purepruning.rules import Scope
@@ -34,6 +35,9 @@ from purepruning.units import NM, Block, Granularity, Grid, fold, grid, spread
 
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.
 SMALL = 65_536
+
+#: Up to this many weights in a group of N:M, comparing all pairs is fastest.
+PAIRS = 16
 
 
 class Criterion(NamedTuple):
@@ -46,12 +50,14 @@ class Criterion(NamedTuple):
         channel: ``(layer, grid, weight, stats) -> (members, units)``: how channels score; None if
             the criterion has no such meaning.
         block: the same for blocks.
+        needs_stats: whether ``stats`` have a meaning; a pruner that needs none takes None.
     """
 
     name: str
     element: Callable[[Layer, Any, Any], Piece] | None = None
     channel: Callable[[Layer, Grid, Any, Any], Any] | None = None
     block: Callable[[Layer, Grid, Any, Any], Any] | None = None
+    needs_stats: bool = False
 
 
 class _Plan(NamedTuple):
@@ -76,18 +82,33 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 
     Raises:
         KeyError: a layer's parameter is not in ``params``.
+        TypeError: ``config`` is no config, there are stats where there should be none, a parameter
+            is no array, or a count is no integer.
         ValueError: the criterion has no meaning for the config's granularity; a parameter has
             another shape or is not a float; a count is missing, outside the layer's units, or
             empties a layer whose rule does not allow it; a score is NaN, where values are known.
             Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
             and NaN ranks above infinity, so that it stays in the weights to be seen.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
+            f"returned; got {type(config).__name__}"
+        )
+    if stats is not None and not criterion.needs_stats:
+        raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
     score = _score_of(criterion, config.granularity)
     tree = flatten(params)
+    if set(tree.leaves) == {""} and not hasattr(params, "shape"):
+        raise TypeError(
+            f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
+            f"(dict(model.named_parameters())), got {type(params).__name__}"
+        )
     weights = _weights(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
-    plan = _Plan(score, config.pools, config.scope, config.granularity, config.bias)
+    pools = tuple(pool.problem for pool in config.pools)
+    plan = _Plan(score, pools, config.scope, config.granularity, config.bias)
     counts = {} if isinstance(config.granularity, NM) else _counts(config)
     like = next(iter(weights.values()))
     check = all(map(is_concrete, weights.values()))
@@ -135,7 +156,9 @@ def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str
             )
             raise KeyError(missing(message, layer.bias, leaves))
         weight = leaves[layer.weight]
-        shape = tuple(getattr(weight, "shape", ()))
+        if not hasattr(weight, "shape") or not hasattr(weight, "dtype"):
+            raise TypeError(f"{where}: {layer.weight!r} is no array, but {weight!r}")
+        shape = tuple(weight.shape)
         if shape != layer.shape:
             raise ValueError(
                 f"{where}: {layer.weight!r} has shape {shape} in params, but {layer.shape} in the "
@@ -143,6 +166,13 @@ def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str
             )
         if not namespace(weight).isdtype(weight.dtype, "real floating"):
             raise ValueError(f"{where}: {layer.weight!r} must be floating, got {weight.dtype}")
+        if config.bias == "follow" and layer.bias is not None:
+            size = math.prod(getattr(leaves[layer.bias], "shape", ()))
+            if size != grid(layer, "output_channel").n_members * layer.out_channels:
+                raise ValueError(
+                    f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
+                    f"gives the layer {layer.out_channels} output channels"
+                )
         weights[layer.weight] = weight
     return weights
 
@@ -156,19 +186,27 @@ def _counts(config: Config) -> dict[str, Any]:
                 f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or "
                 "call config.with_sparsity(...)"
             )
+        if not _is_integer(count):
+            raise TypeError(f"the count of {pool.name!r} must be an integer, got {count!r}")
         if not is_concrete(count):
             continue
         if getattr(count, "ndim", 0):
             raise ValueError(
                 f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
             )
-        most = pool.size if pool.allow_empty or pool.caps else max(pool.size - 1, 0)
-        if not 0 <= int(count) <= most:
+        if not 0 <= int(count) <= pool.most:
+            why = "max_sparsity_per_layer" if pool.caps else "'allow_empty': True"
             raise ValueError(
-                f"the count of {pool.name!r} must lie in [0, {most}], got {int(count)}: it has "
-                f"{pool.size} units, and to lose them all its rule needs 'allow_empty': True"
+                f"the count of {pool.name!r} must lie in [0, {pool.most}], got {int(count)}; its "
+                f"size is {pool.size}, and how much of it can go depends on the rule's {why}"
             )
     return config.counts
+
+
+def _is_integer(count: Any) -> bool:
+    if hasattr(count, "dtype"):
+        return namespace(count).isdtype(count.dtype, "integral")
+    return isinstance(count, int) and not isinstance(count, bool)
 
 
 # From here on everything is traceable.
@@ -177,6 +215,7 @@ def _counts(config: Config) -> dict[str, Any]:
 def _masks(
     weights: dict[str, Any], stats: Any, counts: dict[str, Any], *, plan: _Plan, check: bool
 ) -> _Masks:
+    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     if isinstance(plan.granularity, NM):
         masks, has_nan = _nm_masks(weights, stats, plan, plan.granularity)
     else:
@@ -192,7 +231,9 @@ def _masks(
         for layer in pool.layers:
             keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
             if keep is not None and layer.bias is not None:
-                masks[layer.bias] = keep
+                # A bias that layers share stays as long as one of them needs it.
+                shared = masks.get(layer.bias)
+                masks[layer.bias] = keep if shared is None else keep | shared
     return masks, has_nan
 
 
@@ -281,7 +322,7 @@ def _keep_elements(
         cut, nan = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like), check)
     else:
         cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
-    return [~kernel.pruned(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
+    return [kernel.kept(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
 
 
 # Channels and blocks.
@@ -320,11 +361,12 @@ def _lowest(
     """
     if not caps:
         return _lowest_in_rows(xp, keys, budgets)
-    # Units beyond their layer's cap take no part: they rank last, and stay.
+    # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
     within = _lowest_in_rows(xp, keys, [int32(xp, cap, keys[0]) for cap in caps])
     flat_keys, flat_costs = [], []
     for k, cost, allowed in zip(keys, costs, within, strict=True):
-        flat_keys.append(xp.reshape(xp.where(allowed, k, HIGHEST), (1, -1)))
+        ranked = xp.where(allowed, xp.clip(k, max=HIGHEST - 1), HIGHEST)
+        flat_keys.append(xp.reshape(ranked, (1, -1)))
         each = int32(xp, cost, k)
         each = xp.reshape(each, (1, -1)) if each.ndim else each
         flat_costs.append(xp.reshape(xp.broadcast_to(each, k.shape), (-1,)))
@@ -363,44 +405,76 @@ def _nm_masks(weights: dict[str, Any], stats: Any, plan: _Plan, nm: NM) -> _Mask
         for layer in pool.layers:
             piece = plan.score(layer, weights[layer.weight], stats)
             xp = namespace(piece.arrays[0])
-            keys, _ = piece.keys(xp)
-            has_nan[layer.name] = xp.any(keys == HIGHEST)
-            masks[layer.weight] = _keep_nm(xp, keys, layer, nm)
+            last = layer.in_axes == tuple(range(len(layer.shape)))[-len(layer.in_axes) :]
+            if is_torch(piece.arrays[0]) and is_concrete(piece.arrays[0]) and last:
+                keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
+                mask, nan = partition.by_rows(piece, nm.of, keep)
+            else:
+                keys, _ = piece.keys(xp)
+                mask, nan = _keep_nm(xp, keys, layer, nm), xp.any(keys == HIGHEST)
+            masks[layer.weight], has_nan[layer.name] = mask, nan
     return masks, has_nan
 
 
 def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
-    """Returns the mask that keeps the highest of every group, by comparing all pairs in it."""
+    """Returns the mask that keeps the highest of every group."""
     rest = tuple(a for a in range(keys.ndim) if a not in layer.in_axes)
     lead = tuple(a for a in rest if a < layer.in_axes[0])
     order = (*lead, *layer.in_axes, *(a for a in rest if a not in lead))
     moved = xp.permute_dims(keys, order)
     before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(layer.in_axes) :]
     groups = xp.reshape(moved, (*before, -1, nm.of, *after))
-    place = (slice(None),) * (len(before) + 1)
-    at = [groups[(*place, i)] for i in range(nm.of)]
-    keep = []
-    for i in range(nm.of):
-        # Of equal keys the earlier one is lower.
-        lower = [at[j] <= at[i] if j < i else at[j] < at[i] for j in range(nm.of) if j != i]
-        rank = functools.reduce(operator.add, (xp.astype(x, xp.uint8) for x in lower))
-        keep.append(rank >= nm.of - nm.keep)
-    mask = xp.reshape(xp.stack(keep, axis=len(place)), moved.shape)
+    mask = xp.reshape(_highest_of_groups(groups, len(before) + 1, nm), moved.shape)
     return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
+
+
+def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
+    """Returns which of the ``nm.of`` keys along ``axis`` are among the ``nm.keep`` highest."""
+    choose = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
+    return choose(namespace(groups), groups, axis, nm)
+
+
+def _highest_of_pairs(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns the same, by comparing all pairs of a group."""
+    at = [groups[(*(slice(None),) * axis, i)] for i in range(nm.of)]
+    # Of equal keys the earlier one is lower: the rank of j counts the i before it that do not
+    # exceed it, and the i behind it that are not reached by it.
+    not_above = {
+        (i, j): xp.astype(at[i] <= at[j], xp.uint8) for j in range(nm.of) for i in range(j)
+    }
+    keep = []
+    for j in range(nm.of):
+        rank = nm.of - 1 - j
+        for i in range(j):
+            rank = rank + not_above[i, j]
+        for i in range(j + 1, nm.of):
+            rank = rank - not_above[j, i]
+        keep.append(rank >= nm.of - nm.keep)
+    return xp.stack(keep, axis=axis)
+
+
+def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns the same, by ranking every group: comparing pairs takes the square of its size."""
+    last = xp.moveaxis(groups, axis, -1)
+    rows = xp.reshape(last, (-1, nm.of))
+    count = xp.full_like(rows[:, 0], nm.of - nm.keep)
+    lowest = _kernel(rows).lowest(rows, count, None)
+    return xp.moveaxis(xp.reshape(~lowest, last.shape), -1, axis)
 
 
 # Biases.
 
 
 def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
-    """Returns which biases stay, ``(members, channels)``: those with some weight left.
+    """Returns which biases stay, flat: those of channels with some weight left.
 
     None if the layer has no bias, or if no channel can lose all its weights.
     """
     if layer.bias is None or not layer.out_axes:
         return None
-    if isinstance(granularity, NM) or granularity == "input_channel":
+    if isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1):
         return None
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, layer.shape)
-    return fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    keep = fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    return xp.reshape(keep, (-1,))

@@ -21,6 +21,8 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
     b bits below M, b = 30 - log2(n), so that the int32 sum of each limb is exact; enough limbs are
     kept that what is cut off is less than 2**-24 M. The result is within a unit in the last place
     or two of the true sum of non-negative terms. A sum over NaN or infinity is NaN or infinity.
+    Terms below 2**-126 count as zero, since some devices flush them, and a sum is rounded to
+    multiples of 2**-126.
     """
     xp = namespace(values)
     axes = tuple(a % values.ndim for a in axes)
@@ -31,7 +33,7 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
     log_n = (n - 1).bit_length()
     bits = min(30 - log_n, 23)
     limbs = -(-(24 + log_n) // bits)
-    scale, unscale = power_of_two_scale(top, bits)
+    scale, unscale = power_of_two_scale(top, bits, 126 - bits * (limbs - 1))
     rest = values * scale
     totals = []
     for _ in range(limbs):
@@ -45,13 +47,14 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
     return xp.reshape(result, tuple(n for a, n in enumerate(values.shape) if a not in axes))
 
 
-def power_of_two_scale(top: Any, bits: int) -> tuple[Any, Any]:
+def power_of_two_scale(top: Any, bits: int, largest: int) -> tuple[Any, Any]:
     """Returns powers of two ``scale`` and ``1 / scale`` with ``scale * top < 2**bits``.
 
-    ``top`` is non-negative float32; for normal numbers ``scale * top >= 2**(bits - 1)`` too.
-    Scaling by it rounds nothing.
+    ``top`` is non-negative float32, below 2**126 where ``bits`` is 0. ``scale * top`` is at least
+    ``2**(bits - 1)`` too, unless that needs a scale above ``2**largest``. Scaling by it rounds
+    nothing.
     """
     xp = namespace(top)
     exponent = float_bits(xp, top) >> 23
-    field = xp.clip(bits + 253 - exponent, 1, 253)
+    field = xp.clip(bits + 253 - exponent, 1, 127 + largest)
     return bits_float(xp, field << 23), bits_float(xp, (254 - field) << 23)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from purepruning.layers import Layer
+from purepruning.namespace import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,7 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]],
     """
     order, inside = (*g.stack, *g.units), g.inside
     if g.is_split:
-        weight = xp.reshape(_pad(xp, weight, g), g.split)
+        weight = xp.reshape(_pad(xp, replicated(weight), g), g.split)
     else:
         order, inside = tuple(a // 2 for a in order), tuple(a // 2 for a in inside if a % 2 == 0)
     left = sorted(order)
@@ -189,7 +190,7 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]],
 
 def cut(xp: Any, weight: Any, g: Grid) -> Any:
     """Returns ``weight`` as ``(members, units, inside)``, edges filled up with zeros."""
-    split = xp.reshape(_pad(xp, weight, g), g.split)
+    split = xp.reshape(_pad(xp, replicated(weight), g), g.split)
     parts = xp.permute_dims(split, (*g.stack, *g.units, *g.inside))
     return xp.reshape(parts, (g.n_members, g.n_units, -1))
 

@@ -119,8 +119,8 @@ class Row:
 
     def config(self, sparsity=0.4, layers=None, bias="follow"):
         fixed = isinstance(self.granularity, NM)
-        rule = {"op_partial_names": [""]} | ({} if fixed else {"sparsity": 0.4})
         layers = self.layers if layers is None else layers
+        rule = {"op_names": [x.name for x in layers]} | ({} if fixed else {"sparsity": 0.4})
         config = pp.resolve(
             [rule], layers, scope=self.scope, granularity=self.granularity, bias=bias
         )
@@ -433,7 +433,7 @@ FRAMEWORKS = pytest.mark.parametrize("framework", [as_jax, as_torch], ids=["jax"
 
 
 def config_of(granularity, sparsity, layers=(FC,), **settings):
-    rules = [{"sparsity": sparsity, "op_partial_names": [""]}]
+    rules = [{"sparsity": sparsity, "op_names": [layer.name for layer in layers]}]
     return pp.resolve(rules, layers, granularity=granularity, **settings)
 
 
@@ -695,7 +695,7 @@ def test_taylor_needs_what_it_asks_for():
 
 
 def test_slim_takes_norms_only():
-    config = pp.resolve([{"sparsity": 0.5, "op_partial_names": [""]}], [BN, CONV])
+    config = pp.resolve([{"sparsity": 0.5, "op_names": ["bn", "conv"]}], [BN, CONV])
     with raises(ValueError, "slim", "layer 'conv'", "Conv2d"):
         pp.slim(as_jax(SLIM_PARAMS), None, config)
     with raises(ValueError, "slim_penalty", "layer 'conv'"):

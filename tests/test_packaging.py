@@ -36,7 +36,8 @@ ADAPTERS = {
 ALSO = {
     "namespace.py": "array_api_compat",
     "transform.py": "optax",
-    "masks.py": "safetensors",
+    "storage.py": "safetensors",
+    "summary.py": "rich",
 }
 
 LOADED_BY = """

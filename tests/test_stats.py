@@ -191,7 +191,11 @@ LAYERS = (
     Layer("norm", "BatchNorm2d", "norm.w", (7,), (0,)),
 )
 GRANULARITIES = ["element", "output_channel", Block((3, 2))]
-ALL = [{"op_partial_names": [""]}]
+
+
+def config_of(layers, granularity="element"):
+    rules = [{"op_names": [layer.name for layer in layers]}]
+    return pp.resolve(rules, layers, granularity=granularity)
 
 
 def steps(n=3):
@@ -207,7 +211,7 @@ def steps(n=3):
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_gradients_are_summed_per_unit(framework, granularity):
     layers = LAYERS[:-1] if isinstance(granularity, Block) else LAYERS
-    config = pp.resolve(ALL, layers, granularity=granularity)
+    config = config_of(layers, granularity)
     expected = {kind: {x.name: 0.0 for x in layers} for kind in gradients.KEPT}
     stats = gradients.init(framework(params_of(*LAYERS)), config, keep=gradients.KEPT)
     for params, grads in steps():
@@ -228,7 +232,7 @@ def test_gradients_are_summed_per_unit(framework, granularity):
 
 
 def test_only_what_is_asked_for_is_kept_and_only_per_unit():
-    config = pp.resolve(ALL, LAYERS, granularity="output_channel")
+    config = config_of(LAYERS, "output_channel")
     stats = gradients.init(as_jax(params_of(*LAYERS)), config)
     assert (stats.grouped, stats.signed) == ({}, {})
     shapes = {name: total.high.shape for name, total in stats.squares.items()}
@@ -245,7 +249,7 @@ def test_only_what_is_asked_for_is_kept_and_only_per_unit():
 
 
 def test_half_precision_is_multiplied_in_float32():
-    config = pp.resolve(ALL, LAYERS[:1])
+    config = config_of(LAYERS[:1])
     ((params, grads),) = steps(1)
     half = [
         {p: x.astype(jnp.bfloat16) / jnp.bfloat16(3) for p, x in t.items()} for t in (params, grads)
@@ -372,7 +376,7 @@ def test_merging_is_counting_on(framework):
 
 @FRAMEWORKS
 def test_merging_gradients_is_counting_on(framework):
-    config = pp.resolve(ALL, LAYERS, granularity="output_channel")
+    config = config_of(LAYERS, "output_channel")
     start = gradients.init(framework(params_of(*LAYERS)), config, keep=["squares", "signed"])
     parts, whole = [], start
     for params, grads in steps(2):
@@ -501,7 +505,7 @@ def seen(xs):
 
 
 def stepped(params, grads):
-    config = pp.resolve(ALL, LAYERS, granularity="output_channel")
+    config = config_of(LAYERS, "output_channel")
     stats = gradients.init(params, config, keep=gradients.KEPT)
     return gradients.update(stats, params, grads, config)
 
@@ -575,7 +579,7 @@ def test_no_gradient_flows_and_no_history_is_kept():
     start = activations.init(as_torch(params_of(layer)), [layer])
     stats = activations.update(start, {"x": x * 2}, [layer], activation="relu")
     assert not any(t.requires_grad for t in jax.tree.leaves(stats))
-    config = pp.resolve(ALL, LAYERS[:1])
+    config = config_of(LAYERS[:1])
     params = {"conv.w": torch.ones(LAYERS[0].shape, requires_grad=True)}
     stats = gradients.update(gradients.init(params, config), params, params, config)
     assert not any(t.requires_grad for t in jax.tree.leaves(stats))

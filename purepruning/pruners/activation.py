@@ -101,5 +101,5 @@ def _mean(layer: Layer, g: Grid, weight: Any, stats: Any) -> Any:
     return value(sums) / value(positions)
 
 
-_APOZ = Criterion("apoz_rank", channel=_apoz)
-_MEAN = Criterion("mean_activation_rank", channel=_mean)
+_APOZ = Criterion("apoz_rank", channel=_apoz, needs_stats=True)
+_MEAN = Criterion("mean_activation_rank", channel=_mean, needs_stats=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from purepruning.config import Config
 from purepruning.layers import Layer
-from purepruning.namespace import namespace
+from purepruning.namespace import is_torch, namespace
 from purepruning.pieces import Piece
 from purepruning.select import Criterion, prune
 from purepruning.sums import exact_sum, power_of_two_scale
@@ -20,8 +20,8 @@ def level(params: Any, stats: None, config: Config) -> Any:
 
     $$s_i = |w_i|$$
 
-    For configs of single elements or N:M. With ``stats=None``; see :func:`purepruning.prune` for
-    the form of the masks, ties, NaN and errors.
+    Magnitudes are compared in float32. For configs of single elements or N:M, with ``stats=None``;
+    see :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     Han et al. 2015, arXiv:1506.02626; NNI's Level pruner.
 
@@ -73,24 +73,27 @@ def _magnitude(arrays: tuple[Any, ...], index: Any) -> Any:
 def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
     norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, exact_sum)
-    return norm * _edge_scale(xp, g) if g.is_padded else norm
+    return norm * _edge_scale(norm, g) if g.is_padded else norm
 
 
 def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     xp = namespace(weight)
-    magnitude = xp.abs(xp.astype(weight, xp.float32))
-    # Squares are taken of numbers near 1, so that none overflows or vanishes.
-    top = xp.max(magnitude)
-    scale, unscale = power_of_two_scale(top, 0)
-    scaled = xp.where(xp.isfinite(top), magnitude * scale, magnitude)
-    unscale = xp.where(xp.isfinite(top), unscale, 1.0)
-    squares = fold(xp, scaled * scaled, g, exact_sum)
-    return xp.sqrt(squares * _edge_scale(xp, g) if g.is_padded else squares) * unscale
+    norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, _root_of_squares)
+    return norm * xp.sqrt(_edge_scale(norm, g)) if g.is_padded else norm
 
 
-def _edge_scale(xp: Any, g: Grid) -> Any:
+def _root_of_squares(magnitude: Any, axes: tuple[int, ...]) -> Any:
+    xp = namespace(magnitude)
+    # Squares are taken of numbers near 1, so that the largest of them neither overflow nor vanish.
+    scale, unscale = power_of_two_scale(xp.max(magnitude, axis=axes, keepdims=True), 0, 63)
+    scaled = magnitude * scale
+    return xp.sqrt(exact_sum(scaled * scaled, axes)) * xp.squeeze(unscale, axis=axes)
+
+
+def _edge_scale(norm: Any, g: Grid) -> Any:
     cost = np.asarray(g.cost)
-    return xp.asarray((cost.max() / cost)[None, :].astype(np.float32))
+    scale = (cost.max() / cost)[None, :].astype(np.float32)
+    return namespace(norm).asarray(scale, device=norm.device if is_torch(norm) else None)
 
 
 _LEVEL = Criterion("level", element=_element)

@@ -16,15 +16,16 @@ from purepruning.units import Grid
 def random_pruning(params: Any, stats: Any, config: Config) -> Any:
     """Returns masks that prune units at random.
 
-    The key stands in the place of the statistics: an integer seed, a ``jax.random`` key, or two
+    The key stands in the place of the statistics: a seed below 2**32, a ``jax.random`` key, or two
     32-bit words in an integer array or tensor; seed 5 and ``jax.random.key(5)`` are the same. Every
-    unit's score is a hash of the key, the layer's weight path and the unit's position, so that
+    unit's score is a hash of the key, the layer's name and the unit's position, so that
     masks are the same in every framework, a layer's mask does not depend on the other layers, and
     ``vmap`` over keys gives many masks at once. For configs of any granularity. See
     :func:`purepruning.prune` for the form of the masks and errors.
 
     Raises:
         TypeError: no key was given, or something that is not one.
+        ValueError: a seed that is no 32-bit number.
     """
     return prune(_RANDOM, params, key_words(stats), config)
 
@@ -43,8 +44,8 @@ def _shift(x: Any, by: int) -> Any:
 def _score(layer: Layer, words: Any, index: Any) -> Any:
     xp = namespace(index)
     high, low = (int32(xp, word, index) for word in words)
-    path = zlib.crc32(layer.weight.encode()) & 0x7FFFFFFF
-    first = _mix(high ^ path)
+    name = zlib.crc32(layer.name.encode()) & 0x7FFFFFFF
+    first = _mix(high ^ name)
     second = _mix(low ^ first)
     bits = _mix(_mix(index ^ first) + second)
     # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
@@ -61,4 +62,6 @@ def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
     return _score(layer, words, index)
 
 
-_RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit)
+_RANDOM = Criterion(
+    "random_pruning", element=_element, channel=_unit, block=_unit, needs_stats=True
+)

@@ -101,4 +101,4 @@ def _unit(layer: Layer, g: Grid, weight: Any, stats: dict[str, Sum]) -> Any:
     return total
 
 
-_TAYLOR = Criterion("taylor_fo", element=_element, channel=_unit, block=_unit)
+_TAYLOR = Criterion("taylor_fo", element=_element, channel=_unit, block=_unit, needs_stats=True)

@@ -1,0 +1,188 @@
+"""What pruning costs, next to what one would use instead.
+
+    python benchmarks/run.py                    every row, about 20 minutes
+    python benchmarks/run.py --only two-of-four one row; the others stay as they were
+    python benchmarks/run.py --smoke            tiny sizes, seconds: does everything still run?
+
+Each row checks that the results agree before it times them. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import channels
+import measure
+import selection
+import training
+
+HERE = Path(__file__).resolve().parent
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+
+
+class Row(NamedTuple):
+    """A comparison: ``measure(size, run)``, where ``run`` calls a function in a fresh process."""
+
+    measure: Callable[[Any, Callable[..., Any]], dict[str, Any]]
+    size: Any
+    smoke_size: Any
+
+
+ROWS = {
+    "kth": Row(selection.kth, 100_000_000, 300_000),
+    "global": Row(selection.global_masks, (12, 768, 20_000), (1, 64, 1000)),
+    "layer": Row(selection.layer_masks, (12, 768, 20_000), (1, 64, 1000)),
+    "two-of-four": Row(selection.two_of_four, (4096, 4096), (64, 256)),
+    "train-step": Row(training.train_step, (2048, (32, 256)), (32, (4,))),
+    "first-call": Row(training.first_call, ((3, 9, 36, 3), 64), ((1, 1), 4)),
+    "fpgm": Row(channels.fpgm, (512, 4608), (16, 90)),
+    "fpgm-memory": Row(channels.fpgm_memory, (4096, 4608), (16, 90)),
+}
+
+
+def main() -> int:
+    options = _options()
+    if options.smoke:
+        measure.PAUSE = 0.0
+    out = options.out or (None if options.smoke else HERE / "results.json")
+    rows = json.loads(out.read_text())["rows"] if options.only and out and out.exists() else {}
+    for name in options.only or ROWS:
+        rows[name] = _measured(name, options.smoke)
+    result = {"machine": _machine(), "smoke": options.smoke}
+    result["rows"] = {name: rows[name] for name in ROWS if name in rows}
+    table = _table(result)
+    print("\nevery row runs, and results agree" if options.smoke else f"\n{table}")
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.update_readme:
+        _write_between_markers(HERE.parent / "README.md", table)
+    missed = [n for n, row in rows.items() if not all(c.get("ok", True) for c in row["checks"])]
+    if missed and not options.smoke:
+        print(f"\nshort of what they must reach: {', '.join(missed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="tiny sizes; the numbers mean nothing")
+    add("--only", action="append", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    add("--out", type=Path, help="where the numbers go (results.json beside this file)")
+    add("--update-readme", action="store_true", help="write the table into README.md")
+    return parser.parse_args()
+
+
+def _measured(name: str, smoke: bool) -> dict[str, Any]:
+    row = ROWS[name]
+    print(f"{name} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    if smoke:
+        result = row.measure(row.smoke_size, measure.here)
+    else:
+        result = row.measure(row.size, measure.fresh)
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s")
+    for check in [] if smoke else result["checks"]:
+        print(f"    {_check(check)}")
+    return result | {"date": datetime.date.today().isoformat()}
+
+
+def _machine() -> dict[str, Any]:
+    packages = ("purepruning", "jax", "jaxlib", "numpy", "optax", "torch", "torchao")
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpus": len(affinity(0)) if affinity else os.cpu_count(),
+        "processor": _processor(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# The table.
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = ["| what | here | instead | reached |", "|---|---|---|---|"]
+    for row in result["rows"].values():
+        cells = [row["title"], _costs(row["ours"]), _costs(row["instead"])]
+        reached = [_check(check) for check in row["checks"]]
+        if "skipped" in row:
+            reached.append(f"not compared: {row['skipped']}")
+        lines.append(f"| {' | '.join([*cells, '<br>'.join(reached)])} |")
+    machine, rows = result["machine"], result["rows"]
+    versions = machine["versions"].items()
+    versions = ", ".join(f"{n} {v}" for n, v in versions if v and n != "purepruning")
+    dates = sorted({row["date"] for row in rows.values()})
+    lines += [
+        "",
+        f"Medians of CPU seconds, and the peak of resident memory above the parameters; "
+        f"{machine['cpus']} CPUs ({machine['processor']}), Python {machine['python']}, {versions}; "
+        f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))}.",
+    ]
+    return "\n".join(lines)
+
+
+def _costs(costs: dict[str, Any]) -> str:
+    return "<br>".join(f"{name}: {_cost(cost)}" for name, cost in costs.items()) or "-"
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    parts = []
+    if "time" in cost:
+        parts.append(f"{_seconds(cost['time']['cpu_s'])} CPU")
+    if "memory" in cost:
+        parts.append(f"{cost['memory']['peak_extra_mib']:.0f} MiB")
+    return ", ".join(parts)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.995 else f"{seconds * 1000:.3g} ms"
+
+
+def _check(check: dict[str, Any]) -> str:
+    text = f"{check['what']}: {check['reached']:.3g}"
+    for bound in ("at least", "at most"):
+        if bound in check:
+            text += f" ({'' if check['ok'] else '**missed:** '}{bound} {check[bound]:g})"
+    return text
+
+
+def _write_between_markers(path: Path, table: str) -> None:
+    text = path.read_text()
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path.name} needs one {START} and one {END}")
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{START}\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Rows about what a user waits for: the masked training step, and the first call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from data import convolution_layers, linear_layers, nbytes, normal, residual_network, to_jax
+from measure import at_most, in_turns, report
+
+import purepruning as pp
+
+LAYERS = 6
+
+
+def train_step(shape: tuple[int, tuple[int, ...]], run: Callable[..., Any]) -> dict[str, Any]:
+    width, batches = shape
+    times = {batch: run(_step_timing, width, batch) for batch in batches}
+    return {
+        "title": f"training step with masks kept, {LAYERS} x Dense({width}), Adam",
+        "ours": {f"batch {b}": {"time": t["masked"]} for b, t in times.items()},
+        "instead": {f"dense, batch {b}": {"time": t["dense"]} for b, t in times.items()},
+        "checks": [
+            at_most(
+                f"batch {b}: CPU time / dense step",
+                t["masked"]["cpu_s"] / t["dense"]["cpu_s"],
+                1.05,
+            )
+            for b, t in times.items()
+        ],
+    }
+
+
+def _step_timing(width: int, batch: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    kernels = {f"dense{i}.weight": normal((width, width), i) for i in range(LAYERS)}
+    config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], linear_layers(kernels))
+    start = to_jax(kernels)
+    masks = pp.level(start, None, config)
+    x, y = jnp.asarray(normal((batch, width), 97)), jnp.asarray(normal((batch, width), 98))
+
+    def loss(params: Any) -> Any:
+        h = x
+        for name in sorted(params):
+            h = jax.nn.relu(h @ params[name].T)
+        return jnp.mean((h - y) ** 2)
+
+    def stepper(optimizer: Any, params: Any) -> Callable[[], Any]:
+        state = [params, optimizer.init(params)]
+
+        def step(params: Any, opt_state: Any) -> Any:
+            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+
+        def run() -> Any:
+            state[:] = jax.block_until_ready(jitted(*state))
+            return state[0]
+
+        return run
+
+    steps = {
+        "dense": stepper(optax.adam(1e-4), jax.tree.map(jnp.copy, start)),
+        "masked": stepper(
+            optax.chain(optax.adam(1e-4), pp.keep_pruned(masks)),
+            {name: jnp.where(masks[name], w, 0.0) for name, w in start.items()},
+        ),
+    }
+    times = in_turns(steps, least=5, most=60)
+    after = steps["masked"]()
+    for name, mask in masks.items():
+        assert not jnp.any(jnp.where(mask, 0.0, after[name])), f"{name}: pruned weights came back"
+        assert jnp.any(after[name] != start[name]), f"{name} was not trained"
+    return times
+
+
+def first_call(blocks: tuple[tuple[int, ...], int], run: Callable[..., Any]) -> dict[str, Any]:
+    calls = {name: run(_first_call, name, blocks) for name in _FIRST_CALLS}
+    layers, weights = (calls["level, scope layer"][key] for key in ("layers", "weights"))
+    return {
+        "title": f"first call with compilation: {layers} layers of {weights / 1e6:.3g}M weights",
+        "ours": {name: {"time": call} for name, call in calls.items()},
+        "instead": {},
+        "checks": [at_most(f"{n}: wall seconds", c["wall_s"], 5) for n, c in calls.items()]
+        + [report(f"{n}: second call, ms", c["second_wall_s"] * 1000) for n, c in calls.items()],
+    }
+
+
+_FIRST_CALLS = {
+    "level, scope layer": (pp.level, "layer", "element"),
+    "level, scope global": (pp.level, "global", "element"),
+    "l1_norm, scope layer": (pp.l1_norm, "layer", "output_channel"),
+    "l1_norm, scope global": (pp.l1_norm, "global", "output_channel"),
+}
+
+
+def _first_call(name: str, blocks: tuple[tuple[int, ...], int]) -> dict[str, Any]:
+    import jax
+
+    pruner, scope, granularity = _FIRST_CALLS[name]
+    kernels = residual_network(*blocks)
+    params = to_jax(kernels)
+    rules = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
+    layers = convolution_layers(kernels)
+    walls, cpus = [], []
+    for _ in range(2):
+        wall, cpu = time.perf_counter(), time.process_time()
+        config = pp.resolve(rules, layers, scope=scope, granularity=granularity)
+        masks = jax.block_until_ready(pruner(params, None, config))
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    total = sum(kernel.size for kernel in kernels.values())
+    pruned = sum(kernels[n].size // m.size * int((~m).sum()) for n, m in masks.items())
+    # A layer of an odd number of channels loses one channel less.
+    assert 0 <= 0.5 * total - pruned <= (total * 0.01), f"{pruned} of {total} weights are pruned"
+    return {
+        "wall_s": walls[0],
+        "cpu_s": cpus[0],
+        "second_wall_s": walls[1],
+        "rounds": 1,
+        "layers": len(kernels),
+        "weights": nbytes(kernels) // 4,
+    }

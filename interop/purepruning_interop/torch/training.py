@@ -1,0 +1,187 @@
+"""Training a pruned torch module: masked calls, and an optimizer hook for ordinary loops.
+
+The module itself is never touched: no parameter is renamed, no buffer added, no forward replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from purepruning.layers import missing
+from purepruning.masks import apply_masks, by_path
+
+Masks = Mapping[str, torch.Tensor]
+#: A module, or the tensors themselves by name, as the functional style holds them.
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+def masked_call(
+    model: torch.nn.Module,
+    masks: Masks,
+    *args: Any,
+    params: Mapping[str, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Returns ``model(*args, **kwargs)`` with pruned weights taken as zero.
+
+    Gradients of pruned weights are exactly zero, for the model's own parameters (``backward``) as
+    for ``params`` (``torch.func.grad``, ``vmap``, ``jvp``). Nothing is written to the model, except
+    what its own forward writes (running statistics). A shared parameter is masked in all its
+    places, under the name that ``model.named_parameters()`` gives it.
+
+    Args:
+        model: any module.
+        masks: boolean tensors by parameter name; parameters without one are used whole.
+        *args: arguments of the model.
+        params: parameters and buffers by name to use in place of the model's own, as in
+            ``torch.func.functional_call``; those it does not name are the model's.
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        KeyError: a mask, or an entry of ``params``, names no parameter.
+        ValueError: a mask does not broadcast to its parameter, or lies on another device.
+        TypeError: a mask is not boolean.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> masks = {"weight": torch.tensor([[True, False]])}
+    >>> masked_call(model, masks, torch.tensor([[3.0, 5.0]])).sum().backward()
+    >>> model.weight.grad.tolist()
+    [[3.0, 0.0]]
+    """
+    own = dict(model.named_parameters())
+    given = dict(params or {})
+    known = {*(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name in given:
+        if name not in known:
+            raise KeyError(missing(f"params: the model has no {name!r}", name, sorted(known)))
+    by_path(masks, own | given)
+    masked = {name: given.get(name, own.get(name)) for name in masks}
+    values = given | apply_masks(masked, masks)
+    return torch.func.functional_call(model, values, args, kwargs)
+
+
+@torch.no_grad()
+def apply_(model: Model, masks: Masks) -> None:
+    """Writes zeros into the pruned weights of ``model``, in place; returns nothing.
+
+    Once, at this moment: training may move them again, see :func:`keep_pruned`.
+
+    Raises:
+        KeyError, ValueError, TypeError: as :func:`masked_call`; nothing is then written.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> apply_(model, {"bias": torch.tensor([True, False])})
+    >>> model.bias[1].item()
+    0.0
+    """
+    for parameter, mask in _pairs(model, masks):
+        parameter.masked_fill_(~mask, 0)
+
+
+def keep_pruned(
+    model: Model,
+    masks: Masks,
+    optimizer: torch.optim.Optimizer,
+    *,
+    zero_moments: bool = False,
+) -> KeepPruned:
+    """Returns a handle; until it is removed, every optimizer step ends with pruned weights at zero.
+
+    A hook on the optimizer (``register_step_post_hook``) writes the zeros, so neither momentum nor
+    weight decay gets past it, in any optimizer. The model is left alone: its ``state_dict``, a copy
+    and a pickle of it know nothing of masks. Before the first step nothing is written; call
+    :func:`apply_` to begin with pruned weights. Gradients are not masked; use :func:`masked_call`
+    where that matters (a clipped global norm).
+
+    A copied or unpickled optimizer has no hook, as torch copies none; call this again for it. The
+    parameters are those that ``model`` has now; where the optimizer must be made anew (after
+    ``load_state_dict(assign=True)``), so must this. Several optimizers need one call each.
+
+    Args:
+        model: the module whose names the masks use, or a dict of (stacked) tensors by name.
+        masks: boolean tensors by parameter name.
+        optimizer: it must hold at least one masked parameter.
+        zero_moments: also set the optimizer's state of pruned weights to zero, in every state
+            tensor of the parameter's shape, so that a weight that comes back starts anew.
+
+    Raises:
+        KeyError, ValueError, TypeError: as :func:`masked_call`.
+        ValueError: the optimizer holds no masked parameter; it belongs to another model.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with keep_pruned(model, {"weight": torch.tensor([[True, False]])}, optimizer):
+    ...     model(torch.ones(1, 2)).sum().backward()
+    ...     optimizer.step()
+    >>> model.weight[0, 1].item()
+    0.0
+    """
+    return KeepPruned(model, masks, optimizer, zero_moments)
+
+
+class KeepPruned:
+    """What :func:`keep_pruned` returns: removes its hook, or gives it other masks.
+
+    A context manager, which removes the hook at the end.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        masks: Masks,
+        optimizer: torch.optim.Optimizer,
+        zero_moments: bool,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"keep_pruned needs a torch optimizer, got {type(optimizer).__name__}")
+        self._model, self._zero_moments = model, zero_moments
+        self._held = {p for group in optimizer.param_groups for p in group["params"]}
+        self.set_masks(masks)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def set_masks(self, masks: Masks) -> None:
+        """Takes other masks from the next step on.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :func:`keep_pruned`; the old masks then stay.
+        """
+        pairs = _pairs(self._model, masks)
+        if masks and not any(parameter in self._held for parameter, _ in pairs):
+            raise ValueError(
+                "keep_pruned: the optimizer holds none of the masked parameters; was it made for "
+                "another model, or for a copy?"
+            )
+        self._pairs = pairs
+
+    def remove(self) -> None:
+        """Removes the hook; removing it again does nothing."""
+        self._hook.remove()
+
+    def __enter__(self) -> KeepPruned:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, mask in self._pairs:
+            pruned = ~mask.to(parameter.device)  # the model may have moved since
+            parameter.masked_fill_(pruned, 0)
+            if self._zero_moments:
+                for value in optimizer.state.get(parameter, {}).values():
+                    # A scalar of the state is a step count, even if the parameter is one too.
+                    if torch.is_tensor(value) and value.ndim and value.shape == parameter.shape:
+                        value.masked_fill_(pruned, 0)
+
+
+def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    params = dict(model if isinstance(model, Mapping) else model.named_parameters())
+    return [(params[name], mask.clone()) for name, mask in by_path(masks, params).items()]

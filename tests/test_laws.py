@@ -1,0 +1,569 @@
+"""One table of pruners x laws x run modes. A new algorithm is a new row, and passes all of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import purepruning as pp
+from purepruning import NM, Block, Layer
+from tests import oracle
+from tests.messages import raises
+from tests.modes import MODES, OVER_COUNTS, as_jax, as_numpy, as_torch
+
+LAYERS = (
+    Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 8), (3,), (2,), bias="conv.b"),
+    Layer("fc", "Linear", "fc.w", (12, 10), (1,), (0,), bias="fc.b"),
+    Layer("grouped", "Conv2d", "grouped.w", (3, 3, 2, 6), (3,), (2,), groups=2),
+    Layer("stack", "Linear", "stack.w", (6, 3, 5), (2,), (0,), stack_axes=(1,), bias="stack.b"),
+)
+BIASES = {"conv.b": (8,), "fc.b": (10,), "stack.b": (3, 5)}
+RULES = [{"sparsity": 0.4, "op_types": ["default"]}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One pruner in one configuration, and which laws have a meaning for it.
+
+    Attributes:
+        pruner: the function.
+        granularity, scope: what the config is resolved with.
+        stats: what the pruner takes besides weights.
+        channels: the side whose channels can be permuted, their masks following: ``"out"``,
+            ``"in"``; None where positions matter.
+        scale_free: whether multiplying all weights of a layer by a number changes nothing.
+        idempotent: whether pruning what is already pruned to the same count changes nothing.
+        portable: whether scores of random floats are bit for bit the same in every framework.
+    """
+
+    pruner: Any
+    granularity: Any = "element"
+    scope: str = "layer"
+    stats: Any = None
+    channels: str | None = "out"
+    scale_free: bool = True
+    idempotent: bool = True
+    portable: bool = True
+
+    def __str__(self):
+        return f"{self.pruner.__name__}-{self.granularity}-{self.scope}"
+
+    def config(self, sparsity=0.4, layers=LAYERS, bias="follow"):
+        fixed = isinstance(self.granularity, NM)
+        rules = [{"op_types": ["default"]}] if fixed else RULES
+        config = pp.resolve(
+            rules, layers, scope=self.scope, granularity=self.granularity, bias=bias
+        )
+        return config if fixed else config.with_sparsity(sparsity)
+
+
+CHANNEL, INPUTS, TILES = "output_channel", "input_channel", Block((3, 2))
+ROWS = (
+    Row(pp.level),
+    Row(pp.level, scope="global"),
+    Row(pp.level, NM(1, 2)),
+    Row(pp.l1_norm, CHANNEL),
+    Row(pp.l1_norm, CHANNEL, "global"),
+    Row(pp.l1_norm, INPUTS, channels="in"),
+    Row(pp.l1_norm, TILES, channels=None),
+    Row(pp.l1_norm, TILES, "global", channels=None),
+    Row(pp.l2_norm, CHANNEL),
+    Row(pp.l2_norm, INPUTS, "global", channels="in"),
+    Row(pp.l2_norm, TILES, channels=None),
+    # A pruned channel sits at the origin, which changes its distance to the others. The inner
+    # products of random floats are rounded, and every matrix product in its own order.
+    Row(pp.fpgm, CHANNEL, idempotent=False, portable=False),
+    Row(pp.fpgm, CHANNEL, "global", idempotent=False, portable=False),
+    Row(pp.fpgm, INPUTS, channels="in", idempotent=False, portable=False),
+    # A unit's score depends on its position alone.
+    Row(pp.random_pruning, stats=5, channels=None),
+    Row(pp.random_pruning, scope="global", stats=2**31 + 7, channels=None),
+    Row(pp.random_pruning, CHANNEL, stats=0, channels=None),
+    Row(pp.random_pruning, NM(1, 2), stats=1, channels=None),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Linux lets a process map only so many regions, and every compiled function takes some."""
+    yield
+    jax.clear_caches()
+
+
+def integers(seed=0):
+    """Distinct magnitudes in random order and signs: sums are exact in float32."""
+    rng = np.random.default_rng(seed)
+    sizes = [np.prod(layer.shape) for layer in LAYERS]
+    values = rng.permutation(np.arange(1, sum(sizes) + 1)) * rng.choice([-1, 1], sum(sizes))
+    parts = np.split(values.astype(np.float32), np.cumsum(sizes)[:-1])
+    weights = {x.weight: p.reshape(x.shape) for x, p in zip(LAYERS, parts, strict=True)}
+    return weights | {path: np.ones(shape, np.float32) for path, shape in BIASES.items()}
+
+
+def floats(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = {x.weight: rng.normal(size=x.shape).astype(np.float32) for x in LAYERS}
+    return normal | {path: np.ones(shape, np.float32) for path, shape in BIASES.items()}
+
+
+def modes_of(row):
+    return [m for m in MODES if not (isinstance(row.granularity, NM) and m in OVER_COUNTS)]
+
+
+def cases(applies=lambda row: True):
+    """Every row a law applies to, in every run mode."""
+    return pytest.mark.parametrize(
+        ("row", "run"),
+        [
+            pytest.param(row, MODES[mode], id=f"{row}-{mode}")
+            for row in ROWS
+            if applies(row)
+            for mode in modes_of(row)
+        ],
+    )
+
+
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+# Where nothing depends on the scope or on what the weights are, some of the rows are enough.
+layer_rows = pytest.mark.parametrize(
+    "row", [x for x in ROWS if x.scope == "layer" and x.pruner is not pp.random_pruning], ids=str
+)
+counted = pytest.mark.parametrize(
+    "row", [row for row in ROWS if not isinstance(row.granularity, NM)], ids=str
+)
+
+
+def prune(row, params, sparsity=0.4, run=MODES["jax_eager"]):
+    return run(row.pruner, params, row.stats, row.config(sparsity))
+
+
+def whole(masks):
+    """Masks of the weights, broadcast to their shapes."""
+    return {x.weight: np.broadcast_to(masks[x.weight], x.shape) for x in LAYERS}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
+
+
+def assert_equal(a, b):
+    np.testing.assert_equal(a, b)
+    assert {path: mask.shape for path, mask in a.items()} == {p: m.shape for p, m in b.items()}
+
+
+def apply(params, masks):
+    return {p: np.where(masks[p], x, np.float32(0)) if p in masks else x for p, x in params.items()}
+
+
+def pruned_units(row, masks):
+    """``(members, units)`` of each layer: which units have lost all their weights."""
+    gone = {}
+    for layer in LAYERS:
+        mask = whole(masks)[layer.weight]
+        kept = oracle.unit_sums(mask, layer, row.granularity)
+        size = oracle.unit_sums(np.ones(layer.shape), layer, row.granularity)
+        assert isinstance(row.granularity, NM) or np.all((kept == 0) | (kept == size))
+        gone[layer.name] = kept == 0
+    return gone
+
+
+# The laws.
+
+
+@cases()
+def test_prunes_exactly_as_many_units_as_the_config_says(row, run):
+    config, masks = row.config(), prune(row, integers(), run=run)
+    if isinstance(row.granularity, NM):
+        for layer in LAYERS:
+            kept = oracle.unit_sums(whole(masks)[layer.weight], layer, row.granularity)
+            assert np.all(kept == row.granularity.keep)
+        return
+    gone = pruned_units(row, masks)
+    if row.scope == "layer":
+        assert config.counts.keys() == gone.keys()
+        for name, units in gone.items():
+            assert np.all(units.sum(axis=1) == config.counts[name])
+            assert 0 < config.counts[name] == int(0.4 * units.shape[1])
+        return
+    pruned = sum(int(np.sum(~mask)) for mask in whole(masks).values())
+    largest = max(oracle.unit_sums(np.ones(x.shape), x, row.granularity).max() for x in LAYERS)
+    total = sum(np.prod(layer.shape) for layer in LAYERS)
+    assert config.counts["rule 0"] - largest < pruned <= config.counts["rule 0"] == int(0.4 * total)
+
+
+@cases()
+def test_is_the_same_in_every_run_mode(row, run):
+    assert_equal(prune(row, integers(1), run=run), prune(row, integers(1)))
+
+
+@cases(lambda row: row.portable)
+def test_is_the_same_in_every_run_mode_for_random_floats(row, run):
+    assert_equal(prune(row, floats(), run=run), prune(row, floats()))
+
+
+@cases(lambda row: not isinstance(row.granularity, NM))
+def test_a_higher_count_revives_nothing(row, run):
+    before = prune(row, integers(2), 0.0, run)
+    assert all(mask.all() for mask in before.values())
+    for sparsity in (0.2, 0.45, 0.75):
+        masks = prune(row, integers(2), sparsity, run)
+        assert all(np.all(masks[path] <= before[path]) for path in masks)
+        assert not equal(masks, before)
+        before = masks
+
+
+@cases(lambda row: row.channels is not None)
+def test_permuted_channels_permute_the_mask(row, run):
+    # No two channels of these weights have equal norms, which would then be told apart by position.
+    rng, params = np.random.default_rng(3), integers(4)
+    masks, moved_masks, moved = prune(row, params, run=run), {}, dict(params)
+    for layer in LAYERS:
+        side = "out" if layer.groups > 1 else row.channels
+        (axis,) = layer.out_axes if side == "out" else layer.in_axes
+        # Input channels of a grouped convolution belong to groups, which must not mix.
+        order = rng.permutation(layer.shape[axis])
+        if layer.groups > 1 and row.channels == "in":
+            order = np.arange(layer.shape[axis])
+        moved[layer.weight] = np.take(params[layer.weight], order, axis)
+        moved_masks[layer.weight] = np.take(whole(masks)[layer.weight], order, axis)
+        if layer.bias in masks:
+            moved_masks[layer.bias] = masks[layer.bias]
+            if side == "out":
+                moved_masks[layer.bias] = np.take(masks[layer.bias], order, -1)
+    got = prune(row, moved, run=run)
+    assert_equal(got | whole(got), moved_masks)
+
+
+@cases(lambda row: row.scale_free)
+def test_scaling_changes_nothing(row, run):
+    params = integers(4)
+    # In global scope layers are compared, so all are scaled alike. The products are exact.
+    factors = dict.fromkeys(params, 3) if row.scope == "global" else {}
+    rng = np.random.default_rng(4)
+    scaled = {p: x * np.float32(factors.get(p) or rng.integers(1, 200)) for p, x in params.items()}
+    assert_equal(prune(row, scaled, run=run), prune(row, params, run=run))
+
+
+@cases(lambda row: row.idempotent)
+def test_pruning_again_to_the_same_count_changes_nothing(row, run):
+    params = floats(5)
+    masks = prune(row, params, run=run)
+    assert_equal(prune(row, apply(params, masks), run=run), masks)
+
+
+@layer_rows
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [("bfloat16", "jax_eager"), ("bfloat16", "torch_eager"), ("float16", "torch_eager")],
+)
+def test_half_precision_is_scored_in_float32(row, dtype, mode):
+    half = {p: np.asarray(jnp.asarray(x).astype(dtype)) for p, x in floats(6).items()}
+    single = {path: x.astype(np.float32) for path, x in half.items()}
+    assert_equal(prune(row, half, run=MODES[mode]), prune(row, single, run=MODES[mode]))
+
+
+@rows
+def test_the_order_of_params_and_layers_changes_nothing(row):
+    params = integers(7)
+    config = row.config(layers=LAYERS[::-1])
+    turned = dict(reversed(params.items()))
+    for run in (MODES["jax_eager"], MODES["torch_eager"]):
+        assert_equal(run(row.pruner, turned, row.stats, config), prune(row, params))
+
+
+@rows
+def test_an_empty_config_prunes_nothing(row):
+    config = pp.resolve([], LAYERS, scope=row.scope, granularity=row.granularity)
+    params = integers()
+    masks = row.pruner(as_jax(params), row.stats, config)
+    assert masks == dict.fromkeys(params)
+    assert row.pruner(as_torch(params), row.stats, config) == {}
+
+
+@layer_rows
+def test_unpruned_leaves_have_no_mask(row):
+    config = row.config(layers=LAYERS[:2])
+    params = {"whole": as_jax(integers()), "scale": jnp.ones(3), "steps": jnp.int32(4)}
+    layers = tuple(
+        dataclasses.replace(x, weight=f"whole.{x.weight}", bias=f"whole.{x.bias}")
+        for x in LAYERS[:2]
+    )
+    masks = row.pruner(params, row.stats, row.config(layers=layers))
+    assert jax.tree.structure(masks, is_leaf=lambda x: x is None) == jax.tree.structure(params)
+    expected = {"conv.w", "fc.w"}
+    if row.granularity != INPUTS and not isinstance(row.granularity, NM):
+        expected |= {"conv.b", "fc.b"}
+    assert set(as_numpy(masks)) == {f"whole.{path}" for path in expected}
+    torch_masks = row.pruner(as_torch(integers()), row.stats, config)
+    assert set(torch_masks) == expected
+    assert all(mask.dtype == torch.bool for mask in torch_masks.values())
+    assert all(mask.dtype == jnp.bool for mask in jax.tree.leaves(masks))
+
+
+@cases(lambda row: row.granularity not in (INPUTS,) and not isinstance(row.granularity, NM))
+def test_a_bias_is_pruned_where_its_whole_channel_is(row, run):
+    masks = prune(row, integers(8), 0.75, run)
+    for layer in LAYERS:
+        if layer.bias is not None:
+            keep = oracle.unit_sums(whole(masks)[layer.weight], layer, CHANNEL) > 0
+            assert np.array_equal(masks[layer.bias], keep.reshape(BIASES[layer.bias]))
+
+
+@layer_rows
+def test_a_bias_can_be_left_alone(row):
+    params = integers(8)
+    weights = {path: x for path, x in params.items() if path not in BIASES}
+    masks = prune(row, params)
+    for run in (MODES["jax_eager"], MODES["torch_eager"]):
+        kept = run(row.pruner, weights, row.stats, row.config(bias="keep"))
+        assert_equal(kept, {path: masks[path] for path in weights})
+
+
+# Bad input raises before anything is computed: the leaves here cannot be computed with.
+
+
+class Untouchable:
+    """Has a shape and a dtype, and nothing to compute with."""
+
+    def __init__(self, shape, dtype="float32"):
+        self.shape, self.dtype, self.ndim = shape, jnp.dtype(dtype), len(shape)
+
+
+def untouchable(**changes):
+    leaves = {path: Untouchable(x.shape) for path, x in integers().items()}
+    return {p: x for p, x in (leaves | changes).items() if x is not None}
+
+
+def wrong_granularity(row):
+    return CHANNEL if row.pruner is pp.level else "element"
+
+
+@rows
+@pytest.mark.parametrize(
+    ("params", "error", "parts"),
+    [
+        ({"fc.w": Untouchable((10, 12))}, ValueError, ("'fc.w'", "(10, 12)", "(12, 10)")),
+        ({"fc.w": None}, KeyError, ("'fc.w'", "nearest")),
+        ({"fc.b": None}, KeyError, ("'fc.b'", "bias='keep'")),
+        ({"fc.w": Untouchable((12, 10), "int8")}, ValueError, ("'fc.w'", "int8")),
+        ({"fc.w": Untouchable((12, 10), "bool")}, ValueError, ("'fc.w'", "bool")),
+    ],
+    ids=["shape", "no-weight", "no-bias", "integer", "boolean"],
+)
+def test_bad_params_raise_before_any_array_work(row, params, error, parts):
+    with raises(error, row.pruner.__name__, "layer 'fc'", *parts):
+        row.pruner(untouchable(**params), row.stats, row.config())
+
+
+@counted
+def test_bad_counts_raise_before_any_array_work(row):
+    config = row.config()
+    pool = config.pools[-1]
+
+    def refuses(count, error, *parts):
+        with raises(error, f"'{pool.name}'", *parts):
+            changed = config.with_counts({**config.counts, pool.name: count})
+            row.pruner(untouchable(), row.stats, changed)
+
+    refuses(None, ValueError, "with_sparsity")
+    refuses(-1, ValueError, "[0, ", "-1")
+    refuses(pool.size + 1, ValueError, "[0, ", pool.size + 1)
+    if row.scope == "layer":
+        refuses(pool.size, ValueError, "allow_empty")
+    refuses(2.0, TypeError, "integer", "2.0")
+    refuses(True, TypeError, "integer", "True")
+    refuses(np.float32(1), TypeError, "integer", "float32")
+    refuses(np.asarray([1, 2]), ValueError, "(2,)", "vmap")
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.pruner is not pp.random_pruning], ids=str)
+def test_a_granularity_without_meaning_raises_before_any_array_work(row):
+    wrong = "output_channel" if row.pruner is pp.level else "element"
+    config = dataclasses.replace(row, granularity=wrong).config()
+    with raises(ValueError, row.pruner.__name__, f"granularity='{wrong}'"):
+        row.pruner(untouchable(), row.stats, config)
+
+
+def test_fpgm_refuses_blocks():
+    with raises(ValueError, "fpgm", "granularity=Block(shape=(3, 2))"):
+        pp.fpgm(untouchable(), None, pp.resolve(RULES, LAYERS, granularity=TILES))
+
+
+# NaN.
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.pruner is not pp.random_pruning], ids=str)
+def test_nan_is_an_error_that_names_its_layers(row):
+    params = integers()
+    for path in ("fc.w", "stack.w"):
+        params[path].reshape(-1)[7] = np.nan
+    for run in (MODES["jax_eager"], MODES["torch_eager"]):
+        with raises(ValueError, row.pruner.__name__, "'fc', 'stack'", "NaN"):
+            run(row.pruner, params, row.stats, row.config())
+
+
+@pytest.mark.parametrize("row", ROWS[:2], ids=str)
+@pytest.mark.parametrize("mode", ["jax_jit", "jax_vmap_params", "torch_vmap"])
+def test_nan_that_cannot_be_seen_stays_in_the_weights(row, mode):
+    params = floats(9)
+    params["fc.w"][0, :4] = np.nan
+    params["fc.w"][1, :4] = np.inf
+    masks = prune(row, params, 0.9, MODES[mode])
+    assert masks["fc.w"][0, :4].all()
+
+
+# Norms are the same in every framework, layout and mode also for random floats.
+
+
+@pytest.mark.parametrize("pruner", [pp.l1_norm, pp.l2_norm])
+@pytest.mark.parametrize("granularity", ["output_channel", "input_channel", Block((2, 3))], ids=str)
+def test_norms_do_not_depend_on_the_layout(pruner, granularity):
+    rng = np.random.default_rng(10)
+    oihw = rng.normal(size=(60, 40, 3, 3)).astype(np.float32)
+    # Near-ties: every channel again, permuted inside, so that only the order of addition differs.
+    oihw[30:] = oihw[:30, ::-1, ::-1, ::-1]
+    oihw[:, 20:] = oihw[::-1, :20, :, ::-1]
+    hwio = np.ascontiguousarray(oihw.transpose(2, 3, 1, 0))
+    by_torch = Layer("conv", "Conv2d", "w", oihw.shape, (0,), (1,))
+    by_flax = Layer("conv", "Conv2d", "w", hwio.shape, (3,), (2,))
+    masks = []
+    for layer, weight in ((by_torch, oihw), (by_flax, hwio)):
+        rules = [{"op_types": ["Conv2d"], "sparsity": 0.37}]
+        config = pp.resolve(rules, [layer], granularity=granularity)
+        for mode in ("jax_eager", "torch_eager", "torch_vmap"):
+            mask = MODES[mode](pruner, {"w": weight}, None, config)["w"]
+            mask = np.broadcast_to(mask, layer.shape)
+            masks.append(mask if layer is by_torch else mask.transpose(3, 2, 0, 1))
+    if isinstance(granularity, Block):  # its tiles count in the layout's own order among ties
+        masks = masks[:3]
+    for mask in masks[1:]:
+        np.testing.assert_array_equal(mask, masks[0])
+
+
+def rows_of(values):
+    return {"w": np.asarray(values, np.float32)}
+
+
+ROWS_LAYER = Layer("fc", "Linear", "w", (5, 3), (0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("pruner", "weight", "order"),
+    [
+        (pp.l1_norm, [[1, 1, 1], [2, -2, 0], [0, 0, 2], [0, 0, 0], [9, 9, 9]], [3, 2, 0, 1]),
+        (pp.l2_norm, [[1, 1, 1], [2, -2, 0], [0, 0, 2], [0, 0, 0], [9, 9, 9]], [3, 0, 2, 1]),
+        # Squares of these overflow or vanish in float32, the norms do not.
+        (pp.l2_norm, [[3e30] * 3, [2e30] * 3, [1e30] * 3, [4e30] * 3, [9e30] * 3], [2, 1, 0, 3]),
+        (pp.l2_norm, [[3e-30] * 3, [2e-30] * 3, [1e-30] * 3, [4e-30] * 3, [1] * 3], [2, 1, 0, 3]),
+        # Sums of distances 109, 106, 104, 107: the median is nearest to all others together.
+        (pp.fpgm, [[0, 0, 0], [1, 0, 0], [3, 0, 0], [6, 0, 0], [99, 0, 0]], [2, 1, 3, 0]),
+    ],
+)
+def test_channels_go_in_this_order(pruner, weight, order):
+    rules = [{"op_types": ["Linear"], "sparsity": 0.0}]
+    config = pp.resolve(rules, [ROWS_LAYER], granularity="output_channel")
+    for mode in ("jax_eager", "torch_eager"):
+        for count in range(5):
+            changed = config.with_counts({"fc": count})
+            mask = MODES[mode](pruner, rows_of(weight), None, changed)["w"]
+            assert sorted(np.flatnonzero(~mask[:, 0])) == sorted(order[:count])
+
+
+def test_blocks_at_the_edge_are_ranked_by_their_mean():
+    """5 x 3 in blocks of 2 x 2: edge blocks of 2 and of 1 weights count as if they were whole."""
+    layer = Layer("fc", "Linear", "w", (5, 3), (0,), (1,))
+    weight = np.asarray(
+        [[4, 4, 1], [4, 4, 1], [2, 2, 6], [2, 2, 6], [5, 5, 3]], np.float32
+    )  # means 4, 1; 2, 6; 5, 3
+    rules = [{"op_types": ["Linear"], "sparsity": 0.0}]
+    config = pp.resolve(rules, [layer], granularity=Block((2, 2)))
+    for pruner in (pp.l1_norm, pp.l2_norm):
+        for mode in ("jax_eager", "torch_eager"):
+            for count in range(6):
+                changed = config.with_counts({"fc": count})
+                mask = MODES[mode](pruner, {"w": weight}, None, changed)["w"]
+                np.testing.assert_array_equal(mask, weight > count)
+
+
+def test_fpgm_in_blocks_of_rows_is_fpgm():
+    """More channels than are compared at a time."""
+    layer = Layer("fc", "Linear", "w", (700, 6), (0,), (1,))
+    weight = np.random.default_rng(11).integers(-50, 50, layer.shape).astype(np.float32)
+    distances = np.linalg.norm(weight[:, None] - weight[None, :], axis=2).sum(axis=1)
+    rules = [{"op_types": ["Linear"], "sparsity": 0.3}]
+    config = pp.resolve(rules, [layer], granularity="output_channel")
+    for mode in ("jax_eager", "torch_eager"):
+        mask = MODES[mode](pp.fpgm, {"w": weight}, None, config)["w"]
+        np.testing.assert_array_equal(mask[:, 0], ~oracle.lowest(distances, 210))
+
+
+# Random pruning.
+
+RANDOM_LAYER = Layer("fc", "Linear", "w", (20, 30), (0,), (1,))
+RANDOM_CONFIG = pp.resolve([{"op_types": ["Linear"], "sparsity": 0.25}], [RANDOM_LAYER])
+
+
+def test_random_pruning_is_uniform():
+    params = {"w": jnp.ones((20, 30))}
+    prune_with = jax.jit(jax.vmap(lambda key: pp.random_pruning(params, key, RANDOM_CONFIG)["w"]))
+    n = 2000
+    pruned = 1 - np.asarray(prune_with(jax.random.split(jax.random.key(0), n))).astype(float)
+    assert np.all(pruned.sum(axis=(1, 2)) == 150)
+    deviation = (pruned.mean(axis=0) - 0.25) / np.sqrt(0.25 * 0.75 / n)
+    assert np.abs(deviation).max() < 4.5  # of 600 positions
+    assert 0.85 < deviation.std() < 1.15
+    # Nor do neighbours, in position or in key, go together.
+    flat = pruned.reshape(n, -1) - 0.25
+    for lag in (1, 2, 30):
+        assert abs(np.mean(flat[:, lag:] * flat[:, :-lag]) / (0.25 * 0.75)) < 0.01
+    seeds = np.asarray(prune_with(jnp.arange(n))).reshape(n, -1) - 0.75
+    assert abs(np.mean(seeds[1:] * seeds[:-1]) / (0.25 * 0.75)) < 0.01
+
+
+def test_every_way_to_give_a_key():
+    expected = MODES["jax_eager"](pp.random_pruning, {"w": np.ones((20, 30))}, 7, RANDOM_CONFIG)
+    keys = [np.int64(7), jax.random.key(7), jax.random.PRNGKey(7), jnp.uint32(7)]
+    for mode, more in (("jax_eager", []), ("torch_eager", [torch.tensor(7)])):
+        for key in keys + more:
+            masks = MODES[mode](pp.random_pruning, {"w": np.ones((20, 30))}, key, RANDOM_CONFIG)
+            np.testing.assert_equal(masks, expected)
+    with raises(TypeError, "random key"):
+        pp.random_pruning({"w": jnp.ones((20, 30))}, None, RANDOM_CONFIG)
+
+
+def test_random_masks_differ_by_key_and_by_layer_but_not_by_company():
+    def masks(layers, key):
+        params = {x.weight: np.ones(x.shape, np.float32) for x in layers}
+        config = pp.resolve([{"op_types": ["Linear"], "sparsity": 0.25}], layers)
+        return MODES["jax_eager"](pp.random_pruning, params, key, config)
+
+    twin = dataclasses.replace(RANDOM_LAYER, name="twin", weight="v")
+    both = masks([RANDOM_LAYER, twin], 3)
+    assert not np.array_equal(both["w"], both["v"])
+    np.testing.assert_array_equal(both["w"], masks([RANDOM_LAYER], 3)["w"])
+    assert not np.array_equal(both["w"], masks([RANDOM_LAYER], 4)["w"])
+    np.testing.assert_array_equal(both["w"], masks([RANDOM_LAYER], jnp.asarray([0, 3]))["w"])
+    assert not np.array_equal(both["w"], masks([RANDOM_LAYER], jnp.asarray([1, 3]))["w"])
+
+
+def test_random_masks_of_stacked_layers_differ():
+    layer = Layer("stack", "Linear", "w", (3, 20, 30), (1,), (2,), stack_axes=(0,))
+    for granularity in ("element", CHANNEL):
+        rules = [{"op_types": ["Linear"], "sparsity": 0.25}]
+        config = pp.resolve(rules, [layer], granularity=granularity)
+        mask = pp.random_pruning({"w": jnp.ones(layer.shape)}, 3, config)["w"]
+        assert not any(bool(jnp.all(mask[i] == mask[i - 1])) for i in range(3))
+
+
+def test_random_masks_under_torch_vmap_over_keys():
+    params = {"w": torch.ones(20, 30)}
+    keys = torch.arange(5)
+    run = torch.func.vmap(lambda key: pp.random_pruning(params, key, RANDOM_CONFIG))
+    masks = run(keys)["w"]
+    for key, mask in zip(keys, masks, strict=True):
+        expected = pp.random_pruning(params, int(key), RANDOM_CONFIG)["w"]
+        assert torch.equal(mask, expected)

@@ -1,0 +1,29 @@
+"""What the README shows is what the examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py"])
+def test_the_quickstarts_are_the_example_files(example):
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(rf"<!-- examples/{example} -->\n```python\n(.*?)\n```", readme, re.DOTALL)
+    _, _, code = (ROOT / "examples" / example).read_text().split('"""', 2)
+    assert shown == code.strip()
+
+
+@pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py"])
+def test_the_quickstarts_have_twelve_lines(example):
+    code = (ROOT / "examples" / example).read_text().split('"""', 2)[2]
+    assert len([line for line in code.splitlines() if line]) <= 12
+
+
+def test_every_public_name_in_the_readme_exists():
+    import purepruning as pp
+
+    names = re.findall(r"\bpp\.(\w+)", (ROOT / "README.md").read_text())
+    assert [name for name in names if not hasattr(pp, name)] == []
