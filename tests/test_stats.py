@@ -643,6 +643,15 @@ def test_bad_outputs_name_the_layer_and_change_nothing(framework, bad):
 
 
 @FRAMEWORKS
+def test_finite_outputs_whose_sum_is_not_are_no_error(framework):
+    layer, _ = KINDS["linear"]
+    outputs = framework({"x": np.full((2, 3), 3e38, np.float32)})
+    stats = activations.init(framework(params_of(layer)), [layer])
+    stats = activations.update(stats, outputs, [layer], activation="relu6")
+    assert number(stats.sums["x"]).tolist() == [[12, 12, 12]]
+
+
+@FRAMEWORKS
 def test_batches_without_examples_count_nothing_and_alone_they_rank_nothing(framework):
     config = config_of([A, B], "output_channel").with_sparsity(0.4)
     params = framework(params_of(A, B))
