@@ -7,13 +7,17 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
+from purepruning import stats
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.namespace import leaf_paths
+from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
+from purepruning.pruners.slimming import slim, slim_penalty
+from purepruning.pruners.taylor import taylor_fo
 from purepruning.rules import Gradual
 from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
 from purepruning.schedules.annealing import Annealing, AnnealingState, annealing
@@ -61,6 +65,11 @@ __all__ = [
     "l2_norm",
     "fpgm",
     "random_pruning",
+    "slim",
+    "slim_penalty",
+    "apoz_rank",
+    "mean_activation_rank",
+    "taylor_fo",
     "prune",
     "Criterion",
     # Schedules: when to prune, and how much.
@@ -84,6 +93,8 @@ __all__ = [
     "annealing",
     "Annealing",
     "AnnealingState",
+    # Running statistics that some pruners need.
+    "stats",
     # Masks.
     "apply_masks",
     "merge_masks",

@@ -71,6 +71,11 @@ class Layer:
             ``"out"`` (out/groups outputs per input, as in ``torch.nn.ConvTranspose2d``).
         bias: path of the bias, or None; its elements are those of the stack axes and output
             channels in that order, in any shape.
+        output_axes: axes of the layer's *output* that hold the stacked layers and then the output
+            channels, one for each of ``stack_axes`` and ``out_axes``; empty where the channels are
+            not seen in the output (the gates of an LSTM). Unless given, stacked layers lead and
+            channels come last; a convolution whose kernel ends in its taps, as in PyTorch, has its
+            channels before the spatial axes.
         class_name: the framework's own class name, which rules may also use.
         aliases: further names of the same layer (a shared module has several).
     """
@@ -87,6 +92,7 @@ class Layer:
     bias: str | None = None
     class_name: str = ""
     aliases: tuple[str, ...] = ()
+    output_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         where = f"layer {self.name!r}"
@@ -98,6 +104,7 @@ class Layer:
                 f"{where}: shape and groups must be integers, got {self.shape} and {self.groups!r}"
             )
         object.__setattr__(self, "shape", sizes)
+        stack, out = tuple(self.stack_axes), tuple(self.out_axes)
         for field in ("out_axes", "in_axes", "stack_axes"):
             axes = getattr(self, field)
             bad = [a for a in axes if not -len(self.shape) <= a < len(self.shape)]
@@ -117,6 +124,21 @@ class Layer:
         size = self.shape[whole[0]] if whole else 0
         if self.groups < 1 or (self.groups > 1 and (not size or size % self.groups)):
             raise ValueError(f"{where}: {self.groups} groups do not divide {size} channels")
+        if self.output_axes is None:
+            axes = _default_output_axes(self)
+        elif len(axes := tuple(self.output_axes)) == len(stack) + len(out):
+            # They follow their axes of the weight, which are sorted now.
+            place = dict(zip((*stack, *out), axes, strict=True))
+            place = {a % len(self.shape): position for a, position in place.items()}
+            axes = tuple(place[a] for a in (*self.stack_axes, *self.out_axes))
+        elif axes:
+            raise ValueError(
+                f"{where}: output_axes={axes} must have one axis for each of stack_axes={stack} "
+                f"and out_axes={out}, or be empty"
+            )
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"{where}: output_axes={axes} names an axis twice")
+        object.__setattr__(self, "output_axes", axes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,6 +183,7 @@ def make_layer(
     groups: int = 1,
     grouped: Literal["in", "out"] = "in",
     bias: str | None = None,
+    output_axes: int | Iterable[int] | None = None,
 ) -> Layer:
     """Returns one row of a layer table written by hand, its shape read from ``params``.
 
@@ -169,7 +192,7 @@ def make_layer(
         weight: path of the weight; :func:`purepruning.leaf_paths` lists them.
         type: canonical op type, see :data:`OP_TYPES`.
         name: layer name; the weight's path without its last part unless given.
-        out_axes, in_axes, stack_axes, groups, grouped, bias: see :class:`Layer`.
+        out_axes, in_axes, stack_axes, groups, grouped, bias, output_axes: see :class:`Layer`.
 
     Raises:
         KeyError: the weight or bias path is not in ``params``.
@@ -199,6 +222,7 @@ def make_layer(
         grouped=grouped,
         bias=bias,
         class_name=type,
+        output_axes=None if output_axes is None else _as_tuple(output_axes),
     )
     if bias is not None:
         size = math.prod(layer.shape[a] for a in layer.stack_axes) * layer.out_channels
@@ -208,6 +232,15 @@ def make_layer(
                 f"does not fit {layer.out_channels} output channels"
             )
     return layer
+
+
+def _default_output_axes(layer: Layer) -> tuple[int, ...]:
+    if not layer.out_axes or layer.type in ("RNN", "LSTM", "GRU", "MultiheadAttention"):
+        return ()
+    taps = layer.spatial_axes if layer.type.startswith("Conv") else ()
+    behind = len(taps) if taps and taps[-1] > max(layer.out_axes) else 0
+    n = len(layer.out_axes)
+    return (*range(len(layer.stack_axes)), *range(-n - behind, -behind))
 
 
 def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5) -> str:

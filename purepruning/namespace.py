@@ -53,11 +53,6 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
     return jax.jit(function, static_argnames=static)
 
 
-def detached(x: Any) -> Any:
-    """Returns ``x`` without the history that torch keeps for gradients; masks have none."""
-    return x.detach() if is_torch(x) else x
-
-
 def copied(x: Any) -> Any:
     """Returns a copy of one leaf that shares no memory and no gradient history with it."""
     if is_torch(x):
@@ -146,6 +141,31 @@ def matmul(xp: Any, a: Any, b: Any) -> Any:
     In torch the user's setting holds, ``torch.backends.cuda.matmul.allow_tf32``.
     """
     return jnp.matmul(a, b, precision="highest") if xp is jnp else xp.matmul(a, b)
+
+
+def erfc(xp: Any, x: Any) -> Any:
+    """Returns the complementary error function of ``x``."""
+    return jax.scipy.special.erfc(x) if xp is jnp else xp.special.erfc(x)
+
+
+def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Returns zeros in the framework, and in torch on the device, of ``like``."""
+    if not is_torch(like):
+        return jnp.zeros(shape, dtype)
+    xp = namespace(like)
+    return xp.zeros(shape, dtype=getattr(xp, dtype), device=like.device)
+
+
+def array_like(like: Any, x: Any) -> Any:
+    """Returns ``x``; as a tensor on the device of ``like`` if that is a tensor."""
+    if is_torch(x) or not is_torch(like):
+        return x
+    return namespace(like).asarray(np.array(x), device=like.device)
+
+
+def stop_gradient(x: Any) -> Any:
+    """Returns ``x`` as a constant: no gradient flows through, and none of its history is kept."""
+    return x.detach() if is_torch(x) else jax.lax.stop_gradient(x)
 
 
 def spans_devices(x: Any) -> bool:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from purepruning.namespace import int32, namespace
 from purepruning.pieces import HIGHEST, LOWEST, Cut, Piece, ordered_bits
 
-CHUNK = 524_288  # elements looked at together, so that what is derived from them stays in cache
+CHUNK = 131_072  # elements looked at together, so that what is derived from them stays in cache
+DEVICE_CHUNK = 64 * CHUNK  # the same on other devices than a CPU, where every step costs a launch
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
@@ -59,7 +60,7 @@ def by_rows(piece: Piece, width: int, keep: Callable[[Any], Any]) -> tuple[Any, 
     xp = namespace(piece.arrays[0])
     result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)
     nan = False
-    for start, _, scores in _scores(piece, CHUNK // width * width):
+    for start, _, scores in _scores(piece, width):
         rows = keep(xp.reshape(scores, (-1, width)))
         result[start : start + scores.shape[0]] = xp.reshape(rows, (-1,))
         nan = nan or bool(xp.any(xp.isnan(scores)))
@@ -154,15 +155,16 @@ def _has_nan(piece: Piece) -> bool:
 
 def _chunks(piece: Piece) -> Iterator[tuple[Any, Any]]:
     """Yields flat indices and keys of the piece, a chunk at a time."""
-    for _, index, scores in _scores(piece, CHUNK):
+    for _, index, scores in _scores(piece):
         yield index, ordered_bits(namespace(scores), scores)
 
 
-def _scores(piece: Piece, size: int) -> Iterator[tuple[int, Any, Any]]:
-    """Yields the first flat index, all indices and the scores of every chunk of ``size``."""
+def _scores(piece: Piece, width: int = 1) -> Iterator[tuple[int, Any, Any]]:
+    """Yields a chunk of whole rows of ``width``: its first flat index, all indices, the scores."""
     xp = namespace(piece.arrays[0])
     flats = [xp.reshape(a, (-1,)) for a in piece.arrays]
     device = flats[0].device
+    size = (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width * width
     for start in range(0, piece.size, size):
         index = xp.arange(start, min(start + size, piece.size), dtype=xp.int32, device=device)
         yield start, index, piece.score(tuple(flat[start : start + size] for flat in flats), index)

@@ -20,7 +20,6 @@ from purepruning.layers import Layer, missing
 from purepruning.masks import by_path, spread_mask
 from purepruning.namespace import (
     compiled,
-    detached,
     flatten,
     int32,
     is_batched,
@@ -29,6 +28,7 @@ from purepruning.namespace import (
     namespace,
     replicated,
     spans_devices,
+    stop_gradient,
 )
 from purepruning.pieces import HIGHEST, Piece, ordered_bits
 from purepruning.rules import Scope
@@ -179,7 +179,7 @@ def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str
                     f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
                     f"gives the layer {layer.out_channels} output channels"
                 )
-        weights[layer.weight] = detached(weight)
+        weights[layer.weight] = weight
     return weights
 
 
@@ -228,6 +228,7 @@ def _masks(
     check: bool,
 ) -> _Masks:
     plan = plan._replace(score=functools.partial(_adjusted, plan, before, plan.score))
+    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     if isinstance(plan.granularity, NM):
         masks, has_nan = _nm_masks(weights, stats, plan, plan.granularity)
     else:

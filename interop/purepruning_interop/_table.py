@@ -31,7 +31,11 @@ class Param(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """What a module class says of one of its weights; axes count within one, unstacked copy."""
+    """What a module class says of one of its weights; axes count within one, unstacked copy.
+
+    ``output`` says where the batch axes and the output channels are in the module's output; where
+    it is None, the rule of :class:`purepruning.Layer` holds.
+    """
 
     param: str
     type: str
@@ -42,6 +46,7 @@ class Weight(NamedTuple):
     groups: int = 1
     grouped: Literal["in", "out"] = "in"
     bias: str | None = None
+    output: tuple[int, ...] | None = None
 
 
 class Owner(NamedTuple):
@@ -91,12 +96,24 @@ def general(param: str, sizes: Sizes, *, batch: int, out: int, bias: str | None)
         in_axes=tuple(range(batch, rank - out)),
         batch_axes=tuple(range(batch)),
         bias=bias,
+        output=(*range(batch), *range(-out, 0)),
     )
 
 
-def per_channel(param: str, type: str, sizes: Sizes, *, bias: str | None = None) -> Weight:
+def per_channel(
+    param: str,
+    type: str,
+    sizes: Sizes,
+    *,
+    bias: str | None = None,
+    output: int | Sequence[int] | None = None,
+) -> Weight:
     """Returns a weight that scales channels, all of whose axes are channels (norms, PReLU)."""
-    return Weight(param, type, sizes, out_axes=tuple(range(len(sizes))), bias=bias)
+    if isinstance(output, int):
+        output = (output,)
+    out = tuple(range(len(sizes)))
+    axes = None if output is None or len(output) != len(out) else tuple(output)
+    return Weight(param, type, sizes, out_axes=out, bias=bias, output=axes)
 
 
 def einsum(param: str, equation: str, sizes: Sizes, *, bias: str | None) -> Weight:
@@ -115,6 +132,8 @@ def einsum(param: str, equation: str, sizes: Sizes, *, bias: str | None) -> Weig
     contracted = [i for i, c in enumerate(letters) if c in left and c not in result and c != "."]
     kept = [letters[i] for i in sorted(batch + out)]
     in_order = kept == [c for c in result.replace("...", dots) if c in letters]
+    place = _places(result)
+    seen = [place.get(letters[i]) for i in (*batch, *out)]
     return Weight(
         param,
         "Linear",
@@ -123,7 +142,15 @@ def einsum(param: str, equation: str, sizes: Sizes, *, bias: str | None) -> Weig
         tuple(contracted),
         tuple(batch),
         bias=bias if in_order else None,
+        output=tuple(a for a in seen if a is not None) if None not in seen else (),
     )
+
+
+def _places(letters: str) -> dict[str, int]:
+    """Returns the axis of each letter of an einsum's output; negative, except before dots."""
+    before, dots, after = letters.rpartition("...")
+    from_end = {c: i - len(after) for i, c in enumerate(after)}
+    return from_end | ({c: i for i, c in enumerate(before)} if dots else {})
 
 
 def ranked(norm: str, input_ndim: int | None) -> str:
@@ -220,6 +247,10 @@ def _row(owner: Owner, weight: Weight, names: tuple[str, ...]) -> Layer:
             f"module describes a weight of {len(weight.sizes)} axes"
         )
     bias = owner.params.get(weight.bias) if weight.bias else None
+    stack = len(param.stack_axes)  # the outputs of stacked copies are stacked on leading axes
+    output = weight.output
+    if output:
+        output = (*range(stack), *(a + stack if a >= 0 else a for a in output))
     return Layer(
         name=names[0],
         type=weight.type,
@@ -233,6 +264,7 @@ def _row(owner: Owner, weight: Weight, names: tuple[str, ...]) -> Layer:
         bias=bias.path if bias else None,
         class_name=owner.class_name,
         aliases=names[1:],
+        output_axes=output,
     )
 
 
@@ -285,9 +317,10 @@ def split_static(tree: Any) -> tuple[list[Any], Any]:
     """
     leaves, treedef = jax.tree.flatten(tree)
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    rest = [None if is_array(leaf) else leaf for leaf in leaves]  # put keeps no tracer alive
 
     def put(arrays: Sequence[Any]) -> Any:
-        full = list(leaves)
+        full = list(rest)
         for i, array in zip(where, arrays, strict=True):
             full[i] = array
         return jax.tree.unflatten(treedef, full)

@@ -1,9 +1,10 @@
-"""The adapter for Haiku: ``layers`` reads the layer table off a transformed function."""
+"""The adapter for Haiku: the layer table of a transformed function, and its layers' outputs."""
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -11,6 +12,8 @@ import jax
 
 from purepruning.layers import Layer, missing
 from purepruning.namespace import flatten
+from purepruning_interop import _capture
+from purepruning_interop._marks import collect, mark
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -18,6 +21,7 @@ from purepruning_interop._table import (
     Weight,
     float_shapes,
     in_out,
+    join,
     ranked,
     rows,
     split_static,
@@ -71,11 +75,7 @@ def layers(
             f"{where}: transformed must be what hk.transform returns, got "
             f"{type(transformed).__name__}"
         )
-    if not isinstance(params, Mapping) or not all(isinstance(p, Mapping) for p in params.values()):
-        raise TypeError(
-            f"{where}: params must be what transformed.init returns, a mapping of module names to "
-            f"mappings; got {type(params).__name__}"
-        )
+    _check_params(where, params)
     arrays, put = split_static((inputs, kwargs))
     made: dict[str, _Made] = {}
 
@@ -93,6 +93,134 @@ def layers(
     names = _dotted(m for m in modules if m in params)
     owners = [_owner(name, module, params[module], made) for module, name in names.items()]
     return rows(owners, float_shapes(leaves))
+
+
+def capture(
+    transformed: Any,
+    params: Mapping[str, Mapping[str, Any]],
+    /,
+    *inputs: Any,
+    layers: Iterable[str | Layer],
+    rng: Any = None,
+    state: Mapping[str, Mapping[str, Any]] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(transformed.apply(...), {layer: its output})`` for the layers asked for.
+
+    A pure function of arrays, for ``jax.jit``, ``jax.grad`` (through the outputs too) and
+    ``jax.vmap``. The first part is just what ``apply`` returns: with a state, a pair of the result
+    and the new state. An output is what the module's ``__call__`` returned, before any activation
+    that follows: that of a layer under ``hk.scan`` or ``hk.layer_stack`` is stacked, the steps on a
+    new leading axis; under a vmap likewise, after the axes of scans. A layer called several times
+    gives the list of its outputs. Without ``jax.jit`` around it every call is traced anew.
+
+    Args:
+        transformed: what ``hk.transform``, ``hk.transform_with_state`` or ``hk.without_apply_rng``
+            returned; of a multi-transformed one, ``hk.Transformed(init, apply.f)``.
+        params: its parameters.
+        *inputs, **kwargs: what a call takes after params, state and key.
+        layers: rows of the layer table, or names: of a module that has parameters itself, or of
+            one of its parameters, with dots for ``/`` and ``/~/``.
+        rng: the key that ``apply`` takes, or None.
+        state: the state that ``apply`` takes, of ``hk.transform_with_state``.
+
+    Raises:
+        TypeError: ``transformed`` has no ``apply``, ``params`` is no mapping of mappings, or the
+            state, or the key, is missing or too much.
+        ValueError: a layer is unknown, is never called in this forward pass, or is called where
+            there is no one output: inside ``hk.cond``, ``hk.switch``, ``hk.while_loop`` or a
+            function with a custom derivative.
+
+    >>> import haiku as hk, jax.numpy as jnp
+    >>> model = hk.transform(lambda x: hk.nets.MLP([2], activate_final=True)(x))
+    >>> params = {"mlp/~/linear_0": {"w": jnp.array([[1.0, -2.0]]), "b": jnp.zeros(2)}}
+    >>> y, outputs = capture(model, params, jnp.ones((1, 1)), layers=["mlp.linear_0"])
+    >>> y.tolist(), outputs["mlp.linear_0"].tolist()
+    ([[1.0, 0.0]], [[1.0, -2.0]])
+    """
+    where = "capture(transformed, params, *inputs)"
+    if not callable(getattr(transformed, "apply", None)):
+        raise TypeError(
+            f"{where}: transformed must be what hk.transform returns, got "
+            f"{type(transformed).__name__}"
+        )
+    _check_params(where, params)
+    names = _dotted(params)
+    known = {join(name, key): module for module, name in names.items() for key in params[module]}
+    known |= {name: module for module, name in names.items() if name}
+    modules = _capture.find(where, _capture.asked(where, layers), known)
+    marked = frozenset(modules.values())
+    leading = _leading(where, transformed, state, rng)
+
+    def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
+        boxed = {
+            module: {key: _Tracked(leaf, module) for key, leaf in own.items()}
+            if module in marked
+            else own
+            for module, own in params.items()
+        }
+        get, intercept = _marker()
+
+        def run() -> Any:
+            with hk.custom_getter(get), hk.intercept_methods(intercept):
+                return transformed.apply(boxed, *leading, *inputs, **kwargs)
+
+        # A getter stands inside a transformed function only, and must come before the model's own.
+        return hk.transform(run).apply({}, None)
+
+    result, calls = collect(where, marked, apply, params, leading, inputs, kwargs)
+    return result, _capture.outputs(where, modules, calls)
+
+
+def _leading(where: str, transformed: Any, state: Any, rng: Any) -> tuple[Any, ...]:
+    """Returns what ``apply`` takes between the parameters and the inputs."""
+    takes = tuple(inspect.signature(transformed.apply).parameters)[1:3]
+    found: tuple[Any, ...] = ()
+    for name, value in {"state": state, "rng": rng}.items():
+        if name in takes:
+            if name == "state" and value is None:
+                raise TypeError(f"{where}: the function has a state; pass it as state=...")
+            found += (value,)
+        elif value is not None:
+            raise TypeError(f"{where}: apply of this function takes no {name}, but one was passed")
+    return found
+
+
+@jax.tree_util.register_pytree_node_class
+class _Tracked:
+    """A parameter that knows the full name of its module, inside ``hk.lift`` and scans too."""
+
+    def __init__(self, value: Any, module: str) -> None:
+        self.value, self.module = value, module
+
+    def tree_flatten(self) -> tuple[tuple[Any], str]:
+        return (self.value,), self.module
+
+    @classmethod
+    def tree_unflatten(cls, module: str, children: Sequence[Any]) -> _Tracked:
+        return cls(children[0], module)
+
+
+def _marker() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns a getter that learns which module has tracked parameters, and an interceptor.
+
+    The interceptor marks what these modules return.
+    """
+    owners: dict[int, tuple[Any, str]] = {}  # the module is kept, so that its id stays its own
+
+    def get(next_getter: Any, value: Any, context: hk.GetterContext) -> Any:
+        if isinstance(value, _Tracked):
+            owners[id(context.module)] = context.module, value.module
+            value = value.value
+        return next_getter(value)
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        result = call(*args, **kwargs)
+        if context.method_name != "__call__" or id(context.module) not in owners:
+            return result
+        return mark(owners[id(context.module)][1], result)
+
+    return get, intercept
 
 
 class _Made(NamedTuple):
@@ -153,6 +281,14 @@ def _recorder(made: dict[str, _Made]) -> Callable[..., Any]:
     return intercept
 
 
+def _check_params(where: str, params: Any) -> None:
+    if not isinstance(params, Mapping) or not all(isinstance(p, Mapping) for p in params.values()):
+        raise TypeError(
+            f"{where}: params must be what transformed.init returns, a mapping of module names to "
+            f"mappings; got {type(params).__name__}"
+        )
+
+
 def _check(where: str, given: Mapping[str, Any], initial: Mapping[str, Any]) -> None:
     for path, leaf in given.items():
         if path not in initial:
@@ -182,13 +318,16 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
             return in_out("w", "Linear", shape, bias="b"), False
         case hk.ConvND(), "w":
             type_, groups = f"Conv{rank - 2}d", module.feature_group_count
-            return in_out("w", type_, shape, bias="b", groups=groups), False
+            weight = in_out("w", type_, shape, bias="b", groups=groups)
+            return _channels(weight, module.channel_index, rank), False
         case hk.DepthwiseConv1D() | hk.DepthwiseConv2D() | hk.DepthwiseConv3D(), "w":
             type_, groups = f"Conv{rank - 2}d", shape[-1] // module.channel_multiplier
-            return in_out("w", type_, shape, bias="b", groups=groups), False
+            weight = in_out("w", type_, shape, bias="b", groups=groups)
+            return _channels(weight, module.channel_index, rank), False
         case hk.ConvNDTranspose(), "w":
             type_ = f"ConvTranspose{rank - 2}d"
-            return in_out("w", type_, shape, bias="b", swapped=True), False
+            weight = in_out("w", type_, shape, bias="b", swapped=True)
+            return _channels(weight, module.channel_index, rank), False
         case hk.Embed(), "embeddings":
             return in_out("embeddings", "Embedding", shape), False
         case hk.GRU(), "w_i":
@@ -201,7 +340,7 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
             if averaged is None:
                 averaged = [a for a in range(rank) if a != module.channel_index % rank]
             axes = [a for a in range(rank) if a not in averaged]
-            return _norm(ranked("BatchNorm", rank), shape, axes), False
+            return _norm(ranked("BatchNorm", rank), shape, axes)._replace(output=tuple(axes)), False
         case hk.LayerNorm() | hk.RMSNorm(), "scale":
             type_ = "RMSNorm" if isinstance(module, hk.RMSNorm) else "LayerNorm"
             if isinstance(module, hk.InstanceNorm):
@@ -212,12 +351,17 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
                 axes = list(range(rank)[kept] if isinstance(kept, slice) else kept)
             return _norm(type_, shape, axes), False
         case hk.GroupNorm(), "scale":
-            return _norm("GroupNorm", shape, [0]), False
+            return _norm("GroupNorm", shape, [0])._replace(output=(module.channel_index,)), False
         case hk.BatchNorm() | hk.LayerNorm() | hk.GroupNorm(), "offset":
             return None, True
         case (hk.Bias() | hk.GRU(), "b"):
             return None, True
     return None, False
+
+
+def _channels(weight: Weight, channel_index: int, rank: int) -> Weight:
+    """Returns the weight of a convolution whose output has its channels there."""
+    return weight._replace(output=(-1,) if channel_index == -1 else (1 - rank,))
 
 
 def _norm(type: str, shape: Shape, axes: Iterable[int]) -> Weight:

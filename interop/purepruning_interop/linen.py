@@ -1,9 +1,11 @@
-"""The adapter for Flax Linen: ``layers`` reads the layer table off a module and its variables."""
+"""The adapter for Flax Linen: the layer table of a module, and the outputs of its layers."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ from flax.linen.recurrent import DenseParams
 
 from purepruning.layers import Layer
 from purepruning.namespace import flatten
+from purepruning_interop import _capture
+from purepruning_interop._marks import mark, marked, marking, run, trace
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -85,7 +89,7 @@ def layers(
     layers_1 BatchNorm2d layers_1.scale (0,) () layers_1.bias
     """
     del mutable
-    _check(module, variables, inputs, method, kwargs)
+    _check("layers(module, variables, *inputs)", module, variables, inputs, method, kwargs)
     whole = isinstance(variables.get("params"), Mapping)
     prefix = "params" if whole else ""
     params = meta.unbox(variables["params"] if whole else variables)
@@ -127,14 +131,123 @@ def layers(
     )
 
 
+def capture(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    /,
+    *inputs: Any,
+    layers: Iterable[str | Layer],
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(module.apply(...), {layer: its output})`` for the layers asked for.
+
+    A pure function of arrays, for ``jax.jit``, ``jax.grad`` (through the outputs too) and
+    ``jax.vmap``. The first part is just what ``module.apply`` returns, so with ``mutable`` a pair
+    of the result and the updated variables. An output is what the layer's ``__call__`` returned,
+    before any activation that follows: that of a layer under ``nn.scan`` is stacked, the steps on a
+    new leading axis; under ``nn.vmap`` likewise, after the axes of scans; ``nn.remat`` and
+    ``nn.jit`` change nothing. A layer called several times gives the list of its outputs.
+
+    Without ``jax.jit`` around it every call is traced anew. The parts of an
+    ``nn.OptimizedLSTMCell`` are never called; the cell is.
+
+    Args:
+        module: the Linen module.
+        variables: what ``module.init`` returned, or only its ``"params"``.
+        *inputs: what a call of the module takes.
+        layers: rows of the layer table, or names; the dotted path of any module is a name, that of
+            a parameter stands for the module that owns it.
+        rngs, method, mutable, **kwargs: as for ``module.apply``.
+
+    Raises:
+        TypeError: an argument is of a wrong type, or the inputs do not fit the method.
+        ValueError: a layer is unknown, is never called in this forward pass, or is called where
+            there is no one output: inside ``nn.cond``, ``nn.switch``, ``nn.while_loop`` or
+            ``nn.custom_vjp``.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> model = nn.Sequential([nn.Dense(2), nn.relu])
+    >>> params = {"layers_0": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}}
+    >>> y, outputs = capture(model, params, jnp.ones((1, 1)), layers=["layers_0"])
+    >>> y.tolist(), outputs["layers_0"].tolist()
+    ([[1.0, 0.0]], [[1.0, -2.0]])
+    """
+    where = "capture(module, variables, *inputs)"
+    _check(where, module, variables, inputs, method, kwargs)
+    names = _capture.asked(where, layers)
+    if not isinstance(variables.get("params"), Mapping):
+        variables = {"params": variables}
+    paths = flatten(meta.unbox(variables["params"])).leaves
+    owners = {path: path.rpartition(".")[0] for path in paths}
+    modules = {name: owners.get(name, name) for name in names}
+    wanted = frozenset(modules.values())
+    seen: dict[str, None] = {}
+
+    def apply(variables: Any, inputs: Any, rngs: Any, kwargs: Any, *, afresh: bool) -> Any:
+        with contextlib.ExitStack() as contexts:
+
+            def renew() -> None:
+                if afresh:
+                    contexts.enter_context(marking(object()))
+
+            renew()
+            contexts.enter_context(nn.intercept_methods(_marker(wanted, seen, renew)))
+            return module.apply(
+                variables, *inputs, rngs=rngs, method=method, mutable=mutable, **kwargs
+            )
+
+    # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
+    # only. Where that may have happened, everything is traced once more, each call for itself.
+    arguments = variables, inputs, rngs, kwargs
+    program = trace(wanted, partial(apply, afresh=False), *arguments)
+    found, several = marked(program)
+    if several or found != wanted:
+        program = trace(wanted, partial(apply, afresh=True), *arguments)
+    for name, path in modules.items():
+        holds = any(f"{owner}.".startswith(f"{path}.") for owner in owners.values())
+        if path and path not in seen and not holds:
+            raise _capture.unknown(where, name, [*owners.values(), *seen])
+    result, calls = run(where, program)
+    return result, _capture.outputs(where, modules, calls)
+
+
+def _marker(
+    paths: frozenset[str], seen: dict[str, None], renew: Callable[[], None]
+) -> nn.module.Interceptor:
+    """Returns an interceptor that marks what the modules at ``paths`` return.
+
+    Of a class that ``nn.scan`` or another transform lifted, it is the module inside that is called
+    (the one around the transform passes interceptors by): once per step of the loop.
+    """
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        result = call(*args, **kwargs)
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return result
+        renew()
+        path = ".".join(module.scope.path)
+        seen[path] = None
+        # What the call of DenseParams returns are its parameters.
+        if path not in paths or isinstance(module, DenseParams):
+            return result
+        return mark(path, result)
+
+    return intercept
+
+
 def _check(
+    where: str,
     module: Any,
     variables: Any,
     inputs: tuple[Any, ...],
     method: Callable[..., Any] | str | None,
     kwargs: Mapping[str, Any],
 ) -> None:
-    where = "layers(module, variables, *inputs)"
     if not isinstance(module, nn.Module):
         raise TypeError(f"{where}: module must be a flax.linen.Module instance, got {module!r:.80}")
     if not isinstance(variables, Mapping):
@@ -294,14 +407,20 @@ def _weights(
             x = args[0] if args else kwargs.get("x")
             norm = "BatchNorm" if isinstance(module, nn.BatchNorm) else "InstanceNorm"
             weight = per_channel(
-                "scale", ranked(norm, getattr(x, "ndim", None)), sizes("scale"), bias="bias"
+                "scale",
+                ranked(norm, getattr(x, "ndim", None)),
+                sizes("scale"),
+                bias="bias",
+                output=module.axis if isinstance(module, nn.BatchNorm) else module.feature_axes,
             )
         case nn.LayerNorm():
-            weight = per_channel("scale", "LayerNorm", sizes("scale"), bias="bias")
+            weight = per_channel(
+                "scale", "LayerNorm", sizes("scale"), bias="bias", output=module.feature_axes
+            )
         case nn.GroupNorm():
             weight = per_channel("scale", "GroupNorm", sizes("scale"), bias="bias")
         case nn.RMSNorm():
-            weight = per_channel("scale", "RMSNorm", sizes("scale"))
+            weight = per_channel("scale", "RMSNorm", sizes("scale"), output=module.feature_axes)
         case nn.PReLU():
             weight = per_channel("negative_slope", "PReLU", sizes("negative_slope"))
         case _:

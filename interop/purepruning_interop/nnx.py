@@ -1,15 +1,18 @@
-"""The adapter for Flax NNX: ``layers`` reads the layer table off a model."""
+"""The adapter for Flax NNX: the layer table of a model, and the outputs of its layers."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax import nnx
 
 from purepruning.layers import Layer
 from purepruning.namespace import flatten
+from purepruning_interop import _capture
+from purepruning_interop._marks import KEY, collect, marking_class
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -97,6 +100,85 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
     return rows(owners, {path: shape for path, shape in floats.items() if path in trained})
 
 
+def capture(
+    model: nnx.Module,
+    /,
+    *inputs: Any,
+    layers: Iterable[str | Layer],
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model(*inputs), {layer: its output})`` for the layers asked for.
+
+    The model is not changed: a copy runs (``nnx.split``, ``nnx.merge``), so what the call does to
+    variables (statistics of a batch norm, counts of random keys) is dropped, or with ``mutable``
+    returned: ``((result, state), outputs)``, for ``nnx.update(model, state)``. Works under
+    ``nnx.jit`` and other transforms of NNX with the model as argument, and under those of JAX with
+    a merged one; gradients flow through the outputs too.
+
+    An output is what the layer's ``__call__`` returned, before any activation that follows: that
+    of a layer under ``nnx.scan`` is stacked, the steps on a new leading axis; under ``nnx.vmap``
+    likewise, after the axes of scans. A layer called several times gives the list of its outputs,
+    under whichever of its names. Without ``nnx.jit`` around it every call is traced anew.
+
+    Args:
+        model: the module.
+        *inputs, **kwargs: what a call of the model takes.
+        layers: rows of the layer table, or names; the dotted path of any module is a name, that of
+            a parameter stands for the module that owns it.
+        method: what to call instead: the name of a method, or a function of the model and inputs.
+        mutable: an ``nnx`` filter, such as ``nnx.BatchStat``: the variables to return.
+
+    Raises:
+        TypeError: ``model`` is no ``nnx.Module``.
+        ValueError: a layer is unknown, is never called in this forward pass, or is called where
+            there is no one output: inside ``nnx.cond``, ``nnx.switch``, ``nnx.while_loop`` or
+            ``nnx.custom_vjp``.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> model.layers[0].kernel[...] = jnp.array([[1.0, -2.0]])
+    >>> y, outputs = capture(model, jnp.ones((1, 1)), layers=["layers.0"])
+    >>> y.tolist(), outputs["layers.0"].tolist()
+    ([[1.0, 0.0]], [[1.0, -2.0]])
+    """
+    where = "capture(model, *inputs)"
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"{where}: model must be a flax.nnx.Module instance, got {type(model).__name__}; merge "
+            "a graphdef and a state first"
+        )
+    found = list(_walk(model, "", ()))
+    first = {id(module): name for name, module, _ in reversed(found)}
+    known = {join(name, key): first[id(module)] for name, module, own in found for key in own}
+    known |= {name: first[id(module)] for name, module, _ in found}
+    modules = _capture.find(where, _capture.asked(where, layers), known)
+    marked = frozenset(modules.values())
+    graphdef, state = nnx.split(model)
+
+    def call(state: Any, inputs: Any, kwargs: Any) -> Any:
+        copy = nnx.merge(graphdef, state)
+        for name, module, _ in list(_walk(copy, "", ())):
+            if name in marked and callable(module):
+                object.__setattr__(module, "__class__", _marking(type(module)))
+                vars(module)[KEY] = name
+        if callable(method):
+            result = method(copy, *inputs, **kwargs)
+        else:
+            result = getattr(copy, method or "__call__")(*inputs, **kwargs)
+        return result if mutable is False else (result, nnx.state(copy, mutable))
+
+    result, calls = collect(where, marked, call, state, inputs, kwargs)
+    return result, _capture.outputs(where, modules, calls)
+
+
+@functools.cache
+def _marking(cls: Any) -> Any:
+    return marking_class(cls, pytree=cls._pytree__is_pytree)
+
+
 def _walk(
     node: Any, name: str, above: tuple[int, ...]
 ) -> Iterator[tuple[str, nnx.Module, dict[str, nnx.Variable[Any]]]]:
@@ -155,18 +237,34 @@ def _weights(module: nnx.Module) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
         case nnx.Embed():
             weight = in_out("embedding", "Embedding", (module.num_embeddings, module.features))
         case nnx.BatchNorm():
-            weight = per_channel("scale", "BatchNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale", "BatchNorm", (module.num_features,), bias="bias", output=module.axis
+            )
         case nnx.InstanceNorm():
-            weight = per_channel("scale", "InstanceNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale",
+                "InstanceNorm",
+                (module.num_features,),
+                bias="bias",
+                output=module.feature_axes,
+            )
         case nnx.LayerNorm():
-            weight = per_channel("scale", "LayerNorm", (module.num_features,), bias="bias")
+            weight = per_channel(
+                "scale",
+                "LayerNorm",
+                (module.num_features,),
+                bias="bias",
+                output=module.feature_axes,
+            )
         case nnx.GroupNorm():
             sizes = (module.num_groups * module.group_size,)
             weight = per_channel("scale", "GroupNorm", sizes, bias="bias")
         case nnx.RMSNorm():
-            weight = per_channel("scale", "RMSNorm", (module.num_features,))
+            weight = per_channel(
+                "scale", "RMSNorm", (module.num_features,), output=module.feature_axes
+            )
         case nnx.LoRA():
-            down = in_out("lora_a", "LoRA", (module.in_features, None))
+            down = in_out("lora_a", "LoRA", (module.in_features, None))._replace(output=())
             up = in_out("lora_b", "LoRA", (None, module.out_features))
             return (down, up), ()
         case nnx.PReLU():

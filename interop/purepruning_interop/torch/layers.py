@@ -109,15 +109,19 @@ def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ..
             type_ = "Embedding" if isinstance(module, nn.Embedding) else "EmbeddingBag"
             weight = Weight("weight", type_, (None, None), out_axes=(1,), in_axes=(0,))
         case nn.PReLU():
-            weight = per_channel("weight", "PReLU", (None,))
+            weight = per_channel("weight", "PReLU", (None,), output=1)
         case nn.modules.batchnorm._NormBase():
-            weight = per_channel("weight", _norm_type(module), (None,), bias="bias")
+            type_ = _norm_type(module)
+            # A batch norm takes batches only; an instance norm may be called without one.
+            instance = {f"InstanceNorm{d}d": -1 - d for d in (1, 2, 3)}
+            axis = instance.get(type_, 1)
+            weight = per_channel("weight", type_, (None,), bias="bias", output=axis)
         case nn.LayerNorm() | nn.RMSNorm():
             type_ = "LayerNorm" if isinstance(module, nn.LayerNorm) else "RMSNorm"
             sizes = (None,) * len(module.normalized_shape)
             weight = per_channel("weight", type_, sizes, bias="bias")
         case nn.GroupNorm():
-            weight = per_channel("weight", "GroupNorm", (None,), bias="bias")
+            weight = per_channel("weight", "GroupNorm", (None,), bias="bias", output=1)
         case nn.MultiheadAttention():
             whole = out_in(
                 "in_proj_weight", "MultiheadAttention", (None, None), bias="in_proj_bias"

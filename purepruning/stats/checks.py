@@ -1,0 +1,103 @@
+"""What all statistics check, before any of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from purepruning.config import Config
+from purepruning.layers import Layer, missing
+from purepruning.namespace import array_like, compiled, is_concrete, is_torch, namespace
+from purepruning.stats.accumulate import Count, Sum
+
+
+def watched(layers: Config | Iterable[Layer]) -> tuple[Layer, ...]:
+    """Returns the rows that ``layers`` stands for; a config stands for those that it prunes.
+
+    Raises:
+        TypeError: it is neither a config nor rows of a layer table.
+    """
+    table = layers.layers if isinstance(layers, Config) else tuple(layers)
+    for layer in table:
+        if not isinstance(layer, Layer):
+            raise TypeError(
+                f"layers must be a config or rows of a layer table, got {type(layer).__name__}"
+            )
+    return table
+
+
+def match(
+    where: str, totals: Mapping[str, Count | Sum], wanted: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises unless there is a total for each wanted layer, in its shape."""
+    for name, shape in wanted.items():
+        if name not in totals:
+            raise KeyError(missing(f"{where}: statistics have no layer {name!r}", name, totals))
+        got = tuple(getattr(totals[name].high, "shape", ()))
+        if got != tuple(shape):
+            raise ValueError(
+                f"{where}: statistics of layer {name!r} have shape {got}, but the layer needs "
+                f"{tuple(shape)}; are they of another model, or of another granularity?"
+            )
+
+
+def placed(where: str, name: str, total: Any, like: Any) -> Any:
+    """Returns a layer's total with its arrays where ``like`` is; NumPy arrays become tensors.
+
+    Raises:
+        TypeError: the total is of torch, and ``like`` is not.
+    """
+    if any(map(is_torch, total)) and not is_torch(like):
+        raise TypeError(
+            f"{where}: statistics of layer {name!r} are torch tensors, but its weight is "
+            f"{type(like).__name__}"
+        )
+    return type(total)(*(array_like(like, x) for x in total))
+
+
+def refuse_others(where: str, a: Mapping[str, Count | Sum], b: Mapping[str, Count | Sum]) -> None:
+    """Raises unless ``a`` and ``b`` are of the same layers and shapes."""
+    for name in [*a, *b]:
+        if name not in a or name not in b:
+            raise ValueError(f"{where}: only one of the statistics has layer {name!r}")
+        one, other = tuple(a[name].high.shape), tuple(b[name].high.shape)
+        if one != other:
+            raise ValueError(
+                f"{where}: statistics of layer {name!r} have shapes {one} and {other}; are they "
+                "of two models?"
+            )
+
+
+def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:
+    """Raises if an array is NaN or infinite somewhere, where values are known."""
+    flags = {
+        name: [compiled(x, _is_finite)(x) for x in some if is_concrete(x)]
+        for name, some in arrays.items()
+    }
+    # Inside a trace, what is computed of known values is not known either.
+    bad = [
+        name for name, some in flags.items() if any(is_concrete(f) and not bool(f) for f in some)
+    ]
+    if bad:
+        raise ValueError(
+            f"{where}: {what} of layer {', '.join(map(repr, bad))} is NaN or infinite; the "
+            "statistics are unchanged"
+        )
+
+
+def refuse_empty(where: str, seen: Mapping[str, Count]) -> None:
+    """Raises if nothing was counted for some layer, where values are known."""
+    for name, total in seen.items():
+        if is_concrete(total.high) and not int(total.high) and not int(total.low):
+            raise ValueError(
+                f"{where}: statistics of layer {name!r} are empty: nothing was added by update"
+            )
+
+
+def _is_finite(x: Any) -> Any:
+    xp = namespace(x)
+    # One pass over memory where operations are not compiled: a sum over NaN or infinity is neither
+    # finite, though one that is not may have overflown.
+    if is_torch(x) and bool(xp.isfinite(xp.sum(x))):
+        return True
+    return xp.all(xp.isfinite(x))

@@ -1,0 +1,230 @@
+"""Statistics of gradients: what the loss would do if weights were removed, summed over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from purepruning.config import Config
+from purepruning.layers import Layer, missing
+from purepruning.namespace import compiled, flatten, is_torch, namespace, stop_gradient, zeros
+from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
+from purepruning.stats.checks import match, refuse_non_finite, refuse_others
+from purepruning.sums import exact_sum
+from purepruning.units import NM, Granularity, Grid, fold, grid
+
+Kept = Literal["squares", "grouped", "signed"]
+
+KEPT: tuple[Kept, ...] = ("squares", "grouped", "signed")
+
+
+class GradientStats(NamedTuple):
+    r"""Totals over all steps so far, by layer name; of the units $u$ that a config prunes.
+
+    All are sums over steps of the first-order term $g_i w_i$, by which the loss falls (to first
+    order) when weight i is set to zero. A square of a sum is no sum of squares, so what is needed
+    must be said before; what is not asked for is an empty dict, and takes no memory. It is kept per
+    unit, not per weight: for channels that is next to nothing, and for single weights, where
+    ``squares`` and ``grouped`` are the same, two float32 of the weight's shape (compensated sums,
+    see :mod:`purepruning.stats.accumulate`) for each of the things kept. Of single weights any
+    other granularity's ``squares`` and ``signed`` can be made later, ``grouped`` cannot.
+
+    Arrays have the weight's shape where every unit is a single weight, else ``(members, units)``:
+    a row for each of the layers stacked in a layer.
+
+    Attributes:
+        steps: gradients seen.
+        squares: $\sum_t \sum_{i \in u} (g_i w_i)^2$.
+        grouped: $\sum_t (\sum_{i \in u} g_i w_i)^2$.
+        signed: $\sum_t \sum_{i \in u} g_i w_i$; movement scores are this, times minus the learning
+            rate.
+    """
+
+    steps: Count
+    squares: dict[str, Sum]
+    grouped: dict[str, Sum]
+    signed: dict[str, Sum]
+
+
+def init(params: Any, config: Config, *, keep: Iterable[Kept] = ("squares",)) -> GradientStats:
+    """Returns the statistics of nothing, in the framework and on the devices of ``params``.
+
+    Args:
+        params: the model's parameters; only looked at for where they are.
+        config: says which layers are watched, and what a unit is.
+        keep: which totals are needed: ``"squares"`` for Taylor scores, ``"grouped"`` for grouped
+            ones, ``"signed"`` for movement.
+
+    Raises:
+        KeyError: a layer's weight is not in ``params``.
+        ValueError: ``keep`` names something else.
+    """
+    kinds = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not kinds or not set(kinds) <= set(KEPT):
+        raise ValueError(f"gradients.init: keep must hold some of {KEPT}, got {kinds}")
+    leaves = flatten(params).leaves
+    for layer in config.layers:
+        _weight("gradients.init", "params", layer, leaves)
+
+    def nothing(kind: Kept) -> dict[str, Sum]:
+        if kind not in kinds:
+            return {}
+
+        def array(layer: Layer) -> Any:
+            return zeros(leaves[layer.weight], shape(layer, config.granularity), "float32")
+
+        return {layer.name: Sum(array(layer), array(layer)) for layer in config.layers}
+
+    like = next(iter(leaves.values()), None)
+    steps = Count(zeros(like, (), "int32"), zeros(like, (), "int32"))
+    return GradientStats(steps, *map(nothing, KEPT))
+
+
+def update(stats: GradientStats, params: Any, grads: Any, config: Config) -> GradientStats:
+    """Returns the statistics with one step added: gradients, and the weights they were taken at.
+
+    Runs under ``jit``, ``vmap`` and ``jax.lax.scan``. Products are of float32 and sums within a
+    unit exact (:mod:`purepruning.sums`), whatever the precision of weights and gradients; sums over
+    steps do not drift. Squares of products below 1e-19 vanish in float32.
+
+    A step is one gradient: those of single examples, micro-batches or devices count for themselves,
+    and give other squares than their mean.
+
+    Args:
+        stats: the statistics so far, made by :func:`init` with the same layers and granularity.
+        params: the parameters *before* the step that follows.
+        grads: the gradients of the loss, in the same tree.
+        config: as in :func:`init`; its counts do not matter.
+
+    Raises:
+        KeyError: a layer's weight is not in ``params`` or has no gradient there (in torch, None if
+            the loss does not reach it), or a layer has no statistics.
+        TypeError: a gradient is no array of floats.
+        ValueError: a shape is wrong, or, where values are known, a weight or gradient is NaN or
+            infinite. Under ``jit`` and ``vmap`` NaN goes into the totals, and into the scores made
+            of them.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params = {"fc": jnp.array([[1.0, -2.0], [3.0, 1.0]])}
+    >>> layer = pp.make_layer(params, "fc", "Linear", out_axes=1, in_axes=0)
+    >>> config = pp.resolve([{"op_types": ["Linear"]}], [layer], granularity="output_channel")
+    >>> stats = init(params, config, keep=["squares", "grouped", "signed"])
+    >>> grads = jax.grad(lambda p: jnp.sum(p["fc"]))(params)
+    >>> stats = update(stats, params, grads, config)
+    >>> [total["fc"].high.tolist() for total in stats[1:]]
+    [[[10.0, 5.0]], [[16.0, 1.0]], [[4.0, -1.0]]]
+    """
+    where = "gradients.update"
+    weights, slopes = flatten(params).leaves, _leaves(grads)
+    both = {
+        layer.name: (
+            _weight(where, "params", layer, weights),
+            _weight(where, "gradients", layer, slopes),
+        )
+        for layer in config.layers
+    }
+    shapes = {layer.name: shape(layer, config.granularity) for layer in config.layers}
+    keep = tuple(kind for kind in KEPT if getattr(stats, kind))
+    if shapes and not keep:
+        raise ValueError(f"{where}: the statistics were made for no layers")
+    for kind in keep:
+        match(where, getattr(stats, kind), shapes)
+    refuse_non_finite(where, "a weight or gradient", both)
+    new = GradientStats(count(stats.steps, 1), *(dict(field) for field in stats[1:]))
+    for layer in config.layers:
+        weight, slope = both[layer.name]
+        g = None if _is_single(layer, config.granularity) else grid(layer, config.granularity)
+        terms = compiled(weight, _terms, "g", "keep")(weight, slope, g=g, keep=keep)
+        for kind, term in zip(keep, terms, strict=True):
+            totals = getattr(new, kind)
+            totals[layer.name] = add(totals[layer.name], term)
+    return new
+
+
+def merge(a: GradientStats, b: GradientStats) -> GradientStats:
+    """Returns the statistics of what both have seen.
+
+    Exact for steps; associative and commutative for sums too, up to their 47 bits. Where each
+    device or process has statistics of its own gradients, adding them leaf by leaf merges them all:
+    ``jax.lax.psum(stats, axis)``, or ``torch.distributed.all_reduce`` of every tensor.
+
+    Raises:
+        ValueError: they keep different things, or are of different layers or units.
+    """
+    for kind in KEPT:
+        refuse_others(f"gradients.merge: {kind}", getattr(a, kind), getattr(b, kind))
+    sums = (
+        {name: merge_sums(x[name], y[name]) for name in x}
+        for x, y in zip(a[1:], b[1:], strict=True)
+    )
+    return GradientStats(merge_counts(a.steps, b.steps), *sums)
+
+
+def shape(layer: Layer, granularity: Granularity) -> tuple[int, ...]:
+    """Returns the shape of the totals of a layer: by weight if those are the units, or by unit."""
+    if _is_single(layer, granularity):
+        return layer.shape
+    g = grid(layer, granularity)
+    return g.n_members, g.n_units
+
+
+def _is_single(layer: Layer, granularity: Granularity) -> bool:
+    """Whether every unit is a single weight."""
+    if isinstance(granularity, NM):
+        return True
+    g = grid(layer, granularity)
+    return g.n_members * g.n_units == math.prod(layer.shape)
+
+
+def _terms(weight: Any, slope: Any, *, g: Grid | None, keep: tuple[Kept, ...]) -> tuple[Any, ...]:
+    """Returns what one step adds to each of the totals kept."""
+    xp = namespace(weight)
+    weight, slope = (xp.astype(stop_gradient(x), xp.float32) for x in (weight, slope))
+    term = _rounded(slope * weight)
+    result = []
+    for kind in keep:
+        if kind == "squares":
+            square = _rounded(term * term)
+            result.append(square if g is None else fold(xp, square, g, exact_sum))
+        else:
+            total = term if g is None else fold(xp, term, g, exact_sum)
+            result.append(total if kind == "signed" else _rounded(total * total))
+    return tuple(result)
+
+
+def _rounded(product: Any) -> Any:
+    """Returns a product that compilers do not fuse with the addition that follows.
+
+    Fused, it would be rounded once rather than twice: differently under ``jit`` and without.
+    """
+    return namespace(product).where(product == 0, 0.0, product)
+
+
+def _leaves(grads: Any) -> dict[str, Any]:
+    """Returns the gradients by path; in torch, those that are not None."""
+    if isinstance(grads, Mapping) and any(map(is_torch, grads.values())):
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+    return flatten(grads).leaves
+
+
+def _weight(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:
+    """Returns the leaf of a layer's weight, checked."""
+    where = f"{where}: layer {layer.name!r}"
+    if layer.weight not in leaves:
+        raise KeyError(missing(f"{where}: {what} have no {layer.weight!r}", layer.weight, leaves))
+    x = leaves[layer.weight]
+    got = tuple(getattr(x, "shape", ()))
+    if got != layer.shape:
+        raise ValueError(
+            f"{where}: {layer.weight!r} has shape {got} in {what}, but {layer.shape} in the layer "
+            "table"
+        )
+    if not hasattr(x, "dtype") or not namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(
+            f"{where}: {layer.weight!r} must be floating in {what}, got "
+            f"{getattr(x, 'dtype', type(x).__name__)}"
+        )
+    return x
