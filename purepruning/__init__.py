@@ -12,6 +12,7 @@ from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.namespace import leaf_paths
+from purepruning.nni import Recipe, from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
@@ -89,6 +90,9 @@ __all__ = [
     "reinitialize",
     "shuffle_masks",
     "invert_scores",
+    # By NNI's names.
+    "from_nni",
+    "Recipe",
     # Search for how a total sparsity is divided among layers.
     "annealing",
     "Annealing",

@@ -1,0 +1,140 @@
+"""NNI's names: what its pruners and schedules are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from purepruning.config import Config, resolve
+from purepruning.layers import Layer, missing
+from purepruning.pruners.activation import apoz_rank, mean_activation_rank
+from purepruning.pruners.geometric_median import fpgm
+from purepruning.pruners.magnitude import l1_norm, l2_norm, level
+from purepruning.pruners.slimming import slim
+from purepruning.pruners.taylor import taylor_fo
+from purepruning.rules import Rule, Scope
+from purepruning.schedules.gradual import agp, exponential, linear, one_shot
+from purepruning.schedules.schedule import Schedule
+from purepruning.units import Granularity
+
+Pruner = Callable[[Any, Any, Config], Any]
+
+
+class _Base(NamedTuple):
+    """A pruner, and what it prunes in NNI."""
+
+    pruner: Pruner
+    granularity: Granularity = "output_channel"
+    scope: Scope = "layer"
+
+
+# By name without underscores, "pruner" and "filter" at the end: NNI's own names in its documents,
+# those of its classes in version 1 and 2, and auptimizer's.
+_BASES = {
+    "level": _Base(level, "element"),
+    "l1": _Base(l1_norm),
+    "l2": _Base(l2_norm),
+    "fpgm": _Base(fpgm),
+    "slim": _Base(slim, scope="global"),
+    "taylorfo": _Base(taylor_fo),
+    "apoz": _Base(apoz_rank),
+    "meanactivation": _Base(mean_activation_rank),
+}
+_BASES |= {
+    "l1norm": _BASES["l1"],
+    "l2norm": _BASES["l2"],
+    "taylorfoweight": _BASES["taylorfo"],
+    "activationapozrank": _BASES["apoz"],
+    "activationmeanrank": _BASES["meanactivation"],
+}
+_SCHEDULED = ("linear", "agp", "lotteryticket")
+
+
+class Recipe(NamedTuple):
+    """What :func:`from_nni` returns: all that a training loop needs to prune.
+
+    Attributes:
+        pruner: ``(params, stats, config) -> masks``.
+        schedule: when to prune and how much.
+        config: the resolved rules.
+    """
+
+    pruner: Pruner
+    schedule: Schedule
+    config: Config
+
+
+def from_nni(
+    name: str,
+    config_list: Iterable[Rule],
+    layers: Iterable[Layer],
+    *,
+    pruning_algorithm: str = "level",
+    total_iteration: int | None = None,
+    steps_per_epoch: int = 1,
+) -> Recipe:
+    """Returns pruner, schedule and config for what one of NNI's pruners is told.
+
+    ``name`` is a pruner as its documents, its classes or auptimizer call it, in any case:
+
+    - ``"level"``, ``"l1"``, ``"L1NormPruner"``, ``"l1_filter"``, ``"fpgm"``, ``"slim"``,
+      ``"taylorfo"``, ``"apoz"``, ``"activation_mean_rank_filter"``, ...: pruned once, at step 0;
+    - ``"linear"`` and ``"agp"``: gradually, by ``pruning_algorithm``: as the rules' gradual keys
+      say, or in ``total_iteration`` steps;
+    - ``"lottery_ticket"``: to step i belongs the count after round i, of ``total_iteration`` or the
+      rules' ``prune_iterations``; at step 0 nothing is pruned. :func:`purepruning.lottery` does
+      the rounds.
+
+    Level prunes single weights, the others output channels; Slim ranks the channels of all layers
+    together. Those that need statistics take them as ever, when they prune.
+
+    Args:
+        name: NNI's name.
+        config_list: the rules.
+        layers: the layer table.
+        pruning_algorithm: name of the pruner that a schedule prunes by.
+        total_iteration: number of steps of a schedule, where the rules do not say.
+        steps_per_epoch: as in :func:`purepruning.agp`.
+
+    Raises:
+        KeyError: there is no such pruner; searches and quantizers are no recipes.
+        ValueError, TypeError: a mistake in the rules, as in :func:`purepruning.resolve`.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params = {"fc": jnp.arange(8.0).reshape(2, 4)}
+    >>> layers = [pp.make_layer(params, "fc", "Linear", name="fc", out_axes=1, in_axes=0)]
+    >>> rules = [{"sparsity": 0.5, "op_types": ["Linear"]}]
+    >>> pruner, schedule, config = from_nni("L1FilterPruner", rules, layers)
+    >>> pruner(params, None, config)["fc"].tolist()
+    [[False, False, True, True]]
+    """
+    plain = _plain("name", name)
+    base = _base("name", name) if plain not in _SCHEDULED else None
+    if base is None:
+        base = _base("pruning_algorithm", pruning_algorithm)
+    config = resolve(config_list, layers, scope=base.scope, granularity=base.granularity)
+    if plain == "lotteryticket":
+        asked = {pool.prune_iterations for pool in config.pools} - {None}
+        end = total_iteration if not asked else asked.pop()
+        schedule = exponential(end=end)
+    elif plain in _SCHEDULED:
+        kind = {"linear": linear, "agp": agp}[plain]
+        schedule = kind(end=total_iteration, steps_per_epoch=steps_per_epoch)
+    else:
+        schedule = one_shot()
+    return Recipe(base.pruner, schedule, config)
+
+
+def _base(argument: str, name: str) -> _Base:
+    plain = _plain(argument, name)
+    if plain not in _BASES:
+        message = f"{argument}: there is no pruner {name!r}"
+        raise KeyError(missing(message, plain, [*_BASES, *_SCHEDULED]))
+    return _BASES[plain]
+
+
+def _plain(argument: str, name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be one of NNI's names, got {name!r}")
+    return name.lower().replace("_", "").removesuffix("pruner").removesuffix("filter")

@@ -1,0 +1,144 @@
+"""NNI's names, and the page that shows what its snippets are here, which is run as it stands."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import purepruning as pp
+from purepruning import Layer
+from tests.messages import raises
+
+PAGE = (Path(__file__).parent.parent / "docs" / "coming_from_nni.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the snippets leave behind, run one after another."""
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for i, block in enumerate(BLOCKS):
+            exec(compile(block, f"snippet {i}", "exec"), names)
+    return names
+
+
+def pruned(masks):
+    return {name: int((~mask).sum()) for name, mask in masks.items() if mask is not None}
+
+
+def test_pruning_once(page):
+    # 0.8 of 432 and of 5760 weights; 12 of 16 channels.
+    masks = pruned(page["level_masks"])
+    assert (masks["0.weight"], masks["4.weight"]) == (345, 4608)
+    assert pruned(page["l1_masks"]) == {"0.weight": 12, "0.bias": 12}
+    assert pruned(page["slim_masks"]) == {"1.weight": 12, "1.bias": 12}
+
+
+def test_pruners_that_look_at_data(page):
+    for name in ("apoz_masks", "mean_masks", "taylor_masks"):
+        assert pruned(page[name]) == {"0.weight": 8, "0.bias": 8}
+
+
+def test_agp(page):
+    shares = [0.8 - 0.8 * (1 - epoch / 9) ** 3 for epoch in range(10)]
+    assert page["pruned"] == [int(5760 * s + 1e-9) for s in shares]
+    assert int((page["jax_params"]["w"] == 0).sum()) == 160
+
+
+def test_lottery_tickets(page):
+    shares = [1 - 0.2 ** (i / 5) for i in range(1, 6)]
+    assert page["ticket_sizes"] == [5760 - int(5760 * s + 1e-9) for s in shares]
+    assert int((page["model"][4].weight == 0).sum()) == 4608
+    assert int(page["resumed"]["tickets"].schedule.step) == 5
+
+
+def test_annealing(page):
+    counts = page["best"].counts
+    total = 27 * int(counts["0"]) + 576 * int(counts["4"])
+    assert 0 <= (432 + 5760) // 2 - total < 27 or int(counts["0"]) == 15
+
+
+def test_every_public_name_on_the_page_exists():
+    names = re.findall(r"\bpp\.(\w+)", PAGE)
+    assert [name for name in names if not hasattr(pp, name)] == []
+
+
+# Names.
+
+LAYERS = (
+    Layer("conv", "Conv2d", "conv", (3, 3, 4, 10), (3,), (2,)),
+    Layer("norm", "BatchNorm2d", "norm", (10,), (0,)),
+)
+NAMES = {
+    pp.level: ["level", "LevelPruner"],
+    pp.l1_norm: ["l1", "l1_filter", "L1FilterPruner", "L1NormPruner", "l1_norm"],
+    pp.l2_norm: ["l2", "l2_filter", "L2FilterPruner", "L2NormPruner"],
+    pp.fpgm: ["fpgm", "FPGMPruner"],
+    pp.slim: ["slim", "SlimPruner"],
+    pp.taylor_fo: [
+        "taylorfo",
+        "taylor_fo_weight_filter",
+        "TaylorFOWeightFilterPruner",
+        "TaylorFOWeightPruner",
+    ],
+    pp.apoz_rank: [
+        "apoz",
+        "activation_apoz_rank_filter",
+        "ActivationAPoZRankFilterPruner",
+        "ActivationAPoZRankPruner",
+    ],
+    pp.mean_activation_rank: [
+        "mean_activation",
+        "activation_mean_rank_filter",
+        "ActivationMeanRankFilterPruner",
+        "ActivationMeanRankPruner",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("pruner", "name"), [(f, name) for f, names in NAMES.items() for name in names]
+)
+def test_every_name_of_nni(pruner, name):
+    rules = [{"sparsity": 0.8, "op_types": ["BatchNorm2d" if pruner is pp.slim else "Conv2d"]}]
+    for given in (name, name.upper()):
+        recipe = pp.from_nni(given, rules, LAYERS)
+        assert recipe.pruner is pruner
+        assert recipe.config.granularity == ("element" if pruner is pp.level else "output_channel")
+        assert recipe.config.scope == ("global" if pruner is pp.slim else "layer")
+        assert recipe.schedule.init(recipe.config).times.tolist() == [0]
+    if pruner is not pp.slim:
+        gradual = pp.from_nni("agp", rules, LAYERS, pruning_algorithm=name, total_iteration=4)
+        assert gradual.pruner is pruner
+        assert gradual.schedule.init(gradual.config).times.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["lottery_ticket", "LotteryTicketPruner"])
+def test_lottery_tickets_by_name(name):
+    rules = [{"sparsity": 0.8, "op_types": ["Conv2d"], "prune_iterations": 5}]
+    pruner, schedule, config = pp.from_nni(name, rules, LAYERS)
+    assert pruner is pp.level
+    # 360 weights: 0.2752, 0.4747, 0.6193, 0.7241, 0.8.
+    assert schedule.init(config).counts["conv"].tolist()[1:] == [0, 99, 170, 222, 260, 288]
+    tickets = pp.lottery(pruner, config)
+    run = {"params": {"conv": jnp.asarray(np.arange(1.0, 361).reshape(3, 3, 4, 10)), "norm": None}}
+    state = tickets.init(run)
+    for count in (99, 170, 222, 260, 288):
+        state, _ = tickets.step(state, run)
+        assert int((~state.masks["conv"]).sum()) == count
+
+
+def test_names_that_are_none():
+    rules = [{"sparsity": 0.8, "op_types": ["Conv2d"]}]
+    with raises(KeyError, "name", "'lvel'", "nearest", "'level'"):
+        pp.from_nni("lvel", rules, LAYERS)
+    with raises(KeyError, "pruning_algorithm", "'l3'", "'l1'"):
+        pp.from_nni("agp", rules, LAYERS, pruning_algorithm="l3")
+    with raises(TypeError, "name", "None"):
+        pp.from_nni(None, rules, LAYERS)
+    with raises(ValueError, "rule 0", "'Conv2'"):
+        pp.from_nni("level", [{"sparsity": 0.5, "op_types": ["Conv2"]}], LAYERS)
