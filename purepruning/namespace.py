@@ -127,6 +127,13 @@ def _low_word(xp: Any, x: Any) -> Any:
     return (((x.to(xp.int64) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(xp.int32)
 
 
+def part(x: Any, start: Any, size: int) -> Any:
+    """Returns ``size`` elements of a vector from ``start`` on, which may be traced."""
+    if is_torch(x):
+        return x[start : start + size]
+    return jax.lax.dynamic_slice(x, (start,), (size,))
+
+
 def matmul(xp: Any, a: Any, b: Any) -> Any:
     """Returns the product of float32 matrices; in JAX at full precision whatever the default is.
 
