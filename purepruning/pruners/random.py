@@ -41,27 +41,38 @@ def _shift(x: Any, by: int) -> Any:
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
-def noise(name: str, words: tuple[Any, Any], index: Any) -> Any:
-    """Returns random positive float32, a hash of a name, a key's words and int32 positions."""
+def own_words(words: tuple[Any, Any], name: str) -> tuple[Any, Any, int]:
+    """Returns what :func:`noise` hashes: the words of a key, and one of a name."""
+    return *words, zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def _of(words: tuple[Any, Any], layer: Layer) -> tuple[Any, Any, int]:
+    return own_words(words, layer.name)
+
+
+def noise(index: Any, own: tuple[Any, Any, Any]) -> Any:
+    """Returns random positive float32, a hash of int32 positions and of words."""
     xp = namespace(index)
-    high, low = (int32(xp, word, index) for word in words)
-    first = _mix(high ^ (zlib.crc32(name.encode()) & 0x7FFFFFFF))
+    high, low, name = (int32(xp, word, index) for word in own)
+    first = _mix(high ^ name)
     second = _mix(low ^ first)
     bits = _mix(_mix(index ^ first) + second)
     # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
     return bits_float(xp, bits & 0x3FFFFFFF)
 
 
-def _element(layer: Layer, weight: Any, words: Any) -> Piece:
-    return Piece((weight,), lambda arrays, index: noise(layer.name, words, index))
+def _element(weight: Any, own: tuple[Any, Any, Any]) -> Piece:
+    return Piece((weight,), _score_element, own)
 
 
-def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
+def _score_element(arrays: tuple[Any, ...], index: Any, own: tuple[Any, Any, Any]) -> Any:
+    return noise(index, own)
+
+
+def _unit(weight: Any, own: tuple[Any, Any, Any], g: Grid) -> Any:
     xp = namespace(weight)
     index = xp.reshape(iota(xp, g.n_members * g.n_units, weight), (g.n_members, g.n_units))
-    return noise(layer.name, words, index)
+    return noise(index, own)
 
 
-_RANDOM = Criterion(
-    "random_pruning", element=_element, channel=_unit, block=_unit, needs_stats=True
-)
+_RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit, of=_of)

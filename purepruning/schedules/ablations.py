@@ -16,8 +16,8 @@ from purepruning.config import Config
 from purepruning.masks import named_masks
 from purepruning.namespace import flatten, iota, key_words, namespace
 from purepruning.pieces import ordered_bits
-from purepruning.pruners.random import noise
-from purepruning.select import any_of, bias_mask
+from purepruning.pruners.random import noise, own_words
+from purepruning.select import any_of, bias_masks
 from purepruning.units import NM, fold, grid, spread
 
 Pruner = Callable[[Any, Any, Config], Any]
@@ -47,7 +47,7 @@ def reinitialize(params: Any, key: Any) -> Any:
     for path, x in tree.leaves.items():
         xp = namespace(x)
         rows = xp.reshape(x, (1, -1))
-        shuffled[path] = xp.reshape(_shuffled(rows, path, words), tuple(x.shape))
+        shuffled[path] = xp.reshape(_shuffled(rows, own_words(words, path)), tuple(x.shape))
     return tree.rebuild(shuffled)
 
 
@@ -91,11 +91,11 @@ def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
                 f"shuffle_masks: the mask of layer {layer.name!r} has shape {tuple(mask.shape)}, "
                 f"which does not broadcast to {layer.shape}"
             ) from None
-        kept = _shuffled(fold(xp, whole, g, any_of), layer.name, words)
+        kept = _shuffled(fold(xp, whole, g, any_of), own_words(words, layer.name))
         new[layer.weight] = spread(xp, kept, g)
-        bias = bias_mask(layer, new[layer.weight], config.granularity)
-        if layer.bias in named and bias is not None:
-            new[layer.bias] = xp.reshape(bias, tuple(named[layer.bias].shape))
+        for path, bias in bias_masks([layer], new, config.granularity).items():
+            if path in named:
+                new[path] = xp.reshape(bias, tuple(named[path].shape))
     return tree.rebuild(named | new)
 
 
@@ -117,9 +117,9 @@ def invert_scores(pruner: Pruner) -> Pruner:
     return inverted
 
 
-def _shuffled(rows: Any, name: str, words: tuple[Any, Any]) -> Any:
+def _shuffled(rows: Any, words: tuple[Any, Any, int]) -> Any:
     """Returns ``(members, units)`` with every row in a random order of its own."""
     xp, size = namespace(rows), math.prod(rows.shape)
     index = xp.reshape(iota(xp, size, rows), tuple(rows.shape))
-    order = xp.argsort(ordered_bits(xp, noise(name, words, index)), axis=1, stable=True)
+    order = xp.argsort(ordered_bits(xp, noise(index, words)), axis=1, stable=True)
     return xp.take_along_axis(rows, order, axis=1)
