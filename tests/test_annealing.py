@@ -32,9 +32,15 @@ SIZES = (30, 7, 100, 30, 2)
 
 
 @functools.cache
+def search_of(sparsity, sizes=SIZES, granularity="element", **options):
+    """A search, which is compiled once."""
+    return pp.annealing(config_of(sparsity, sizes, granularity=granularity), **options)
+
+
+@functools.cache
 def chains(sparsity, sizes=SIZES, granularity="element", n=64, steps=3):
     """Counts that many chains propose, in a few steps each: (chains, steps, layers)."""
-    search = pp.annealing(config_of(sparsity, sizes, granularity=granularity))
+    search = search_of(sparsity, sizes, granularity)
 
     def chain(key):
         state = search.init(key)
@@ -104,17 +110,16 @@ def test_layers_of_millions_meet_the_total_exactly():
     percent=st.integers(0, 100),
     seed=st.integers(0, 2**31),
 )
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 def test_any_total_that_the_layers_allow_is_met(sizes, percent, seed):
     """NNI draws until every layer keeps something, for ever where little is to be kept."""
     weights = 4 * sum(sizes)
     possible = weights - len(sizes)
     config = config_of(possible * percent // 100 / weights, sizes)
     search = pp.annealing(config)
-    state = search.init(jax.random.key(seed))
-    state, counts = search.propose(search.accept(state, 0.0))
-    assert values(counts).sum() == possible * percent // 100
-    assert (values(counts) < 4 * np.asarray(sizes)).all()
+    counts = np.asarray(search.init(jax.random.key(seed)).counts)
+    assert counts.sum() == possible * percent // 100
+    assert (counts < 4 * np.asarray(sizes)).all()
 
 
 def test_rules_have_totals_of_their_own():
@@ -146,7 +151,7 @@ def walk(search, key, scores):
 
 def test_the_temperature_falls_after_every_acceptance_but_the_first():
     """NNI 2.10 evaluates 17 points where all are accepted: 100 * 0.9^15 is 20.6, then 18.5."""
-    search = pp.annealing(config_of(0.5, SIZES))
+    search = search_of(0.5)
     states = walk(search, jax.random.key(0), range(20))
     assert [int(s.coolings) for s in states] == [*range(17), 16, 16, 16]
     assert [bool(search.done(s)) for s in states] == [False] * 16 + [True] * 4
@@ -162,7 +167,7 @@ def test_the_temperature_falls_after_every_acceptance_but_the_first():
 
 def test_what_is_better_is_accepted_and_the_best_is_kept():
     for mode, scores in (("maximize", [1.0, 3.0, 2.0]), ("minimize", [-1.0, -3.0, -2.0])):
-        search = pp.annealing(config_of(0.5, SIZES), optimize_mode=mode, scale=1e-6)
+        search = search_of(0.5, optimize_mode=mode, scale=1e-6)
         one, two, three = walk(search, jax.random.key(0), scores)
         assert float(one.score) == scores[0]
         assert float(two.score) == scores[1]
@@ -214,7 +219,7 @@ def test_equal_scores_are_accepted_and_nan_is_not():
     assert acceptance([1.0, 1.0]) == 1
     assert acceptance([1.0, np.nan]) == 0
     assert acceptance([np.nan, 1.0]) == 1
-    search = pp.annealing(config_of(0.5, SIZES))
+    search = search_of(0.5)
     states = walk(search, jax.random.key(0), [np.nan, 1.0, np.nan])
     assert [float(s.best_score) for s in states[1:]] == [1, 1]
     assert float(states[-1].score) == 1
@@ -224,8 +229,8 @@ def test_equal_scores_are_accepted_and_nan_is_not():
 
 
 def test_it_finds_a_better_division_than_the_first():
-    ideal = jnp.array([10.0, 2.0, 350.0, 100.0, 0.0])
-    search = pp.annealing(config_of(0.7, SIZES))
+    ideal = jnp.array([10.0, 2.0, 300.0, 26.0, 0.0])
+    search = search_of(0.5)
 
     def chain(key):
         def step(state, _):
@@ -259,7 +264,7 @@ def test_counts_go_into_a_config_in_both_frameworks():
 
 
 def test_states_are_arrays_and_go_through_orbax(tmp_path):
-    search = pp.annealing(config_of(0.5, SIZES))
+    search = search_of(0.5)
     state = walk(search, jax.random.key(4), [1.0, 0.5])[-1]
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
     with ocp.StandardCheckpointer() as checkpointer:
