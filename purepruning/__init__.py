@@ -7,7 +7,7 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
-from purepruning import stats
+from purepruning import admm, stats
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
@@ -53,6 +53,8 @@ __all__ = [
     "taylor_fo",
     "prune",
     "Criterion",
+    # Pruning that trains: modules of a few pure functions each.
+    "admm",
     # Running statistics that some pruners need.
     "stats",
     # Masks.

@@ -104,7 +104,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
             f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
             f"(dict(model.named_parameters())), got {type(params).__name__}"
         )
-    weights = _weights(criterion.name, tree.leaves, config)
+    weights = weights_of(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
     pools = tuple(pool.problem for pool in config.pools)
@@ -118,10 +118,8 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
         raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    for layer in config.layers:
-        if layer.bias is not None and layer.bias in masks:
-            shape = tuple(tree.leaves[layer.bias].shape)
-            masks[layer.bias] = namespace(like).reshape(masks[layer.bias], shape)
+    for path in masks.keys() - weights.keys():
+        masks[path] = namespace(like).reshape(masks[path], tuple(tree.leaves[path].shape))
     return tree.rebuild(masks)
 
 
@@ -141,8 +139,16 @@ def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., A
     return score
 
 
-def _weights(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Returns the weights that are pruned, checked against the config."""
+def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Returns the weights that are pruned, by path, checked against the config.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`prune` says of parameters and config.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{pruner}: config must be what resolve returned, got {type(config).__name__}"
+        )
     weights = {}
     for layer in config.layers:
         where = f"{pruner}: layer {layer.name!r}"
@@ -227,13 +233,8 @@ def _masks(
             some = solve(weights, stats, counts, plan._replace(pools=pools), check)
             masks |= some[0]
             has_nan |= some[1]
-    for pool in plan.pools if plan.bias == "follow" else ():
-        for layer in pool.layers:
-            keep = _bias_mask(layer, masks[layer.weight], plan.granularity)
-            if keep is not None and layer.bias is not None:
-                # A bias that layers share stays as long as one of them needs it.
-                shared = masks.get(layer.bias)
-                masks[layer.bias] = keep if shared is None else keep | shared
+    if plan.bias == "follow":
+        masks |= bias_masks([x for p in plan.pools for x in p.layers], masks, plan.granularity)
     return masks, has_nan
 
 
@@ -463,6 +464,20 @@ def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
 
 
 # Biases.
+
+
+def bias_masks(
+    layers: Sequence[Layer], masks: Mapping[str, Any], granularity: Granularity
+) -> dict[str, Any]:
+    """Returns the masks of biases, flat, that follow those of the weights."""
+    biases: dict[str, Any] = {}
+    for layer in layers:
+        keep = _bias_mask(layer, masks[layer.weight], granularity)
+        if keep is not None and layer.bias is not None:
+            # A bias that layers share stays as long as one of them needs it.
+            shared = biases.get(layer.bias)
+            biases[layer.bias] = keep if shared is None else keep | shared
+    return biases
 
 
 def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
