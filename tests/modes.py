@@ -1,7 +1,8 @@
 """The ways to run a pruner: every one must give the same masks.
 
 A mode is ``(pruner, params, stats, config) -> {path: mask}``, all in NumPy: parameters and masks
-are flat dicts of arrays.
+are flat dicts of arrays, statistics any tree of them. Where models are stacked, each has statistics
+of its own.
 """
 
 import functools
@@ -34,26 +35,29 @@ def as_numpy(masks):
     return {path: np.asarray(mask) for path, mask in flatten(masks).leaves.items()}
 
 
+def moved(framework, stats):
+    """Statistics with every array in the framework of ``as_jax`` or ``as_torch``."""
+    return jax.tree.map(lambda x: framework({"": x})[""], stats)
+
+
+def stacked(tree):
+    """Every array of ``tree`` between others of the same sizes."""
+
+    def between_decoys(x):
+        decoy = np.reshape(np.reshape(x, -1)[::-1], np.shape(x))
+        return np.stack([decoy, x, decoy])
+
+    return jax.tree.map(between_decoys, tree)
+
+
 @functools.cache
 def _jitted(pruner):
-    return jax.jit(lambda params, config, stats: pruner(params, stats, config), static_argnums=2)
+    return jax.jit(pruner)
 
 
 @functools.cache
-def _vmapped(pruner, params, counts):
-    def run(params, config, stats):
-        return jax.vmap(lambda p, c: pruner(p, stats, c), in_axes=(params_axis, counts_axis))(
-            params, config
-        )
-
-    params_axis, counts_axis = (0 if params else None), (0 if counts else None)
-    return jax.jit(run, static_argnums=2)
-
-
-def _with_decoys(params):
-    """``params`` stacked between others of the same sizes."""
-    decoys = {path: x.reshape(-1)[::-1].reshape(x.shape) for path, x in params.items()}
-    return {path: np.stack([decoys[path], x, decoys[path]]) for path, x in params.items()}
+def _vmapped(pruner, *axes):
+    return jax.jit(jax.vmap(pruner, in_axes=axes))
 
 
 def _counts_with_decoys(config):
@@ -65,36 +69,36 @@ def _row(masks):
 
 
 def jax_eager(pruner, params, stats, config):
-    return as_numpy(pruner(as_jax(params), stats, config))
+    return as_numpy(pruner(as_jax(params), moved(as_jax, stats), config))
 
 
 def jax_jit(pruner, params, stats, config):
-    return as_numpy(_jitted(pruner)(as_jax(params), config, stats))
+    return as_numpy(_jitted(pruner)(as_jax(params), stats, config))
 
 
 def jax_vmap_params(pruner, params, stats, config):
-    stacked = as_jax(_with_decoys(params))
-    return _row(_vmapped(pruner, True, False)(stacked, config, stats))
+    return _row(_vmapped(pruner, 0, 0, None)(as_jax(stacked(params)), stacked(stats), config))
 
 
 def jax_vmap_counts(pruner, params, stats, config):
     config = config.with_counts(_counts_with_decoys(config))
-    return _row(_vmapped(pruner, False, True)(as_jax(params), config, stats))
+    return _row(_vmapped(pruner, None, None, 0)(as_jax(params), stats, config))
 
 
 def torch_eager(pruner, params, stats, config):
-    return as_numpy(pruner(as_torch(params), stats, config))
+    return as_numpy(pruner(as_torch(params), moved(as_torch, stats), config))
 
 
 def torch_vmap(pruner, params, stats, config):
-    stacked = as_torch(_with_decoys(params))
-    return _row(torch.func.vmap(lambda p: pruner(p, stats, config))(stacked))
+    params, stats = as_torch(stacked(params)), moved(as_torch, stacked(stats))
+    axes = (0, None if stats is None else 0)
+    return _row(torch.func.vmap(lambda p, s: pruner(p, s, config), in_dims=axes)(params, stats))
 
 
 def torch_vmap_counts(pruner, params, stats, config):
-    params, counts = as_torch(params), as_torch(_counts_with_decoys(config))
-    run = torch.func.vmap(lambda c: pruner(params, stats, config.with_counts(c)))
-    return _row(run(counts))
+    params, stats = as_torch(params), moved(as_torch, stats)
+    counts = as_torch(_counts_with_decoys(config))
+    return _row(torch.func.vmap(lambda c: pruner(params, stats, config.with_counts(c)))(counts))
 
 
 MODES = {

@@ -1,6 +1,8 @@
 """One table of pruners x laws x run modes. A new algorithm is a new row, and passes all of it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +15,8 @@ import purepruning as pp
 from purepruning import NM, Block, Layer
 from tests import oracle
 from tests.messages import raises
-from tests.modes import MODES, OVER_COUNTS, as_jax, as_numpy, as_torch
+from tests.modes import MODES, OVER_COUNTS, as_jax, as_numpy, as_torch, moved, stacked
+from tests.statistics import active, nothing, seed, slopes, slopes_of_elements
 
 LAYERS = (
     Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 8), (3,), (2,), bias="conv.b"),
@@ -21,8 +24,13 @@ LAYERS = (
     Layer("grouped", "Conv2d", "grouped.w", (3, 3, 2, 6), (3,), (2,), groups=2),
     Layer("stack", "Linear", "stack.w", (6, 3, 5), (2,), (0,), stack_axes=(1,), bias="stack.b"),
 )
-BIASES = {"conv.b": (8,), "fc.b": (10,), "stack.b": (3, 5)}
-RULES = [{"sparsity": 0.4, "op_types": ["default"]}]
+NORMS = (
+    Layer("bn", "BatchNorm2d", "bn.w", (20,), (0,), bias="bn.b"),
+    Layer("deep", "BatchNorm1d", "deep.w", (3, 16), (1,), stack_axes=(0,), bias="deep.b"),
+    Layer("spread", "BatchNorm2d", "spread.w", (1, 1, 12), (2,)),
+)
+TABLE = LAYERS + NORMS
+BIASES = {"conv.b": (8,), "fc.b": (10,), "stack.b": (3, 5), "bn.b": (20,), "deep.b": (3, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Row:
     Attributes:
         pruner: the function.
         granularity, scope: what the config is resolved with.
-        stats: what the pruner takes besides weights.
+        stats: ``(params, layers, granularity) ->`` what the pruner takes besides weights, in NumPy.
+        layers: what is pruned of the table.
         channels: the side whose channels can be permuted, their masks following: ``"out"``,
             ``"in"``; None where positions matter.
         scale_free: whether multiplying all weights of a layer by a number changes nothing.
@@ -43,22 +52,35 @@ class Row:
     pruner: Any
     granularity: Any = "element"
     scope: str = "layer"
-    stats: Any = None
+    stats: Callable[..., Any] = nothing
+    layers: tuple[Layer, ...] = LAYERS
     channels: str | None = "out"
     scale_free: bool = True
     idempotent: bool = True
     portable: bool = True
 
     def __str__(self):
-        return f"{self.pruner.__name__}-{self.granularity}-{self.scope}"
+        settings = getattr(self.pruner, "keywords", {})
+        parts = [self.name, *settings, self.granularity, self.scope]
+        if self.stats is slopes_of_elements:
+            parts.append("from elements")
+        return "-".join(map(str, parts))
 
-    def config(self, sparsity=0.4, layers=LAYERS, bias="follow"):
-        fixed = isinstance(self.granularity, NM)
-        rules = [{"op_types": ["default"]}] if fixed else RULES
+    @property
+    def name(self):
+        """The pruner's own name."""
+        return getattr(self.pruner, "func", self.pruner).__name__
+
+    def config(self, sparsity=0.4, layers=None, bias="follow"):
+        layers = self.layers if layers is None else layers
+        rules = [{"op_names": [layer.name for layer in layers]}]
         config = pp.resolve(
             rules, layers, scope=self.scope, granularity=self.granularity, bias=bias
         )
-        return config if fixed else config.with_sparsity(sparsity)
+        return config if isinstance(self.granularity, NM) else config.with_sparsity(sparsity)
+
+    def statistics(self, params):
+        return self.stats(params, self.layers, self.granularity)
 
 
 CHANNEL, INPUTS, TILES = "output_channel", "input_channel", Block((3, 2))
@@ -80,10 +102,24 @@ ROWS = (
     Row(pp.fpgm, CHANNEL, "global", idempotent=False, portable=False),
     Row(pp.fpgm, INPUTS, channels="in", idempotent=False, portable=False),
     # A unit's score depends on its position alone.
-    Row(pp.random_pruning, stats=5, channels=None),
-    Row(pp.random_pruning, scope="global", stats=2**31 + 7, channels=None),
-    Row(pp.random_pruning, CHANNEL, stats=0, channels=None),
-    Row(pp.random_pruning, NM(1, 2), stats=1, channels=None),
+    Row(pp.random_pruning, stats=seed(5), channels=None),
+    Row(pp.random_pruning, scope="global", stats=seed(2**31 + 7), channels=None),
+    Row(pp.random_pruning, CHANNEL, stats=seed(0), channels=None),
+    Row(pp.random_pruning, NM(1, 2), stats=seed(1), channels=None),
+    Row(pp.slim, scope="global", layers=NORMS),
+    Row(pp.slim, CHANNEL, layers=NORMS),
+    Row(pp.apoz_rank, CHANNEL, stats=active),
+    Row(pp.apoz_rank, CHANNEL, "global", stats=active),
+    Row(pp.mean_activation_rank, CHANNEL, stats=active),
+    Row(pp.taylor_fo, stats=slopes),
+    Row(pp.taylor_fo, NM(1, 2), stats=slopes),
+    Row(pp.taylor_fo, CHANNEL, stats=slopes),
+    Row(pp.taylor_fo, CHANNEL, "global", stats=slopes),
+    Row(pp.taylor_fo, CHANNEL, stats=slopes_of_elements),
+    Row(pp.taylor_fo, INPUTS, stats=slopes, channels="in"),
+    Row(pp.taylor_fo, TILES, "global", stats=slopes, channels=None),
+    # The sign of the gradients goes with the position, so permuted channels have other sums.
+    Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
 )
 
 
@@ -97,16 +133,16 @@ def _forget_compiled():
 def integers(seed=0):
     """Distinct magnitudes in random order and signs: sums are exact in float32."""
     rng = np.random.default_rng(seed)
-    sizes = [np.prod(layer.shape) for layer in LAYERS]
+    sizes = [np.prod(layer.shape) for layer in TABLE]
     values = rng.permutation(np.arange(1, sum(sizes) + 1)) * rng.choice([-1, 1], sum(sizes))
     parts = np.split(values.astype(np.float32), np.cumsum(sizes)[:-1])
-    weights = {x.weight: p.reshape(x.shape) for x, p in zip(LAYERS, parts, strict=True)}
+    weights = {x.weight: p.reshape(x.shape) for x, p in zip(TABLE, parts, strict=True)}
     return weights | {path: np.ones(shape, np.float32) for path, shape in BIASES.items()}
 
 
 def floats(seed=0):
     rng = np.random.default_rng(seed)
-    normal = {x.weight: rng.normal(size=x.shape).astype(np.float32) for x in LAYERS}
+    normal = {x.weight: rng.normal(size=x.shape).astype(np.float32) for x in TABLE}
     return normal | {path: np.ones(shape, np.float32) for path, shape in BIASES.items()}
 
 
@@ -127,23 +163,29 @@ def cases(applies=lambda row: True):
     )
 
 
+def needs_stats(row):
+    """Whether the pruner looks at statistics rather than at weights."""
+    return row.stats is not nothing and row.pruner is not pp.random_pruning
+
+
 rows = pytest.mark.parametrize("row", ROWS, ids=str)
 # Where nothing depends on the scope or on what the weights are, some of the rows are enough.
 layer_rows = pytest.mark.parametrize(
     "row", [x for x in ROWS if x.scope == "layer" and x.pruner is not pp.random_pruning], ids=str
 )
+with_stats = pytest.mark.parametrize("row", [x for x in ROWS if needs_stats(x)], ids=str)
 counted = pytest.mark.parametrize(
     "row", [row for row in ROWS if not isinstance(row.granularity, NM)], ids=str
 )
 
 
 def prune(row, params, sparsity=0.4, run=MODES["jax_eager"]):
-    return run(row.pruner, params, row.stats, row.config(sparsity))
+    return run(row.pruner, params, row.statistics(params), row.config(sparsity))
 
 
-def whole(masks):
+def whole(row, masks):
     """Masks of the weights, broadcast to their shapes."""
-    return {x.weight: np.broadcast_to(masks[x.weight], x.shape) for x in LAYERS}
+    return {x.weight: np.broadcast_to(masks[x.weight], x.shape) for x in row.layers}
 
 
 def equal(a, b):
@@ -162,8 +204,8 @@ def apply(params, masks):
 def pruned_units(row, masks):
     """``(members, units)`` of each layer: which units have lost all their weights."""
     gone = {}
-    for layer in LAYERS:
-        mask = whole(masks)[layer.weight]
+    for layer in row.layers:
+        mask = whole(row, masks)[layer.weight]
         kept = oracle.unit_sums(mask, layer, row.granularity)
         size = oracle.unit_sums(np.ones(layer.shape), layer, row.granularity)
         assert isinstance(row.granularity, NM) or np.all((kept == 0) | (kept == size))
@@ -178,8 +220,8 @@ def pruned_units(row, masks):
 def test_prunes_exactly_as_many_units_as_the_config_says(row, run):
     config, masks = row.config(), prune(row, integers(), run=run)
     if isinstance(row.granularity, NM):
-        for layer in LAYERS:
-            kept = oracle.unit_sums(whole(masks)[layer.weight], layer, row.granularity)
+        for layer in row.layers:
+            kept = oracle.unit_sums(whole(row, masks)[layer.weight], layer, row.granularity)
             assert np.all(kept == row.granularity.keep)
         return
     gone = pruned_units(row, masks)
@@ -189,9 +231,9 @@ def test_prunes_exactly_as_many_units_as_the_config_says(row, run):
             assert np.all(units.sum(axis=1) == config.counts[name])
             assert 0 < config.counts[name] == int(0.4 * units.shape[1])
         return
-    pruned = sum(int(np.sum(~mask)) for mask in whole(masks).values())
-    largest = max(oracle.unit_sums(np.ones(x.shape), x, row.granularity).max() for x in LAYERS)
-    total = sum(np.prod(layer.shape) for layer in LAYERS)
+    pruned = sum(int(np.sum(~mask)) for mask in whole(row, masks).values())
+    sizes = [oracle.unit_sums(np.ones(x.shape), x, row.granularity) for x in row.layers]
+    largest, total = max(s.max() for s in sizes), sum(s.sum() for s in sizes)
     assert config.counts["rule 0"] - largest < pruned <= config.counts["rule 0"] == int(0.4 * total)
 
 
@@ -220,22 +262,22 @@ def test_a_higher_count_revives_nothing(row, run):
 def test_permuted_channels_permute_the_mask(row, run):
     # No two channels of these weights have equal norms, which would then be told apart by position.
     rng, params = np.random.default_rng(3), integers(4)
-    masks, moved_masks, moved = prune(row, params, run=run), {}, dict(params)
-    for layer in LAYERS:
+    masks, moved_masks, shuffled = prune(row, params, run=run), {}, dict(params)
+    for layer in row.layers:
         side = "out" if layer.groups > 1 else row.channels
         (axis,) = layer.out_axes if side == "out" else layer.in_axes
         # Input channels of a grouped convolution belong to groups, which must not mix.
         order = rng.permutation(layer.shape[axis])
         if layer.groups > 1 and row.channels == "in":
             order = np.arange(layer.shape[axis])
-        moved[layer.weight] = np.take(params[layer.weight], order, axis)
-        moved_masks[layer.weight] = np.take(whole(masks)[layer.weight], order, axis)
+        shuffled[layer.weight] = np.take(params[layer.weight], order, axis)
+        moved_masks[layer.weight] = np.take(whole(row, masks)[layer.weight], order, axis)
         if layer.bias in masks:
             moved_masks[layer.bias] = masks[layer.bias]
             if side == "out":
                 moved_masks[layer.bias] = np.take(masks[layer.bias], order, -1)
-    got = prune(row, moved, run=run)
-    assert_equal(got | whole(got), moved_masks)
+    got = prune(row, shuffled, run=run)
+    assert_equal(got | whole(row, got), moved_masks)
 
 
 @cases(lambda row: row.scale_free)
@@ -269,36 +311,39 @@ def test_half_precision_is_scored_in_float32(row, dtype, mode):
 @rows
 def test_the_order_of_params_and_layers_changes_nothing(row):
     params = integers(7)
-    config = row.config(layers=LAYERS[::-1])
+    config = row.config(layers=row.layers[::-1])
     turned = dict(reversed(params.items()))
     for run in (MODES["jax_eager"], MODES["torch_eager"]):
-        assert_equal(run(row.pruner, turned, row.stats, config), prune(row, params))
+        got = run(row.pruner, turned, row.statistics(params), config)
+        assert_equal(got, prune(row, params))
 
 
 @rows
 def test_an_empty_config_prunes_nothing(row):
-    config = pp.resolve([], LAYERS, scope=row.scope, granularity=row.granularity)
+    config = pp.resolve([], TABLE, scope=row.scope, granularity=row.granularity)
     params = integers()
-    masks = row.pruner(as_jax(params), row.stats, config)
+    stats = row.statistics(params)
+    masks = row.pruner(as_jax(params), stats, config)
     assert masks == dict.fromkeys(params)
-    assert row.pruner(as_torch(params), row.stats, config) == {}
+    assert row.pruner(as_torch(params), stats, config) == {}
 
 
 @layer_rows
 def test_unpruned_leaves_have_no_mask(row):
-    config = row.config(layers=LAYERS[:2])
-    params = {"whole": as_jax(integers()), "scale": jnp.ones(3), "steps": jnp.int32(4)}
+    some = row.layers[:2]
+    # Statistics may be of more layers than are pruned.
+    params, stats = integers(), row.statistics(integers())
+    tree = {"whole": as_jax(params), "scale": jnp.ones(3), "steps": jnp.int32(4)}
     layers = tuple(
-        dataclasses.replace(x, weight=f"whole.{x.weight}", bias=f"whole.{x.bias}")
-        for x in LAYERS[:2]
+        dataclasses.replace(x, weight=f"whole.{x.weight}", bias=f"whole.{x.bias}") for x in some
     )
-    masks = row.pruner(params, row.stats, row.config(layers=layers))
-    assert jax.tree.structure(masks, is_leaf=lambda x: x is None) == jax.tree.structure(params)
-    expected = {"conv.w", "fc.w"}
+    masks = row.pruner(tree, stats, row.config(layers=layers))
+    assert jax.tree.structure(masks, is_leaf=lambda x: x is None) == jax.tree.structure(tree)
+    expected = {x.weight for x in some}
     if row.granularity != INPUTS and not isinstance(row.granularity, NM):
-        expected |= {"conv.b", "fc.b"}
+        expected |= {x.bias for x in some}
     assert set(as_numpy(masks)) == {f"whole.{path}" for path in expected}
-    torch_masks = row.pruner(as_torch(integers()), row.stats, config)
+    torch_masks = row.pruner(as_torch(params), stats, row.config(layers=some))
     assert set(torch_masks) == expected
     assert all(mask.dtype == torch.bool for mask in torch_masks.values())
     assert all(mask.dtype == jnp.bool for mask in jax.tree.leaves(masks))
@@ -307,9 +352,9 @@ def test_unpruned_leaves_have_no_mask(row):
 @cases(lambda row: row.granularity not in (INPUTS,) and not isinstance(row.granularity, NM))
 def test_a_bias_is_pruned_where_its_whole_channel_is(row, run):
     masks = prune(row, integers(8), 0.75, run)
-    for layer in LAYERS:
+    for layer in row.layers:
         if layer.bias is not None:
-            keep = oracle.unit_sums(whole(masks)[layer.weight], layer, CHANNEL) > 0
+            keep = oracle.unit_sums(whole(row, masks)[layer.weight], layer, CHANNEL) > 0
             assert np.array_equal(masks[layer.bias], keep.reshape(BIASES[layer.bias]))
 
 
@@ -319,8 +364,31 @@ def test_a_bias_can_be_left_alone(row):
     weights = {path: x for path, x in params.items() if path not in BIASES}
     masks = prune(row, params)
     for run in (MODES["jax_eager"], MODES["torch_eager"]):
-        kept = run(row.pruner, weights, row.stats, row.config(bias="keep"))
-        assert_equal(kept, {path: masks[path] for path in weights})
+        kept = run(row.pruner, weights, row.statistics(params), row.config(bias="keep"))
+        assert_equal(kept, {x.weight: masks[x.weight] for x in row.layers})
+
+
+# Statistics are arguments like any other.
+
+
+@with_stats
+def test_statistics_alone_can_be_mapped_over(row):
+    params, config = integers(1), row.config()
+    stats = row.statistics(params)
+    many, by_jax, by_torch = stacked(stats), as_jax(params), as_torch(params)
+    mapped = jax.jit(jax.vmap(lambda s: row.pruner(by_jax, s, config)))(many)
+    assert_equal({p: mask[1] for p, mask in as_numpy(mapped).items()}, prune(row, params))
+    mapped = torch.func.vmap(lambda s: row.pruner(by_torch, s, config))(moved(as_torch, many))
+    assert_equal({p: mask[1] for p, mask in as_numpy(mapped).items()}, prune(row, params))
+
+
+@with_stats
+def test_statistics_in_numpy_serve_either_framework(row):
+    """As they come back from a checkpoint."""
+    params = integers(1)
+    for framework in (as_jax, as_torch):
+        masks = row.pruner(framework(params), row.statistics(params), row.config())
+        assert_equal(as_numpy(masks), prune(row, params))
 
 
 # Bad input raises before anything is computed: the leaves here cannot be computed with.
@@ -338,25 +406,54 @@ def untouchable(**changes):
     return {p: x for p, x in (leaves | changes).items() if x is not None}
 
 
-def wrong_granularity(row):
-    return CHANNEL if row.pruner is pp.level else "element"
+def bad_leaves(layer):
+    """What is wrong, which leaf it is, the error and what its message says."""
+    weight, shape = layer.weight, layer.shape
+    return {
+        "shape": (weight, Untouchable((9, *shape)), ValueError, (str((9, *shape)), str(shape))),
+        "no-weight": (weight, None, KeyError, ("nearest",)),
+        "no-bias": (layer.bias, None, KeyError, ("bias='keep'",)),
+        "integer": (weight, Untouchable(shape, "int8"), ValueError, ("int8",)),
+        "boolean": (weight, Untouchable(shape, "bool"), ValueError, ("bool",)),
+    }
 
 
 @rows
-@pytest.mark.parametrize(
-    ("params", "error", "parts"),
-    [
-        ({"fc.w": Untouchable((10, 12))}, ValueError, ("'fc.w'", "(10, 12)", "(12, 10)")),
-        ({"fc.w": None}, KeyError, ("'fc.w'", "nearest")),
-        ({"fc.b": None}, KeyError, ("'fc.b'", "bias='keep'")),
-        ({"fc.w": Untouchable((12, 10), "int8")}, ValueError, ("'fc.w'", "int8")),
-        ({"fc.w": Untouchable((12, 10), "bool")}, ValueError, ("'fc.w'", "bool")),
-    ],
-    ids=["shape", "no-weight", "no-bias", "integer", "boolean"],
-)
-def test_bad_params_raise_before_any_array_work(row, params, error, parts):
-    with raises(error, row.pruner.__name__, "layer 'fc'", *parts):
-        row.pruner(untouchable(**params), row.stats, row.config())
+@pytest.mark.parametrize("bad", bad_leaves(LAYERS[1]))
+def test_bad_params_raise_before_any_array_work(row, bad):
+    layer = row.layers[1]
+    path, leaf, error, parts = bad_leaves(layer)[bad]
+    with raises(error, row.name, f"layer '{layer.name}'", f"'{path}'", *parts):
+        row.pruner(untouchable(**{path: leaf}), row.statistics(integers()), row.config())
+
+
+@with_stats
+def test_bad_statistics_raise_before_any_array_work(row):
+    good, config = row.statistics(integers()), row.config()
+
+    def refuses(stats, error, *parts):
+        with raises(error, row.name, *parts):
+            row.pruner(untouchable(), stats, config)
+
+    def without_fc(field):
+        return {k: v for k, v in field.items() if k != "fc"} if isinstance(field, dict) else field
+
+    other = slopes if row.stats is active else active
+    other = other(integers(), LAYERS, CHANNEL)
+    refuses(None, TypeError, "NoneType")
+    refuses(other, TypeError, type(other).__name__)
+    refuses(type(good)(*map(without_fc, good)), KeyError, "layer 'fc'")
+    wider = jax.tree.map(lambda x: np.concatenate([x, x], -1) if x.ndim else x, good)
+    refuses(wider, ValueError, "layer 'conv'", "another model")
+    refuses(jax.tree.map(np.zeros_like, good), ValueError, "layer 'conv'", "empty")
+    refuses(moved(as_torch, good), TypeError, "layer 'conv'", "torch")
+
+
+@pytest.mark.parametrize("row", [x for x in ROWS if x.stats is nothing], ids=str)
+def test_statistics_without_a_meaning_raise_before_any_array_work(row):
+    for stats in (5, active(integers(), LAYERS)):
+        with raises(TypeError, row.name, "stats=None", type(stats).__name__):
+            row.pruner(untouchable(), stats, row.config())
 
 
 @counted
@@ -367,7 +464,7 @@ def test_bad_counts_raise_before_any_array_work(row):
     def refuses(count, error, *parts):
         with raises(error, f"'{pool.name}'", *parts):
             changed = config.with_counts({**config.counts, pool.name: count})
-            row.pruner(untouchable(), row.stats, changed)
+            row.pruner(untouchable(), row.statistics(integers()), changed)
 
     refuses(None, ValueError, "with_sparsity")
     refuses(-1, ValueError, "[0, ", "-1")
@@ -380,30 +477,43 @@ def test_bad_counts_raise_before_any_array_work(row):
     refuses(np.asarray([1, 2]), ValueError, "(2,)", "vmap")
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.pruner is not pp.random_pruning], ids=str)
-def test_a_granularity_without_meaning_raises_before_any_array_work(row):
-    wrong = "output_channel" if row.pruner is pp.level else "element"
-    config = dataclasses.replace(row, granularity=wrong).config()
-    with raises(ValueError, row.pruner.__name__, f"granularity='{wrong}'"):
-        row.pruner(untouchable(), row.stats, config)
-
-
-def test_fpgm_refuses_blocks():
-    with raises(ValueError, "fpgm", "granularity=Block(shape=(3, 2))"):
-        pp.fpgm(untouchable(), None, pp.resolve(RULES, LAYERS, granularity=TILES))
+@pytest.mark.parametrize(
+    ("pruner", "granularity", "stats"),
+    [
+        (pp.level, CHANNEL, nothing),
+        (pp.l1_norm, "element", nothing),
+        (pp.l2_norm, "element", nothing),
+        (pp.fpgm, "element", nothing),
+        (pp.fpgm, TILES, nothing),
+        *(
+            (p, g, active)
+            for p in (pp.apoz_rank, pp.mean_activation_rank)
+            for g in ("element", INPUTS, TILES)
+        ),
+    ],
+)
+def test_a_granularity_without_meaning_raises_before_any_array_work(pruner, granularity, stats):
+    row = Row(pruner, granularity, stats=stats)
+    with raises(ValueError, row.name, f"granularity={granularity!r}"):
+        row.pruner(untouchable(), row.statistics(integers()), row.config())
 
 
 # NaN.
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.pruner is not pp.random_pruning], ids=str)
+# Neither a hash nor a count is ever NaN.
+of_floats = [row for row in ROWS if row.pruner not in (pp.random_pruning, pp.apoz_rank)]
+
+
+@pytest.mark.parametrize("row", of_floats, ids=str)
 def test_nan_is_an_error_that_names_its_layers(row):
-    params = integers()
-    for path in ("fc.w", "stack.w"):
-        params[path].reshape(-1)[7] = np.nan
+    params, layers = integers(), (row.layers[1], row.layers[-1])
+    for layer in layers:
+        params[layer.weight].reshape(-1)[7] = np.nan
+    names = ", ".join(repr(layer.name) for layer in layers)
     for run in (MODES["jax_eager"], MODES["torch_eager"]):
-        with raises(ValueError, row.pruner.__name__, "'fc', 'stack'", "NaN"):
-            run(row.pruner, params, row.stats, row.config())
+        with raises(ValueError, row.name, names, "NaN"):
+            prune(row, params, run=run)
 
 
 @pytest.mark.parametrize("row", ROWS[:2], ids=str)
@@ -526,10 +636,11 @@ def test_random_pruning_is_uniform():
 
 def test_every_way_to_give_a_key():
     expected = MODES["jax_eager"](pp.random_pruning, {"w": np.ones((20, 30))}, 7, RANDOM_CONFIG)
-    keys = [np.int64(7), jax.random.key(7), jax.random.PRNGKey(7), jnp.uint32(7)]
-    for mode, more in (("jax_eager", []), ("torch_eager", [torch.tensor(7)])):
+    keys = [7, np.int64(7), jax.random.key(7), jax.random.PRNGKey(7), jnp.uint32(7)]
+    for framework, more in ((as_jax, []), (as_torch, [torch.tensor(7)])):
         for key in keys + more:
-            masks = MODES[mode](pp.random_pruning, {"w": np.ones((20, 30))}, key, RANDOM_CONFIG)
+            params = framework({"w": np.ones((20, 30), np.float32)})
+            masks = as_numpy(pp.random_pruning(params, key, RANDOM_CONFIG))
             np.testing.assert_equal(masks, expected)
     with raises(TypeError, "random key"):
         pp.random_pruning({"w": jnp.ones((20, 30))}, None, RANDOM_CONFIG)

@@ -8,12 +8,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py"])
-def test_the_quickstarts_are_the_example_files(example):
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("subject", ["quickstart", "statistics"])
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_snippets_are_the_example_files(subject, framework):
+    example, readme = f"{subject}_{framework}.py", (ROOT / "README.md").read_text()
     (shown,) = re.findall(rf"<!-- examples/{example} -->\n```python\n(.*?)\n```", readme, re.DOTALL)
     _, _, code = (ROOT / "examples" / example).read_text().split('"""', 2)
     assert shown == code.strip()
+
+
+@pytest.mark.parametrize("subject", ["quickstart", "statistics"])
+def test_lines_that_differ_between_frameworks_are_marked(subject):
+    by_jax, by_torch = (
+        (ROOT / "examples" / f"{subject}_{framework}.py").read_text().split('"""', 2)[2]
+        for framework in ("jax", "torch")
+    )
+    same = [line for line in by_torch.splitlines() if not line.endswith("# changed")]
+    assert all(line in by_jax.splitlines() for line in same)
 
 
 @pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py"])
