@@ -36,6 +36,7 @@ from purepruning.config import Config, counts_of
 from purepruning.layers import Layer, missing
 from purepruning.masks import zero_pruned
 from purepruning.namespace import (
+    array_like,
     flatten,
     int32,
     iota,
@@ -86,9 +87,9 @@ def masks(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
         threshold: in [0, 1), and may be traced.
 
     Raises:
-        KeyError, TypeError, ValueError: scores are missing, of unknown layers, of another shape or
-            framework, or no floats; they are NaN, where values are known (elsewhere NaN is kept);
-            the threshold is no number in [0, 1), or comes with global scope or N:M. See also
+        KeyError, TypeError, ValueError: scores are missing, of another shape or framework, or no
+            floats; they are NaN, where values are known (elsewhere NaN is kept); the threshold is
+            no number in [0, 1), or comes with global scope or N:M. See also
             :func:`purepruning.prune`.
 
     >>> import jax.numpy as jnp
@@ -104,11 +105,8 @@ def masks(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
     [[True], [False], [False]]
     """
     where = "movement.masks"
-    _check_scores(where, scores, config, weights_of(where, flatten(params).leaves, config))
-    constant = {name: stop_gradient(score) for name, score in scores.items()}
-    if threshold is None:
-        return prune(_MOVEMENT, params, constant, config)
-    return _soft(where, params, constant, config, _checked_threshold(where, threshold, config))
+    _check_scores(where, params, scores, config)
+    return _masks(where, params, scores, config, threshold)
 
 
 def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any = None) -> Any:
@@ -128,7 +126,7 @@ def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
         params, scores, config, threshold: as in :func:`masks`.
 
     Raises:
-        KeyError, TypeError, ValueError: as :func:`masks`.
+        KeyError, TypeError, ValueError: as :func:`masks`; scores of a layer that is not pruned.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -144,7 +142,14 @@ def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
     >>> by_weight["w"].tolist(), by_score["w"].tolist()
     ([[10.0, 0.0]], [[20.0, -300.0]])
     """
-    found = flatten(masks(params, scores, config, threshold)).leaves
+    where = "movement.apply"
+    _check_scores(where, params, scores, config)
+    for name in scores:
+        names = [layer.name for layer in config.layers]
+        if name not in names:
+            message = f"{where}: scores name {name!r}, which the config does not prune"
+            raise KeyError(missing(message, name, names))
+    found = flatten(_masks(where, params, scores, config, threshold)).leaves
     tree = flatten(params)
     seen = {path: zero_pruned(tree.leaves[path], mask) for path, mask in found.items()}
     for layer in config.layers:
@@ -152,7 +157,7 @@ def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
         xp = namespace(weight)
         # Zero in value, one in derivative, spread over the weights of each unit. The product is of
         # float32, so that the sums that gradients are made of are.
-        through = _through(scores[layer.name])
+        through = _through(array_like(weight, scores[layer.name]))
         if _in_units(config):
             through = spread(xp, through, grid(layer, config.granularity))
         through = through * xp.astype(stop_gradient(weight), xp.float32)
@@ -325,17 +330,13 @@ def _shape(layer: Layer, config: Config) -> tuple[int, ...]:
     return g.n_members, g.n_units
 
 
-def _check_scores(where: str, scores: Any, config: Config, weights: Mapping[str, Any]) -> None:
+def _check_scores(where: str, params: Any, scores: Any, config: Config) -> None:
+    weights = weights_of(where, flatten(params).leaves, config)
     if not isinstance(scores, Mapping):
         raise TypeError(
             f"{where}: scores must be a dict by layer name, as movement.init returns it, "
             f"got {type(scores).__name__}"
         )
-    names = [layer.name for layer in config.layers]
-    for name in scores:
-        if name not in names:
-            message = f"{where}: scores name {name!r}, which the config does not prune"
-            raise KeyError(missing(message, name, names))
     for layer in config.layers:
         if layer.name not in scores:
             message = f"{where}: scores have no layer {layer.name!r}"
@@ -351,9 +352,9 @@ def _check_scores(where: str, scores: Any, config: Config, weights: Mapping[str,
                 f"{what} have shape {tuple(score.shape)}, but the layer needs {wanted}; are they "
                 "of another model, or of another granularity?"
             )
-        if is_torch(score) != is_torch(weights[layer.weight]):
-            kinds = ["torch" if is_torch(x) else "JAX" for x in (score, weights[layer.weight])]
-            raise TypeError(f"{what} are of {kinds[0]}, but the weight of {kinds[1]}")
+        weight = weights[layer.weight]
+        if is_torch(score) and not is_torch(weight):
+            raise TypeError(f"{what} are torch tensors, but its weight is {type(weight).__name__}")
 
 
 def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
@@ -382,6 +383,17 @@ def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
     xp = namespace(threshold)
     t = xp.astype(threshold, xp.float32)
     return xp.log(t) - xp.log1p(-t)
+
+
+def _masks(where: str, params: Any, scores: Any, config: Config, threshold: Any) -> Any:
+    leaves = flatten(params).leaves
+    constant = {
+        layer.name: array_like(leaves[layer.weight], stop_gradient(scores[layer.name]))
+        for layer in config.layers
+    }
+    if threshold is None:
+        return prune(_MOVEMENT._replace(name=where), params, constant, config)
+    return _soft(where, params, constant, config, _checked_threshold(where, threshold, config))
 
 
 def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cut: Any) -> Any:
