@@ -188,18 +188,20 @@ def step(
 
 
 def masks(params: Any, state: State, config: Config, *, pruner: Pruner, stats: Any = None) -> Any:
-    """Returns the masks of Z, which :func:`step` has pruned: what ADMM has settled on.
+    """Returns the masks of the trained weights, ``pruner(params, stats, config)``: the last step.
 
-    In the form of the pruner's. ``pruner(params, stats, config)``, the masks of the trained weights
-    themselves, is what the paper and NNI end with; where ADMM has converged they are the same.
+    As in the paper and in NNI. Where ADMM has converged they keep what is nonzero in ``state.z``;
+    where it has not, they are better than that. ``state`` is only looked at for whether it is of
+    this model.
 
     Raises:
         KeyError, TypeError, ValueError: as :func:`step`.
     """
     where = "admm.masks"
-    _check_state(where, state, config, weights_of(where, flatten(params).leaves, config))
-    tree = flatten(params)
-    return pruner(tree.rebuild({**tree.leaves, **state.z}), stats, config)
+    weights = weights_of(where, flatten(params).leaves, config)
+    _check_state(where, state, config, weights)
+    _refuse_non_finite(where, config, weights)
+    return pruner(params, stats, config)
 
 
 def _check_state(where: str, state: Any, config: Config, weights: Mapping[str, Any]) -> None:
