@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import channels
+import criteria
 import measure
 import selection
 import training
@@ -47,6 +48,25 @@ ROWS = {
     "first-call": Row(training.first_call, ((3, 9, 36, 3), 64), ((1, 1), 4)),
     "fpgm": Row(channels.fpgm, (512, 4608), (16, 90)),
     "fpgm-memory": Row(channels.fpgm_memory, (4096, 4608), (16, 90)),
+    "capture": Row(
+        criteria.capture,
+        {
+            "jax, convolutions": (32, 32, 64, 64, 64, 128, 128, 128),
+            "jax, dense": (256, 6, 1024),
+            "torch, convolutions": (32, 32, 64, 64, 64, 128, 128, 128),
+            "torch, dense": (256, 6, 1024),
+        },
+        {
+            "jax, convolutions": (2, 6, 4, 8),
+            "jax, dense": (4, 2, 8),
+            "torch, convolutions": (2, 6, 4, 8),
+            "torch, dense": (4, 2, 8),
+        },
+    ),
+    "statistics-memory": Row(
+        criteria.statistics_memory, (16, 32, 32, 64, 64, 128), (2, 2, 6, 4, 8)
+    ),
+    "criteria": Row(criteria.criteria, ((3, 4, 6, 3), 64), ((1, 1), 4)),
 }
 
 

@@ -264,6 +264,10 @@ def resolve(
     granularity = _granularity(granularity)
     _one_of("scope", scope, ("layer", "global"))
     _one_of("bias", bias, ("follow", "keep"))
+    if isinstance(granularity, NM) and scope == "global":
+        raise ValueError(
+            f"scope must be 'layer' for {granularity}: every group keeps its own share"
+        )
     _check_table(table)
     if isinstance(rules, Mapping | str) or not isinstance(rules, Iterable):
         raise TypeError(f"rules must be a list of dictionaries, got {type(rules).__name__}")

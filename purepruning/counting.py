@@ -7,24 +7,27 @@ stay in cache, and copies none of it; k may be traced; across devices only count
 
 Equal numbers are told apart by position, in one more pass that finds the last one to prune.
 
-All weights are counted by one loop over their chunks, which picks the weight with ``lax.switch``:
-one small loop body per weight would take XLA several times longer to compile.
+Weights of similar size are counted by one loop over their chunks, which picks the weight that a
+chunk is read from with ``lax.switch``: one small loop body per weight would take XLA several times
+longer to compile.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from purepruning.pieces import HIGHEST, LOWEST, Cut, Piece, ordered_bits
 
 CHUNK = 262_144  # elements read at a time: 1 MB of float32, so that what is derived stays in cache
-GROUP = 16  # pieces that share one loop; XLA's compile time grows with the square of it
+LEAST_CHUNK = 1024  # the same of small pieces; between them, steps of 4
+GROUP = 32  # pieces that share one loop; XLA's compile time grows with the square of it
 ROWS = 4  # rows of a chunk summed into one vector of partial counts, see _total
 SAMPLE = 16_384  # sorted sample for the first guesses, of all pieces together
 
@@ -51,13 +54,7 @@ def global_cuts(
 
 def kept(piece: Piece, cut: Cut, i: int) -> Array:
     """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
-    return _kept(piece.arrays, Cut(cut.key[i : i + 1], cut.index[i : i + 1]), score=piece.score)
-
-
-# Compiled on its own, so that XLA sees layers of one shape as calls of one function.
-@functools.partial(jax.jit, static_argnames="score")
-def _kept(arrays: tuple[Array, ...], cut: Cut, *, score: Callable[..., Array]) -> Array:
-    return cut.keeps(0, *Piece(arrays, score).keys(jnp))
+    return cut.keeps(i, *piece.keys(jnp))
 
 
 def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
@@ -290,24 +287,45 @@ def _from_sample(s: _State, total: Array, sample: Array) -> tuple[Array, Array]:
 def _counter(pieces: Sequence[Piece]) -> _Counter:
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return _whole(pieces)
-    groups = [_chunked(pieces[i : i + GROUP]) for i in range(0, len(pieces), GROUP)]
-    ends = [min(i + GROUP, len(pieces)) for i in range(0, len(pieces), GROUP)]
+    groups = _groups(pieces)
+    counters = [_chunked([pieces[i] for i in group], length) for group, length in groups]
+    order = np.concatenate([group for group, _ in groups])
 
     def join(parts: Sequence[Callable[[Array, Array], Array]]) -> Callable[[Array, Array], Array]:
-        def joined(*vectors: Array) -> Array:
-            cut = zip(*(jnp.split(v, ends[:-1]) for v in vectors), strict=True)
-            return jnp.concatenate([part(*c) for part, c in zip(parts, cut, strict=True)])
+        def joined(a: Array, b: Array) -> Array:
+            done = [
+                part(a[np.asarray(group)], b[np.asarray(group)])
+                for part, (group, _) in zip(parts, groups, strict=True)
+            ]
+            return jnp.concatenate(done)[np.argsort(order)]
 
         return joined
 
     sample = _sample(pieces)
     return _Counter(
-        sizes=jnp.concatenate([g.sizes for g in groups]),
-        upto=join([g.upto for g in groups]),
-        tie_index=join([g.tie_index for g in groups]),
+        sizes=jnp.asarray([p.size for p in pieces], jnp.int32),
+        upto=join([c.upto for c in counters]),
+        tie_index=join([c.tie_index for c in counters]),
         sample=sample,
         together=jnp.sort(sample.reshape(1, -1)),
     )
+
+
+def _groups(pieces: Sequence[Piece]) -> list[tuple[list[int], int]]:
+    """Returns the pieces that share a loop, and how many elements it reads at a time."""
+    alike: dict[Any, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        length = CHUNK
+        while length > max(piece.size, LEAST_CHUNK):
+            length //= 4
+        own = jax.tree.map(jnp.result_type, piece.own)
+        kind = (piece.score, tuple(a.dtype for a in piece.arrays), str(own), length)
+        alike.setdefault(kind, []).append(i)
+    return [
+        (group[i : i + GROUP], kind[-1])
+        for kind, group in alike.items()
+        for i in range(0, len(group), GROUP)
+    ]
 
 
 def _whole(pieces: Sequence[Piece]) -> _Counter:
@@ -336,46 +354,51 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
     return _Counter(sizes, upto, tie_index)
 
 
-def _chunked(pieces: Sequence[Piece]) -> _Counter:
-    """Counts chunk by chunk, so that nothing derived from a weight is ever written to memory."""
-    flats = [tuple(a.reshape(-1) for a in p.arrays) for p in pieces]
-    lengths, starts, owners = [], [], []
-    for i, piece in enumerate(pieces):
-        chunks = -(-piece.size // CHUNK)
-        length = min(-(-piece.size // (chunks * 64)) * 64, piece.size)  # whole vectors in every row
-        lengths.append(length)
-        starts += [j * length for j in range(chunks)]
-        owners += [i] * chunks
-    start_of, owner_of = jnp.asarray(starts, jnp.int32), jnp.asarray(owners, jnp.int32)
+def _chunked(pieces: Sequence[Piece], length: int) -> _Counter:
+    """Counts ``length`` elements at a time, so that what is derived from them stays in cache."""
+    chunks = [-(-p.size // length) for p in pieces]
+    start_of = jnp.asarray([i * length for n in chunks for i in range(n)], jnp.int32)
+    owner_of = jnp.asarray(np.repeat(np.arange(len(pieces)), chunks), jnp.int32)
     sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
+    offsets = jnp.stack([jnp.asarray(p.offset, jnp.int32) for p in pieces])
+    owns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.own for p in pieces))
+    place = lax.iota(jnp.int32, length)
+
+    def reader(piece: Piece) -> Callable[[Array], tuple[Array, ...]]:
+        some = min(length, piece.size)
+
+        def part(array: Array, first: Array) -> Array:
+            return jnp.pad(
+                lax.dynamic_slice(array.reshape(-1), (first,), (some,)), (0, length - some)
+            )
+
+        return lambda first: tuple(part(a, first) for a in piece.arrays)
+
+    readers = [reader(p) for p in pieces]
+
+    def read(j: Array) -> tuple[Array, Array, Array]:
+        """Returns the keys of a chunk, which of them no other chunk has, and its first index."""
+        owner, start = owner_of[j], start_of[j]
+        first = jnp.minimum(start, jnp.maximum(sizes[owner] - length, 0))
+        parts = lax.switch(owner, readers, first)
+        own = jax.tree.map(lambda leaf: leaf[owner], owns)
+        piece = Piece(parts, pieces[0].score, own, offsets[owner])
+        fresh = (place >= start - first) & (place < sizes[owner])
+        return ordered_bits(jnp, piece.scores(parts, first + place)), fresh, first
 
     def upto(key: Array, active: Array) -> Array:
-        def branch(i: int, start: Array) -> Array:
-            return _count_chunk(flats[i], start, key[i], score=pieces[i].score, length=lengths[i])
-
-        branches = [functools.partial(branch, i) for i in range(len(pieces))]
-
         def add(j: Array, counts: Array) -> Array:
             owner = owner_of[j]
-            counted = lax.cond(
-                active[owner],
-                lambda: lax.switch(owner, branches, start_of[j]),
-                lambda: jnp.int32(0),
-            )
-            return counts.at[owner].add(counted)
 
-        return lax.fori_loop(0, len(owners), add, jnp.zeros_like(sizes))
+            def count() -> Array:
+                keys, fresh, _ = read(j)
+                return _total((keys <= key[owner]) & fresh)
+
+            return counts.at[owner].add(lax.cond(active[owner], count, lambda: jnp.int32(0)))
+
+        return lax.fori_loop(0, sum(chunks), add, jnp.zeros_like(sizes))
 
     def tie_index(key: Array, need: Array) -> Array:
-        widest = -(-max(lengths) // ROWS) * ROWS
-
-        def branch(i: int, start: Array) -> tuple[Array, Array]:
-            bits, fresh, first = _chunk(flats[i], start, pieces[i].score, lengths[i])
-            return jnp.pad((bits == key[i]) & fresh, (0, widest - lengths[i])), first
-
-        branches = [functools.partial(branch, i) for i in range(len(pieces))]
-        place = lax.iota(jnp.int32, widest)
-
         def nth(ties: Array, n: Array) -> Array:
             def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
                 lo, hi = ends
@@ -383,16 +406,17 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
                 reached = _sum(ties & (place <= middle)) >= n
                 return jnp.where(reached, lo, middle), jnp.where(reached, middle, hi)
 
-            ends = (jnp.int32(-1), jnp.int32(widest - 1))
-            return lax.fori_loop(0, widest.bit_length(), halve, ends)[1]
+            ends = (jnp.int32(-1), jnp.int32(length - 1))
+            return lax.fori_loop(0, length.bit_length(), halve, ends)[1]
 
         def visit(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             owner = owner_of[j]
 
             def look() -> tuple[Array, Array]:
                 seen, found = state
-                ties, first = lax.switch(owner, branches, start_of[j])
-                more = _total(ties.reshape(ROWS, -1))
+                keys, fresh, first = read(j)
+                ties = (keys == key[owner]) & fresh
+                more = _total(ties)
                 rest = need[owner] - seen[owner]
                 here = (rest > 0) & (rest <= more)
                 index = lax.cond(here, lambda: first + nth(ties, rest), lambda: found[owner])
@@ -400,37 +424,19 @@ def _chunked(pieces: Sequence[Piece]) -> _Counter:
 
             return lax.cond(need[owner] > state[0][owner], look, lambda: state)
 
-        return lax.fori_loop(0, len(owners), visit, (0 * sizes, 0 * sizes))[1]
+        return lax.fori_loop(0, sum(chunks), visit, (0 * sizes, 0 * sizes))[1]
 
     return _Counter(sizes, upto, tie_index)
 
 
-def _chunk(
-    flats: tuple[Array, ...], start: Array, score: Callable[..., Array], length: int
-) -> tuple[Array, Array, Array]:
-    """Returns the keys of a chunk, which of them no earlier chunk has read, and its first index."""
-    place = lax.iota(jnp.int32, length)
-    first = jnp.minimum(start, flats[0].size - length)
-    parts = tuple(lax.dynamic_slice(flat, (first,), (length,)) for flat in flats)
-    return ordered_bits(jnp, score(parts, first + place)), place >= start - first, first
-
-
-@functools.partial(jax.jit, static_argnames=("score", "length"))
-def _count_chunk(
-    flats: tuple[Array, ...], start: Array, key: Array, *, score: Callable[..., Array], length: int
-) -> Array:
-    bits, fresh, _ = _chunk(flats, start, score, length)
-    return _total(((bits <= key) & fresh).reshape(ROWS if length % ROWS == 0 else 1, -1))
-
-
 def _total(counted: Array) -> Array:
-    """Returns the number of True in a ``(rows, columns)`` array, 3x faster than ``sum`` on a CPU.
+    """Returns the number of True in a vector, 3x faster than ``sum`` on a CPU.
 
     Rows are added elementwise, which vectorises; the barrier keeps XLA from fusing both sums into
     one that does not.
     """
-    columns = lax.optimization_barrier(_sum(counted, axis=0))
-    return _sum(columns)
+    rows = ROWS if counted.shape[0] % ROWS == 0 else 1
+    return _sum(lax.optimization_barrier(_sum(counted.reshape(rows, -1), axis=0)))
 
 
 def _sample(pieces: Sequence[Piece]) -> Array:
@@ -439,11 +445,10 @@ def _sample(pieces: Sequence[Piece]) -> Array:
     place = lax.iota(jnp.uint32, width)
     scattered = (place * jnp.uint32(2654435761)) >> 8
 
-    def row(i: int) -> Array:
-        size = pieces[i].size
-        stride = max(size // width, 1)
-        index = ((place * stride + scattered % stride) % size).astype(jnp.int32)
-        parts = tuple(a.reshape(-1)[index] for a in pieces[i].arrays)
-        return ordered_bits(jnp, pieces[i].score(parts, index))
+    def row(piece: Piece) -> Array:
+        stride = max(piece.size // width, 1)
+        index = ((place * stride + scattered % stride) % piece.size).astype(jnp.int32)
+        parts = tuple(a.reshape(-1)[index] for a in piece.arrays)
+        return ordered_bits(jnp, piece.scores(parts, index))
 
-    return jnp.sort(jnp.stack([row(i) for i in range(len(pieces))]), axis=1)
+    return jnp.sort(jnp.stack([row(piece) for piece in pieces]), axis=1)

@@ -416,7 +416,7 @@ def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cu
     if nan:
         raise ValueError(f"{where}: scores of layer {', '.join(map(repr, nan))} are NaN")
     if config.bias == "follow":
-        for path, keep in bias_masks(config.layers, found, config.granularity).items():
+        for path, keep in bias_masks(config, found).items():
             found[path] = namespace(keep).reshape(keep, tuple(tree.leaves[path].shape))
     return tree.rebuild(found)
 
@@ -436,17 +436,23 @@ def _through(score: Any) -> Any:
     return score - stop_gradient(score)
 
 
-def _element(layer: Layer, weight: Any, scores: Mapping[str, Any]) -> Piece:
-    return Piece((scores[layer.name],), _as_float32)
+def _element(weight: Any, score: Any) -> Piece:
+    return Piece((score,), _first)
 
 
-def _as_float32(arrays: tuple[Any, ...], index: Any) -> Any:
+def _first(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
     xp = namespace(arrays[0])
     return xp.astype(arrays[0], xp.float32)
 
 
-def _unit(layer: Layer, g: Grid, weight: Any, scores: Mapping[str, Any]) -> Any:
-    return _as_float32((scores[layer.name],), None)
+def _unit(weight: Any, score: Any, g: Grid) -> Any:
+    return namespace(score).astype(score, namespace(score).float32)
 
 
-_MOVEMENT = Criterion("movement", element=_element, channel=_unit, block=_unit, needs_stats=True)
+_MOVEMENT = Criterion(
+    "movement",
+    element=_element,
+    channel=_unit,
+    block=_unit,
+    of=lambda scores, layer: scores[layer.name],
+)

@@ -128,6 +128,13 @@ def _low_word(xp: Any, x: Any) -> Any:
     return (((x.to(xp.int64) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(xp.int32)
 
 
+def part(x: Any, start: Any, size: int) -> Any:
+    """Returns ``size`` elements of a vector from ``start`` on, which may be traced."""
+    if is_torch(x):
+        return x[start : start + size]
+    return jax.lax.dynamic_slice(x, (start,), (size,))
+
+
 def matmul(xp: Any, a: Any, b: Any) -> Any:
     """Returns the product of float32 matrices; in JAX at full precision whatever the default is.
 
@@ -158,7 +165,9 @@ def array_like(like: Any, x: Any) -> Any:
 
 def stop_gradient(x: Any) -> Any:
     """Returns ``x`` as a constant: no gradient flows through, and none of its history is kept."""
-    return x.detach() if is_torch(x) else jax.lax.stop_gradient(x)
+    if is_torch(x):
+        return x.detach()
+    return jax.lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x
 
 
 def spans_devices(x: Any) -> bool:

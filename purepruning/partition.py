@@ -167,7 +167,7 @@ def _scores(piece: Piece, width: int = 1) -> Iterator[tuple[int, Any, Any]]:
     size = (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width * width
     for start in range(0, piece.size, size):
         index = xp.arange(start, min(start + size, piece.size), dtype=xp.int32, device=device)
-        yield start, index, piece.score(tuple(flat[start : start + size] for flat in flats), index)
+        yield start, index, piece.scores(tuple(flat[start : start + size] for flat in flats), index)
 
 
 def _sample(xp: Any, pieces: Sequence[Piece]) -> Any:
@@ -179,5 +179,5 @@ def _sample(xp: Any, pieces: Sequence[Piece]) -> Any:
         place = xp.arange(max(piece.size // step, 1), dtype=xp.int64, device=like.device)
         index = place * step + (place * 2654435761 >> 8) % step
         parts = tuple(xp.reshape(a, (-1,))[index] for a in piece.arrays)
-        keys.append(ordered_bits(xp, piece.score(parts, int32(xp, index, like))))
+        keys.append(ordered_bits(xp, piece.scores(parts, int32(xp, index, like))))
     return xp.sort(xp.concat(keys))

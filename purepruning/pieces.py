@@ -22,11 +22,17 @@ class Piece(NamedTuple):
 
     Attributes:
         arrays: what the scores are made of, arrays of one shape.
-        score: ``(arrays, flat indices) -> float32``, element by element; called on parts of them.
+        score: ``(arrays, flat indices, own) -> float32``, element by element; called on parts of
+            them. A function of a module, not made anew for every piece: pieces that share it are
+            compiled together.
+        own: what else goes into the scores of this piece, a tree of scalars.
+        offset: the first element's index, as ``score`` is told it.
     """
 
     arrays: tuple[Any, ...]
-    score: Callable[[tuple[Any, ...], Any], Any]
+    score: Callable[[tuple[Any, ...], Any, Any], Any]
+    own: Any = ()
+    offset: Any = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,7 +47,11 @@ class Piece(NamedTuple):
     def keys(self, xp: Any) -> tuple[Any, Any]:
         """Returns the ordered bits of all scores, and the flat indices, in the arrays' shape."""
         index = flat_index(xp, self.arrays[0])
-        return ordered_bits(xp, self.score(self.arrays, index)), index
+        return ordered_bits(xp, self.scores(self.arrays, index)), index
+
+    def scores(self, arrays: tuple[Any, ...], index: Any) -> Any:
+        """Returns the scores of the elements at ``index``, from these parts of the arrays."""
+        return self.score(arrays, index + self.offset, self.own)
 
 
 class Cut(NamedTuple):

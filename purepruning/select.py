@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from purepruning import counting, partition
-from purepruning.config import BiasRule, Config, Pool
+from purepruning.config import Config, Pool
 from purepruning.layers import Layer, missing
 from purepruning.namespace import (
     compiled,
@@ -25,13 +26,14 @@ from purepruning.namespace import (
     is_concrete,
     is_torch,
     namespace,
+    part,
     replicated,
     spans_devices,
     stop_gradient,
 )
-from purepruning.pieces import HIGHEST, Piece, ordered_bits
+from purepruning.pieces import HIGHEST, Cut, Piece, ordered_bits
 from purepruning.rules import Scope
-from purepruning.units import NM, Block, Granularity, Grid, fold, grid, spread
+from purepruning.units import NM, Block, Granularity, Grid, cut, fold, grid, spread
 
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.
 SMALL = 65_536
@@ -43,21 +45,25 @@ PAIRS = 16
 class Criterion(NamedTuple):
     """What a pruner ranks by. Scores are float32, and larger ones are more important.
 
+    Layers of one shape are scored by one compiled function, so that scores depend on a layer only
+    through its weight, its grid and what ``of`` returns for it.
+
     Attributes:
         name: the pruner's name, for messages.
-        element: ``(layer, weight, stats) -> Piece``: how single weights score, for elements and
-            N:M; None if the criterion has no such meaning.
-        channel: ``(layer, grid, weight, stats) -> (members, units)``: how channels score; None if
+        element: ``(weight, own) -> Piece``: how single weights score, for elements and N:M; None if
             the criterion has no such meaning.
+        channel: ``(weight, own, grid) -> (members, units)``: how channels score; None if the
+            criterion has no such meaning.
         block: the same for blocks.
-        needs_stats: whether ``stats`` have a meaning; a pruner that needs none takes None.
+        of: ``(stats, layer) -> own``: what the statistics say of one layer, a tree of arrays; None
+            if the pruner takes ``stats=None``.
     """
 
     name: str
-    element: Callable[[Layer, Any, Any], Piece] | None = None
-    channel: Callable[[Layer, Grid, Any, Any], Any] | None = None
-    block: Callable[[Layer, Grid, Any, Any], Any] | None = None
-    needs_stats: bool = False
+    element: Callable[[Any, Any], Piece] | None = None
+    channel: Callable[[Any, Any, Grid], Any] | None = None
+    block: Callable[[Any, Any, Grid], Any] | None = None
+    of: Callable[[Any, Layer], Any] | None = None
 
 
 class _Plan(NamedTuple):
@@ -67,7 +73,22 @@ class _Plan(NamedTuple):
     pools: tuple[Pool, ...]
     scope: Scope
     granularity: Granularity
-    bias: BiasRule
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for pool in self.pools for layer in pool.layers)
+
+    @property
+    def caps(self) -> tuple[int, ...]:
+        """The most units each layer may lose; none in layer scope."""
+        return self.pools[0].caps if self.scope == "global" else ()
+
+
+class _Source(NamedTuple):
+    """What a layer is scored from: its weight, and what the statistics say of it."""
+
+    weight: Any
+    own: Any
 
 
 # Masks by parameter path, and by layer name whether one of its scores is NaN.
@@ -95,7 +116,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
             f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
             f"returned; got {type(config).__name__}"
         )
-    if stats is not None and not criterion.needs_stats:
+    if stats is not None and criterion.of is None:
         raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
     score = _score_of(criterion, config.granularity)
     tree = flatten(params)
@@ -107,14 +128,17 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     weights = weights_of(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
+    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
-    plan = _Plan(score, pools, config.scope, config.granularity, config.bias)
+    plan = _Plan(score, pools, config.scope, config.granularity)
     counts = {} if isinstance(config.granularity, NM) else _counts(config)
     like = next(iter(weights.values()))
     check = all(map(is_concrete, weights.values()))
-    masks, has_nan = compiled(like, _masks, "plan", "check")(
-        weights, stats, counts, plan=plan, check=check
-    )
+    of = criterion.of or (lambda stats, layer: None)
+    sources = {x.name: _Source(weights[x.weight], of(stats, x)) for x in config.layers}
+    masks, has_nan = _masks(sources, counts, plan, check)
+    if config.bias == "follow":
+        masks |= bias_masks(config, masks)
     nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
         raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
@@ -215,27 +239,38 @@ def _is_integer(count: Any) -> bool:
     return isinstance(count, int) and not isinstance(count, bool)
 
 
-# From here on everything is traceable.
+# From here on everything is traceable. What is done layer by layer is compiled for itself: an eager
+# call then compiles it once for all layers of one shape.
 
 
-def _masks(
-    weights: dict[str, Any], stats: Any, counts: dict[str, Any], *, plan: _Plan, check: bool
-) -> _Masks:
-    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
+def _masks(sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, check: bool) -> _Masks:
     if isinstance(plan.granularity, NM):
-        masks, has_nan = _nm_masks(weights, stats, plan, plan.granularity)
-    else:
-        masks, has_nan = {}, {}
-        # In layer scope all pools are solved side by side; in global scope each is one problem.
-        problems = [plan.pools] if plan.scope == "layer" else [(pool,) for pool in plan.pools]
-        solve = _element_masks if plan.granularity == "element" else _unit_masks
-        for pools in problems:
-            some = solve(weights, stats, counts, plan._replace(pools=pools), check)
-            masks |= some[0]
-            has_nan |= some[1]
-    if plan.bias == "follow":
-        masks |= bias_masks([x for p in plan.pools for x in p.layers], masks, plan.granularity)
+        return _nm_masks(sources, plan, plan.granularity)
+    # In layer scope all pools are solved side by side; in global scope each is one problem.
+    problems = [plan.pools] if plan.scope == "layer" else [(pool,) for pool in plan.pools]
+    masks: dict[str, Any] = {}
+    has_nan: dict[str, Any] = {}
+    for pools in problems:
+        part = plan._replace(pools=pools)
+        first = sources[part.layers[0].name]
+        like = first.weight
+        solve = _cut_masks if _is_large(first, part, counts) else _ranked_masks
+        some = solve(like, sources, counts, part, check)
+        masks |= some[0]
+        has_nan |= some[1]
     return masks, has_nan
+
+
+def _is_large(source: _Source, plan: _Plan, counts: dict[str, Any]) -> bool:
+    """Whether there are too many scores to copy, and they may be looked at more than once."""
+    if plan.granularity != "element":
+        return False
+    # Statistics may be mapped over where weights are not.
+    piece: Piece = plan.score(*source)
+    like = piece.arrays[0]
+    if any(map(is_batched, (*piece.arrays, *piece.own, *counts.values()))):
+        return False
+    return spans_devices(like) or sum(math.prod(x.shape) for x in plan.layers) > SMALL
 
 
 def _kernel(like: Any) -> ModuleType:
@@ -243,190 +278,212 @@ def _kernel(like: Any) -> ModuleType:
     return partition if is_torch(like) else counting
 
 
-# Single elements.
+def _n_members(layer: Layer) -> int:
+    return math.prod(layer.shape[a] for a in layer.stack_axes)
 
 
-def _element_masks(
-    weights: dict[str, Any], stats: Any, counts: dict[str, Any], plan: _Plan, check: bool
+def _counts_of_rows(like: Any, counts: dict[str, Any], plan: _Plan) -> Any:
+    """Returns how many units go: ``(rows,)``, of every layer and each of those stacked in it."""
+    pools = [(pool.name, _n_members(layer)) for pool in plan.pools for layer in pool.layers]
+    known = [counts[name] for name, n in pools for _ in range(n)]
+    xp = namespace(like)
+    if all(isinstance(count, int) for count in known):
+        return int32(xp, np.asarray(known, np.int32), like)
+    return xp.stack([int32(xp, count, like) for count in known])
+
+
+# Units whose scores are copied: channels, blocks, and the elements of small layers.
+
+
+def _ranked_masks(
+    like: Any, sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, check: bool
 ) -> _Masks:
-    pieces: list[Piece] = []
-    ks: list[Any] = []
-    caps: list[int] = []
-    members = {}
-    for pool in plan.pools:
-        for i, layer in enumerate(pool.layers):
-            parts = _members(plan.score(layer, weights[layer.weight], stats), layer)
-            pieces += parts
-            ks += [counts[pool.name]] * len(parts)
-            caps += [pool.caps[i]] * len(parts) if plan.scope == "global" else []
-            members[layer] = len(parts)
-    xp = namespace(pieces[0].arrays[0])
-    keep, nan = _keep_elements(xp, pieces, ks, caps, check)
+    grids = tuple(grid(layer, plan.granularity) for layer in plan.layers)
+    of_units = compiled(like, _unit_keys, "score", "g", "elements")
+    scored = [
+        of_units(sources[x.name], score=plan.score, g=g, elements=plan.granularity == "element")
+        for x, g in zip(plan.layers, grids, strict=True)
+    ]
+    ks = _counts_of_rows(like, counts, plan)
+    pruned = compiled(like, _lowest, "caps", "grids")(
+        [keys for keys, _ in scored], ks, caps=plan.caps, grids=grids
+    )
+    mask = compiled(like, _unit_mask, "g")
+    masks, start = {}, 0
+    for layer, g in zip(plan.layers, grids, strict=True):
+        masks[layer.weight] = mask(pruned, start, g=g)
+        start += g.n_members * g.n_units
+    nan = {x.name: flag for x, (_, flag) in zip(plan.layers, scored, strict=True)}
+    return masks, nan if check else {}
+
+
+def _unit_keys(
+    source: _Source, *, score: Callable[..., Any], g: Grid, elements: bool
+) -> tuple[Any, Any]:
+    """Returns the ordered scores of all units, ``(members, units)``, and whether one is NaN."""
+    xp = namespace(source.weight)
+    if elements:
+        keys = cut(xp, score(*source).keys(xp)[0], g)[:, :, 0]
+    else:
+        keys = ordered_bits(xp, replicated(score(*source, g)))
+    return keys, xp.any(keys == HIGHEST)
+
+
+def _lowest(keys: list[Any], counts: Any, *, caps: tuple[int, ...], grids: tuple[Grid, ...]) -> Any:
+    """Returns which units are pruned, those of all layers in one vector.
+
+    Without caps every row of a layer loses its count. With caps all layers share the first count,
+    to which units are charged at their cost, and a row loses at most its layer's cap of units.
+    """
+    xp = namespace(keys[0])
+    if not caps:
+        most = [g.n_units for g in grids for _ in range(g.n_members)]
+        return _lowest_of_rows(xp, keys, xp.clip(counts, 0, int32(xp, most, counts)))
+    # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
+    most = [cap for cap, g in zip(caps, grids, strict=True) for _ in range(g.n_members)]
+    within = _lowest_of_rows(xp, keys, int32(xp, most, counts))
+    flat = xp.concat([xp.reshape(k, (-1,)) for k in keys])
+    ranked = xp.where(within, xp.clip(flat, max=HIGHEST - 1), HIGHEST)
+    costs = [np.broadcast_to(g.cost, (g.n_members, g.n_units)).reshape(-1) for g in grids]
+    cost = int32(xp, np.concatenate(costs), counts)
+    together = _kernel(flat).lowest(ranked[None, :], counts[:1], cost)
+    return within & together[0, :]
+
+
+def _lowest_of_rows(xp: Any, keys: list[Any], counts: Any) -> Any:
+    """Returns the ``counts[i]`` lowest of row i of all ``keys``, in one vector of their units."""
+    widths = [k.shape[1] for k in keys]
+    row_widths = np.repeat(widths, [k.shape[0] for k in keys])
+    starts = np.cumsum(row_widths) - row_widths
+    pruned, order = [], []
+    for width in sorted(set(widths)):
+        # Equally long rows together.
+        rows = xp.concat([k for k in keys if k.shape[1] == width])
+        which = np.flatnonzero(row_widths == width)
+        few = xp.take(counts, int32(xp, which, counts))
+        pruned.append(xp.reshape(_kernel(rows).lowest(rows, few, None), (-1,)))
+        order.append((starts[which][:, None] + np.arange(width)).reshape(-1))
+    back = np.argsort(np.concatenate(order))
+    return xp.take(xp.concat(pruned), int32(xp, back, counts))
+
+
+def _unit_mask(pruned: Any, start: Any, *, g: Grid) -> Any:
+    """Returns the mask of a layer whose units begin at ``start`` in the vector of all."""
+    xp = namespace(pruned)
+    own = part(pruned, start, g.n_members * g.n_units)
+    return spread(xp, xp.reshape(~own, (g.n_members, g.n_units)), g)
+
+
+# Elements that are too many to copy their scores.
+
+
+def _cut_masks(
+    like: Any, sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, check: bool
+) -> _Masks:
+    some = {layer.name: sources[layer.name] for layer in plan.layers}
+    ks = _counts_of_rows(like, counts, plan)
+    cuts, nan = compiled(like, _cuts, "plan", "check")(some, ks, plan=plan, check=check)
+    mask = compiled(like, _cut_mask, "score", "stack_axes")
     masks, has_nan, start = {}, {}, 0
-    for layer, n in members.items():
-        masks[layer.weight] = _restack(xp, keep[start : start + n], layer)
-        has_nan[layer.name] = functools.reduce(operator.or_, nan[start : start + n])
-        start += n
+    flags = np.asarray(nan) if check and is_concrete(nan) else None
+    for layer in plan.layers:
+        masks[layer.weight] = mask(
+            some[layer.name], cuts, start, score=plan.score, stack_axes=layer.stack_axes
+        )
+        stop = start + _n_members(layer)
+        if flags is not None:
+            has_nan[layer.name] = flags[start:stop].any()
+        start = stop
     return masks, has_nan
 
 
-def _members(piece: Piece, layer: Layer) -> list[Piece]:
+def _cuts(sources: dict[str, _Source], counts: Any, *, plan: _Plan, check: bool) -> tuple[Cut, Any]:
+    """Returns where to cut the pieces, and where their scores hold a NaN."""
+    pieces = [
+        piece
+        for layer in plan.layers
+        for piece in _members(plan.score(*sources[layer.name]), layer.stack_axes)
+    ]
+    like = pieces[0].arrays[0]
+    xp, kernel = namespace(like), _kernel(like)
+    if not plan.caps:
+        sizes = int32(xp, [p.size for p in pieces], like)
+        return kernel.local_cuts(pieces, xp.clip(counts, 0, sizes), check)
+    caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(_n_members(x))]
+    budget = xp.clip(counts[0], 0, sum(caps))
+    return kernel.global_cuts(pieces, budget, int32(xp, caps, like), check)
+
+
+def _cut_mask(
+    source: _Source, cut: Cut, start: Any, *, score: Callable[..., Any], stack_axes: tuple[int, ...]
+) -> Any:
+    """Returns the mask of a layer whose pieces are cut as ``cut`` says from ``start`` on."""
+    piece = score(*source)
+    keep = [
+        _kernel(p.arrays[0]).kept(p, cut, start + i)
+        for i, p in enumerate(_members(piece, stack_axes))
+    ]
+    return _restack(keep, piece.shape, stack_axes)
+
+
+def _members(piece: Piece, stack_axes: tuple[int, ...]) -> list[Piece]:
     """Returns one piece for each of the layers stacked in this one."""
-    if not layer.stack_axes:
+    if not stack_axes:
         return [piece]
     xp = namespace(piece.arrays[0])
-    rest = tuple(a for a in range(len(layer.shape)) if a not in layer.stack_axes)
-    shape = tuple(layer.shape[a] for a in rest)
-    order = (*layer.stack_axes, *rest)
+    rest = tuple(a for a in range(len(piece.shape)) if a not in stack_axes)
+    shape = tuple(piece.shape[a] for a in rest)
+    order, size = (*stack_axes, *rest), math.prod(shape)
     stacks = [xp.reshape(xp.permute_dims(x, order), (-1, *shape)) for x in piece.arrays]
-    size = math.prod(shape)
-
-    def member(i: int) -> Piece:
-        def score(arrays: tuple[Any, ...], index: Any) -> Any:
-            return piece.score(arrays, index + i * size)
-
-        return Piece(tuple(stack[i, ...] for stack in stacks), score)
-
-    return [member(i) for i in range(stacks[0].shape[0])]
+    return [
+        piece._replace(arrays=tuple(stack[i, ...] for stack in stacks), offset=i * size)
+        for i in range(stacks[0].shape[0])
+    ]
 
 
-def _restack(xp: Any, keep: Sequence[Any], layer: Layer) -> Any:
-    if not layer.stack_axes:
+def _restack(keep: Sequence[Any], shape: tuple[int, ...], stack_axes: tuple[int, ...]) -> Any:
+    """Returns one array of ``shape`` from those of the layers stacked in it."""
+    if not stack_axes:
         return keep[0]
-    rest = tuple(a for a in range(len(layer.shape)) if a not in layer.stack_axes)
-    order = (*layer.stack_axes, *rest)
-    stacked = xp.reshape(xp.stack(list(keep)), tuple(layer.shape[a] for a in order))
+    xp = namespace(keep[0])
+    order = (*stack_axes, *(a for a in range(len(shape)) if a not in stack_axes))
+    stacked = xp.reshape(xp.stack(list(keep)), tuple(shape[a] for a in order))
     return xp.permute_dims(stacked, tuple(order.index(a) for a in range(len(order))))
-
-
-def _keep_elements(
-    xp: Any, pieces: list[Piece], ks: list[Any], caps: list[int], check: bool
-) -> tuple[list[Any], list[Any]]:
-    """Returns which elements of each piece stay, and whether its scores hold a NaN.
-
-    Without caps each piece loses its own count; with caps they share the first one.
-    """
-    like = pieces[0].arrays[0]
-    sizes = [p.size for p in pieces]
-    if caps:
-        budgets = [xp.clip(int32(xp, ks[0], like), 0, sum(caps))]
-    else:
-        budgets = [xp.clip(int32(xp, k, like), 0, n) for k, n in zip(ks, sizes, strict=True)]
-    small = sum(sizes) <= SMALL and not spans_devices(like)
-    if small or any(is_batched(x) for p in pieces for x in (*p.arrays, *budgets)):
-        keys = [xp.reshape(p.keys(xp)[0], (1, -1)) for p in pieces]
-        pruned = _lowest(xp, keys, budgets, caps, [1] * len(keys))
-        keep = [xp.reshape(~rows, p.shape) for rows, p in zip(pruned, pieces, strict=True)]
-        return keep, [xp.any(k == HIGHEST) for k in keys]
-    kernel = _kernel(like)
-    if caps:
-        cut, nan = kernel.global_cuts(pieces, budgets[0], int32(xp, caps, like), check)
-    else:
-        cut, nan = kernel.local_cuts(pieces, xp.stack(budgets), check)
-    return [kernel.kept(piece, cut, i) for i, piece in enumerate(pieces)], list(nan)
-
-
-# Channels and blocks.
-
-
-def _unit_masks(
-    weights: dict[str, Any], stats: Any, counts: dict[str, Any], plan: _Plan, check: bool
-) -> _Masks:
-    layers = [layer for pool in plan.pools for layer in pool.layers]
-    grids = [grid(layer, plan.granularity) for layer in layers]
-    xp = namespace(weights[layers[0].weight])
-    keys, has_nan = [], {}
-    for layer, g in zip(layers, grids, strict=True):
-        scores = replicated(plan.score(layer, g, weights[layer.weight], stats))
-        keys.append(ordered_bits(xp, scores))
-        has_nan[layer.name] = xp.any(keys[-1] == HIGHEST)
-    budgets = [int32(xp, counts[pool.name], keys[0]) for pool in plan.pools]
-    caps: list[int] = []
-    if plan.scope == "global":
-        caps = list(plan.pools[0].caps)
-    else:
-        budgets = [xp.clip(k, 0, g.n_units) for k, g in zip(budgets, grids, strict=True)]
-    pruned = _lowest(xp, keys, budgets, caps, [g.cost for g in grids])
-    masks = {x.weight: spread(xp, ~p, g) for x, p, g in zip(layers, pruned, grids, strict=True)}
-    return masks, has_nan
-
-
-def _lowest(
-    xp: Any, keys: list[Any], budgets: list[Any], caps: list[int], costs: list[Any]
-) -> list[Any]:
-    """Returns which units of each ``(members, units)`` array of keys are pruned.
-
-    Without caps every row loses as many units as its array's budget says. With caps all arrays
-    share one budget, to which units are charged at their cost, and a row loses at most its cap of
-    units.
-    """
-    if not caps:
-        return _lowest_in_rows(xp, keys, budgets)
-    # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
-    within = _lowest_in_rows(xp, keys, [int32(xp, cap, keys[0]) for cap in caps])
-    flat_keys, flat_costs = [], []
-    for k, cost, allowed in zip(keys, costs, within, strict=True):
-        ranked = xp.where(allowed, xp.clip(k, max=HIGHEST - 1), HIGHEST)
-        flat_keys.append(xp.reshape(ranked, (1, -1)))
-        each = int32(xp, cost, k)
-        each = xp.reshape(each, (1, -1)) if each.ndim else each
-        flat_costs.append(xp.reshape(xp.broadcast_to(each, k.shape), (-1,)))
-    together = _kernel(keys[0]).lowest(
-        xp.concat(flat_keys, axis=1), xp.reshape(budgets[0], (1,)), xp.concat(flat_costs)
-    )
-    pruned, start = [], 0
-    for k, allowed in zip(keys, within, strict=True):
-        n = math.prod(k.shape)
-        pruned.append(allowed & xp.reshape(together[0, start : start + n], k.shape))
-        start += n
-    return pruned
-
-
-def _lowest_in_rows(xp: Any, keys: list[Any], counts: list[Any]) -> list[Any]:
-    """Returns the ``counts[i]`` lowest of each row of ``keys[i]``; equally long rows together."""
-    pruned: list[Any] = [None] * len(keys)
-    for width in sorted({k.shape[1] for k in keys}):
-        which = [i for i, k in enumerate(keys) if k.shape[1] == width]
-        rows = xp.concat([keys[i] for i in which])
-        ks = xp.concat([xp.broadcast_to(counts[i], (keys[i].shape[0],)) for i in which])
-        lowest, start = _kernel(rows).lowest(rows, ks, None), 0
-        for i in which:
-            n = keys[i].shape[0]
-            pruned[i] = lowest[start : start + n, :]
-            start += n
-    return pruned
 
 
 # N:M.
 
 
-def _nm_masks(weights: dict[str, Any], stats: Any, plan: _Plan, nm: NM) -> _Masks:
+def _nm_masks(sources: dict[str, _Source], plan: _Plan, nm: NM) -> _Masks:
     masks, has_nan = {}, {}
-    for pool in plan.pools:
-        for layer in pool.layers:
-            piece = plan.score(layer, weights[layer.weight], stats)
-            xp = namespace(piece.arrays[0])
-            last = layer.in_axes == tuple(range(len(layer.shape)))[-len(layer.in_axes) :]
-            if is_torch(piece.arrays[0]) and is_concrete(piece.arrays[0]) and last:
-                keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
-                mask, nan = partition.by_rows(piece, nm.of, keep)
-            else:
-                keys, _ = piece.keys(xp)
-                mask, nan = _keep_nm(xp, keys, layer, nm), xp.any(keys == HIGHEST)
-            masks[layer.weight], has_nan[layer.name] = mask, nan
+    for layer in plan.layers:
+        source = sources[layer.name]
+        masks[layer.weight], has_nan[layer.name] = compiled(
+            source.weight, _nm_mask, "score", "in_axes", "nm"
+        )(source, score=plan.score, in_axes=layer.in_axes, nm=nm)
     return masks, has_nan
 
 
-def _keep_nm(xp: Any, keys: Any, layer: Layer, nm: NM) -> Any:
-    """Returns the mask that keeps the highest of every group."""
-    rest = tuple(a for a in range(keys.ndim) if a not in layer.in_axes)
-    lead = tuple(a for a in rest if a < layer.in_axes[0])
-    order = (*lead, *layer.in_axes, *(a for a in rest if a not in lead))
+def _nm_mask(
+    source: _Source, *, score: Callable[..., Any], in_axes: tuple[int, ...], nm: NM
+) -> tuple[Any, Any]:
+    """Returns the mask that keeps the highest of every group, and whether a score is NaN."""
+    piece = score(*source)
+    ndim = len(piece.shape)
+    if is_torch(source.weight) and is_concrete(source.weight) and in_axes[-1] == ndim - 1:
+        keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
+        return partition.by_rows(piece, nm.of, keep)
+    xp = namespace(source.weight)
+    keys, _ = piece.keys(xp)
+    rest = tuple(a for a in range(ndim) if a not in in_axes)
+    lead = tuple(a for a in rest if a < in_axes[0])
+    order = (*lead, *in_axes, *(a for a in rest if a not in lead))
     moved = xp.permute_dims(keys, order)
-    before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(layer.in_axes) :]
+    before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(in_axes) :]
     groups = xp.reshape(moved, (*before, -1, nm.of, *after))
     mask = xp.reshape(_highest_of_groups(groups, len(before) + 1, nm), moved.shape)
-    return xp.permute_dims(mask, tuple(order.index(a) for a in range(keys.ndim)))
+    keep = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
+    return keep, xp.any(keys == HIGHEST)
 
 
 def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
@@ -466,30 +523,27 @@ def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
 # Biases.
 
 
-def bias_masks(
-    layers: Sequence[Layer], masks: Mapping[str, Any], granularity: Granularity
-) -> dict[str, Any]:
-    """Returns the masks of biases, flat, that follow those of the weights."""
-    biases: dict[str, Any] = {}
-    for layer in layers:
-        keep = _bias_mask(layer, masks[layer.weight], granularity)
-        if keep is not None and layer.bias is not None:
-            # A bias that layers share stays as long as one of them needs it.
-            shared = biases.get(layer.bias)
-            biases[layer.bias] = keep if shared is None else keep | shared
-    return biases
-
-
-def _bias_mask(layer: Layer, mask: Any, granularity: Granularity) -> Any:
+def bias_masks(config: Config, masks: dict[str, Any]) -> dict[str, Any]:
     """Returns which biases stay, flat: those of channels with some weight left.
 
-    None if the layer has no bias, or if no channel can lose all its weights.
+    Layers in which no channel can lose all its weights keep their biases.
     """
-    if layer.bias is None or not layer.out_axes:
-        return None
-    if isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1):
-        return None
+    found: dict[str, Any] = {}
+    for layer in config.layers:
+        rows = isinstance(config.granularity, NM) or (
+            config.granularity == "input_channel" and layer.groups == 1
+        )
+        if layer.bias is None or not layer.out_axes or rows:
+            continue
+        mask = masks[layer.weight]
+        keep = compiled(mask, _bias_mask, "g")(mask, g=grid(layer, "output_channel"))
+        # A bias that layers share stays as long as one of them needs it.
+        found[layer.bias] = keep if layer.bias not in found else found[layer.bias] | keep
+    return found
+
+
+def _bias_mask(mask: Any, *, g: Grid) -> Any:
     xp = namespace(mask)
-    whole = xp.broadcast_to(mask, layer.shape)
-    keep = fold(xp, whole, grid(layer, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    whole = xp.broadcast_to(mask, g.shape)
+    keep = fold(xp, whole, g, lambda m, axes: xp.any(m, axis=axes))
     return xp.reshape(keep, (-1,))

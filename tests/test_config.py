@@ -469,6 +469,8 @@ def test_nm_has_its_sparsity_from_keep_and_of():
     config = resolve([{"op_names": ["fc1"]}], TABLE, granularity=NM(1, 4))
     assert (config.counts, [x.name for x in config.layers]) == ({}, ["fc1"])
     resolve([{"op_names": ["fc1"], "sparsity": 0.75}], TABLE, granularity=NM(1, 4))
+    with raises(ValueError, "scope", "'layer'", "NM(keep=1, of=4)"):
+        resolve([{"op_names": ["fc1"]}], TABLE, scope="global", granularity=NM(1, 4))
     with raises(ValueError, "rule 0", "sparsity", "0.5", "NM(keep=1, of=4)", "0.75"):
         resolve([{"op_names": ["fc1"], "sparsity": 0.5}], TABLE, granularity=NM(1, 4))
     with raises(ValueError, "NM(keep=1, of=4)"):

@@ -278,6 +278,27 @@ def test_bad_feeds_of_slim():
 # What cannot be seen under a transform.
 
 
+def test_statistics_alone_can_be_mapped_over_also_where_scores_are_not_copied():
+    layer = Layer("fc", "Linear", "fc.w", (300, 300), (0,), (1,))
+    config = config_of("element", 0.3, [layer])
+    rng = np.random.default_rng(0)
+    many = [
+        slopes({"fc.w": rng.permutation(90_000).reshape(300, 300)}, [layer], "element")
+        for _ in range(2)
+    ]
+    params = {"fc.w": np.ones((300, 300), np.float32)}
+    stacked = jax.tree.map(lambda *x: np.stack(x), *many)
+    by_jax, by_torch = as_jax(params), as_torch(params)
+    mapped = (
+        jax.vmap(lambda s: pp.taylor_fo(by_jax, s, config))(stacked),
+        torch.func.vmap(lambda s: pp.taylor_fo(by_torch, s, config))(moved(as_torch, stacked)),
+    )
+    for i, stats in enumerate(many):
+        expected = stats.squares["fc"].high >= np.sort(stats.squares["fc"].high, None)[27_000]
+        for masks in mapped:
+            np.testing.assert_array_equal(np.asarray(masks["fc.w"][i]), expected)
+
+
 def test_nan_and_empty_statistics_that_cannot_be_seen_keep_the_channel():
     params, config = as_jax(FC_PARAMS), config_of(CHANNEL, 0.5)
     stats = active(FC_PARAMS, [FC])

@@ -41,15 +41,15 @@ def _forget_compiled():
 def scoring():
     """A criterion whose score is the weight itself, and the lowest of a unit that of the unit."""
 
-    def single(arrays, index):
+    def single(arrays, index, own):
         xp = namespace(arrays[0])
         return xp.astype(arrays[0], xp.float32)
 
-    def unit(layer, g, weight, stats):
+    def unit(weight, own, g):
         xp = namespace(weight)
         return fold(xp, xp.astype(weight, xp.float32), g, lambda x, axes: xp.sum(x, axis=axes))
 
-    return Criterion("raw", lambda layer, weight, stats: Piece((weight,), single), unit, unit)
+    return Criterion("raw", lambda weight, own: Piece((weight,), single), unit, unit)
 
 
 @contextlib.contextmanager

@@ -57,22 +57,19 @@ def outputs(
     where: str,
     modules: Mapping[str, Key],
     calls: Mapping[Key, Sequence[Any]],
-    reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Returns the output of each layer asked for, from the calls that were seen.
 
     Raises:
-        ValueError: a layer was never called; with its reason, where there is a particular one.
+        ValueError: a layer was never called.
     """
     result = {}
     for name, module in modules.items():
         found = calls.get(module, ())
         if not found:
-            reason = (reasons or {}).get(name) or (
-                "its weights may be used without calling it, or a method other than __call__"
-            )
             raise ValueError(
-                f"{where}: layer {name!r} is never called in this forward pass; {reason}"
+                f"{where}: layer {name!r} is never called in this forward pass; its weights may be "
+                "used without calling it, or a method other than __call__"
             )
         result[name] = found[0] if len(found) == 1 else list(found)
     return result

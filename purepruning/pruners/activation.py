@@ -8,7 +8,7 @@ from purepruning.config import Config
 from purepruning.layers import Layer
 from purepruning.namespace import flatten
 from purepruning.select import Criterion, prune
-from purepruning.stats.accumulate import Count, value
+from purepruning.stats.accumulate import Count, Sum, value
 from purepruning.stats.activations import ActivationStats, channels
 from purepruning.stats.checks import match, placed, refuse_empty
 from purepruning.units import Grid
@@ -90,16 +90,20 @@ def _checked(pruner: str, params: Any, stats: Any, config: Config) -> Any:
     }
 
 
-def _apoz(layer: Layer, g: Grid, weight: Any, stats: Any) -> Any:
-    positions, zeros, _ = stats[layer.name]
+def _of(totals: Any, layer: Layer) -> Any:
+    return totals[layer.name]
+
+
+def _apoz(weight: Any, own: tuple[Count, Count, Sum], g: Grid) -> Any:
+    positions, zeros, _ = own
     others = Count(positions.high - zeros.high, positions.low - zeros.low)
     return value(others) / value(positions)
 
 
-def _mean(layer: Layer, g: Grid, weight: Any, stats: Any) -> Any:
-    positions, _, sums = stats[layer.name]
+def _mean(weight: Any, own: tuple[Count, Count, Sum], g: Grid) -> Any:
+    positions, _, sums = own
     return value(sums) / value(positions)
 
 
-_APOZ = Criterion("apoz_rank", channel=_apoz, needs_stats=True)
-_MEAN = Criterion("mean_activation_rank", channel=_mean, needs_stats=True)
+_APOZ = Criterion("apoz_rank", channel=_apoz, of=_of)
+_MEAN = Criterion("mean_activation_rank", channel=_mean, of=_of)

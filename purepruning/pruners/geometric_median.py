@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from purepruning.config import Config
-from purepruning.layers import Layer
 from purepruning.namespace import iota, is_torch, matmul, namespace
 from purepruning.select import Criterion, prune
 from purepruning.sums import exact_sum, power_of_two_scale
@@ -35,7 +34,7 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
     return prune(_FPGM, params, stats, config)
 
 
-def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
+def _distances(weight: Any, own: None, g: Grid) -> Any:
     xp = namespace(weight)
     units = cut(xp, xp.astype(weight, xp.float32), g)
     # Distances do not change when all units move together; near the origin their products cancel
@@ -56,9 +55,9 @@ def _distances(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
     for start in reversed(range(0, n, size)):
         rows, behind = slice(start, start + size), slice(start, n)
         products = matmul(xp, units[:, rows, :], xp.matrix_transpose(units[:, behind, :]))
-        own = xp.linalg.diagonal(products[:, :, : min(size, n - start)])
-        squares = xp.concat([own, squares], axis=1)
-        square = own[:, :, None] + squares[:, None, :] - 2 * products
+        own_squares = xp.linalg.diagonal(products[:, :, : min(size, n - start)])
+        squares = xp.concat([own_squares, squares], axis=1)
+        square = own_squares[:, :, None] + squares[:, None, :] - 2 * products
         itself = place[None, rows, None] == place[None, None, behind]
         distance = xp.sqrt(xp.where(itself | (square < 0), 0.0, square))
         total = xp.concat(

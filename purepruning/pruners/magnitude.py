@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from purepruning.config import Config
-from purepruning.layers import Layer
 from purepruning.namespace import is_torch, namespace
 from purepruning.pieces import Piece
 from purepruning.select import Criterion, prune
@@ -61,22 +60,24 @@ def l2_norm(params: Any, stats: None, config: Config) -> Any:
     return prune(_L2, params, stats, config)
 
 
-def _element(layer: Layer, weight: Any, stats: None) -> Piece:
+def element(weight: Any, own: None) -> Piece:
+    """Returns single weights, which score their magnitude."""
     return Piece((weight,), _magnitude)
 
 
-def _magnitude(arrays: tuple[Any, ...], index: Any) -> Any:
+def _magnitude(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:
     xp = namespace(arrays[0])
     return xp.abs(xp.astype(arrays[0], xp.float32))
 
 
-def _l1(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
+def l1(weight: Any, own: None, g: Grid) -> Any:
+    """Returns the sums of magnitudes of all units, ``(members, units)``."""
     xp = namespace(weight)
     norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, exact_sum)
     return norm * _edge_scale(norm, g) if g.is_padded else norm
 
 
-def _l2(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
+def _l2(weight: Any, own: None, g: Grid) -> Any:
     xp = namespace(weight)
     norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, _root_of_squares)
     return norm * xp.sqrt(_edge_scale(norm, g)) if g.is_padded else norm
@@ -96,6 +97,6 @@ def _edge_scale(norm: Any, g: Grid) -> Any:
     return namespace(norm).asarray(scale, device=norm.device if is_torch(norm) else None)
 
 
-_LEVEL = Criterion("level", element=_element)
-_L1 = Criterion("l1_norm", channel=_l1, block=_l1)
+_LEVEL = Criterion("level", element=element)
+_L1 = Criterion("l1_norm", channel=l1, block=l1)
 _L2 = Criterion("l2_norm", channel=_l2, block=_l2)

@@ -41,10 +41,13 @@ def _shift(x: Any, by: int) -> Any:
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
-def _score(layer: Layer, words: Any, index: Any) -> Any:
+def _of(words: tuple[Any, Any], layer: Layer) -> tuple[Any, Any, int]:
+    return *words, zlib.crc32(layer.name.encode()) & 0x7FFFFFFF
+
+
+def _score(index: Any, own: tuple[Any, Any, Any]) -> Any:
     xp = namespace(index)
-    high, low = (int32(xp, word, index) for word in words)
-    name = zlib.crc32(layer.name.encode()) & 0x7FFFFFFF
+    high, low, name = (int32(xp, word, index) for word in own)
     first = _mix(high ^ name)
     second = _mix(low ^ first)
     bits = _mix(_mix(index ^ first) + second)
@@ -52,16 +55,18 @@ def _score(layer: Layer, words: Any, index: Any) -> Any:
     return bits_float(xp, bits & 0x3FFFFFFF)
 
 
-def _element(layer: Layer, weight: Any, words: Any) -> Piece:
-    return Piece((weight,), lambda arrays, index: _score(layer, words, index))
+def _element(weight: Any, own: tuple[Any, Any, Any]) -> Piece:
+    return Piece((weight,), _score_element, own)
 
 
-def _unit(layer: Layer, g: Grid, weight: Any, words: Any) -> Any:
+def _score_element(arrays: tuple[Any, ...], index: Any, own: tuple[Any, Any, Any]) -> Any:
+    return _score(index, own)
+
+
+def _unit(weight: Any, own: tuple[Any, Any, Any], g: Grid) -> Any:
     xp = namespace(weight)
     index = xp.reshape(iota(xp, g.n_members * g.n_units, weight), (g.n_members, g.n_units))
-    return _score(layer, words, index)
+    return _score(index, own)
 
 
-_RANDOM = Criterion(
-    "random_pruning", element=_element, channel=_unit, block=_unit, needs_stats=True
-)
+_RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit, of=_of)

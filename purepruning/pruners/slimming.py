@@ -9,11 +9,10 @@ from typing import Any
 from purepruning.config import Config
 from purepruning.layers import Layer, missing
 from purepruning.namespace import flatten, namespace
-from purepruning.pieces import Piece
+from purepruning.pruners import magnitude
 from purepruning.select import Criterion, prune
 from purepruning.stats.checks import watched
-from purepruning.sums import exact_sum
-from purepruning.units import Grid, fold, grid, spread
+from purepruning.units import fold, grid, spread
 
 
 def slim(
@@ -170,17 +169,4 @@ def _leaf(where: str, layer: Layer, path: str, leaves: Mapping[str, Any]) -> Any
     return leaves[path]
 
 
-def _magnitude(arrays: tuple[Any, ...], index: Any) -> Any:
-    xp = namespace(arrays[0])
-    return xp.abs(xp.astype(arrays[0], xp.float32))
-
-
-def _element(layer: Layer, weight: Any, stats: None) -> Piece:
-    return Piece((weight,), _magnitude)
-
-
-def _channel(layer: Layer, g: Grid, weight: Any, stats: None) -> Any:
-    return fold(namespace(weight), _magnitude((weight,), None), g, exact_sum)
-
-
-_SLIM = Criterion("slim", element=_element, channel=_channel)
+_SLIM = Criterion("slim", element=magnitude.element, channel=magnitude.l1)

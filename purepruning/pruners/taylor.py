@@ -90,15 +90,23 @@ def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str
     }
 
 
-def _element(layer: Layer, weight: Any, stats: dict[str, Sum]) -> Piece:
-    return Piece(tuple(stats[layer.name]), lambda arrays, index: arrays[0] + arrays[1])
+def _of(totals: dict[str, Sum], layer: Layer) -> Sum:
+    return totals[layer.name]
 
 
-def _unit(layer: Layer, g: Grid, weight: Any, stats: dict[str, Sum]) -> Any:
-    total = value(stats[layer.name])
-    if tuple(total.shape) == layer.shape:
+def _element(weight: Any, own: Sum) -> Piece:
+    return Piece(tuple(own), _total)
+
+
+def _total(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:
+    return value(Sum(*arrays))
+
+
+def _unit(weight: Any, own: Sum, g: Grid) -> Any:
+    total = value(own)
+    if tuple(total.shape) == tuple(weight.shape):
         return fold(namespace(total), total, g, exact_sum)
     return total
 
 
-_TAYLOR = Criterion("taylor_fo", element=_element, channel=_unit, block=_unit, needs_stats=True)
+_TAYLOR = Criterion("taylor_fo", element=_element, channel=_unit, block=_unit, of=_of)

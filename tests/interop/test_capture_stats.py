@@ -106,3 +106,20 @@ def test_torch(batch):
     np.testing.assert_allclose(mean(stats, "3")[0], expected, rtol=1e-5)
     assert (int(stats.samples["3"].low), int(stats.positions["3"].low)) == (batch, 4 * batch)
     pp.mean_activation_rank(params, stats, config)
+
+
+def test_torch_attention():
+    model = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32))
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    config = config_of(interop.layers(model))
+    names = [layer.name for layer in config.layers]
+    assert names == ["linear1", "linear2", "self_attn.out_proj"]
+    _, outputs = interop.capture(model, params, x, layers=names)
+    stats = activations.init(params, config)
+    stats = activations.update(stats, outputs, config, activation="identity")
+    expected = model.self_attn(x, x, x)[0].detach().mean((0, 1))
+    np.testing.assert_allclose(mean(stats, names[2])[0], expected, rtol=1e-4, atol=1e-6)
+    assert int(stats.positions[names[2]].low) == 15
+    masks = pp.mean_activation_rank(params, stats, config)
+    assert torch.equal(masks["self_attn.out_proj.weight"][:, 0], expected > expected.sort()[0][1])

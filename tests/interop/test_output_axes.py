@@ -38,7 +38,7 @@ class LinenModel(nn.Module):
 def test_linen():
     x = jnp.zeros((2, 5, 5, 3))
     model = LinenModel()
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     assert axes_of(linen.layers(model, params, x)) == {
         "conv": (-1,),
         "up": (-1,),
@@ -135,7 +135,7 @@ def test_haiku(standard_promotion):
         return hk.Linear(3, name="linear")(x)
 
     model, x = hk.transform_with_state(forward), jnp.zeros((2, 4, 4, 8))
-    params, _ = model.init(jax.random.key(0), x)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), x)
     assert axes_of(haiku.layers(model, params, x)) == {
         "conv": (-1,),
         "norm": (3,),

@@ -183,7 +183,7 @@ def test_buffer_by_another_name_of_its_module():
     assert "a.running_mean" not in buffers
 
 
-def test_attention_returns_what_it_returns_and_its_out_proj_is_refused():
+def test_attention_returns_what_it_returns_and_first_of_it_the_output_of_its_out_proj():
     torch.manual_seed(0)
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, batch_first=True)})
     net.forward = lambda x: net["attention"](x, x, x)
@@ -191,13 +191,24 @@ def test_attention_returns_what_it_returns_and_its_out_proj_is_refused():
     for evaluated in (False, True):
         net.train(not evaluated)
         with torch.no_grad():
-            y, outputs = adapter.capture(net, None, x, layers=["attention"])
+            names = ["attention", "attention.out_proj"]
+            y, outputs = adapter.capture(net, None, x, layers=names)
         torch.testing.assert_close(outputs["attention"], y)
+        torch.testing.assert_close(outputs["attention.out_proj"], y[0])
         assert [tuple(t.shape) for t in outputs["attention"]] == [(2, 5, 4), (2, 5, 5)]
     stacked = {name: torch.stack([p, 2 * p]) for name, p in net.named_parameters()}
     found = torch.func.vmap(lambda p: adapter.capture(net, p, x, layers=["attention"])[1])(stacked)
     torch.testing.assert_close(found["attention"][0][0], outputs["attention"][0])
-    with pytest.raises(ValueError, match=r"layer 'attention\.out_proj' is never called.*ask for"):
+    # Alone too, from several calls, and from a model that does call it.
+    net.forward = lambda x: net["attention"](*[net["attention"](x, x, x)[0]] * 3)
+    y, outputs = adapter.capture(net, None, x, layers=["attention.out_proj"])
+    assert list(outputs) == ["attention.out_proj"]
+    torch.testing.assert_close(outputs["attention.out_proj"][1], y[0])
+    net.forward = lambda x: net["attention"].out_proj(x)
+    y, outputs = adapter.capture(net, None, x, layers=["attention.out_proj"])
+    torch.testing.assert_close(outputs["attention.out_proj"], y)
+    net.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"layer 'attention\.out_proj' is never called"):
         adapter.capture(net, None, x, layers=["attention.out_proj"])
 
 

@@ -33,10 +33,10 @@ def capture(
 
     An output is a copy of what the layer returned, before any activation that follows, also where
     that works in place. A layer called several times gives the list of its outputs, under whichever
-    of its names. ``nn.MultiheadAttention`` and recurrent layers return tuples; ``out_proj`` of the
-    former is never called (its output is that of the attention layer), and asking for it is an
-    error. An evaluated ``nn.TransformerEncoder`` does not take its fused path, which calls no
-    layers (and gives zeros at masked positions, where the ordinary path gives other numbers).
+    of its names. ``nn.MultiheadAttention`` and recurrent layers return tuples; the former uses the
+    weight of its ``out_proj`` without calling it, whose output is then the first of the tuple. An
+    evaluated ``nn.TransformerEncoder`` does not take its fused path, which calls no layers (and
+    gives zeros at masked positions, where the ordinary path gives other numbers).
 
     The model must not run in another thread meanwhile. Inside ``torch.utils.checkpoint`` with
     ``use_reentrant=True`` outputs have no gradient.
@@ -74,6 +74,12 @@ def capture(
     modules = _modules(where, model, layers)
     values, buffers = _values(where, model, params or {})
     calls: dict[torch.nn.Module, list[Any]] = {module: [] for module in modules.values()}
+    attention = {
+        module.out_proj: module
+        for module in model.modules()
+        if isinstance(module, torch.nn.MultiheadAttention) and module.out_proj in calls
+    }
+    calls |= {module: [] for module in attention.values()}
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         calls[module].append(pytree.tree_map(_copy, output))
@@ -87,7 +93,9 @@ def capture(
         )
         torch.backends.mha.set_fastpath_enabled(False)
         result = torch.func.functional_call(model, values, inputs, kwargs)
-    outputs = _capture.outputs(where, modules, calls, _reasons(model, modules))
+    for projection, module in attention.items():
+        calls[projection] = calls[projection] or [output[0] for output in calls[module]]
+    outputs = _capture.outputs(where, modules, calls)
     if mutable:
         result = result, {name: values[name] for name in buffers}
     return result, outputs
@@ -124,18 +132,3 @@ def _values(
 
 def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) else x
-
-
-def _reasons(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Returns why a layer is never called, where the module around it tells."""
-    attention = {
-        module.out_proj: name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.MultiheadAttention)
-    }
-    return {
-        name: f"its weight is used by the attention layer {attention[module]!r}; ask for that, the "
-        "first of whose outputs is this layer's"
-        for name, module in modules.items()
-        if module in attention
-    }
