@@ -54,20 +54,30 @@ def patches_convolution(
 
 
 class CNN(nn.Module):
-    """Two convolutions and two dense layers for images of 8 x 8 pixels; 36,000 weights."""
+    """Two convolutions and two dense layers for images of 8 x 8 pixels; 36,000 weights.
+
+    Attributes:
+        norms: whether there is a batch norm before each activation.
+    """
+
+    norms: bool = False
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
-        x = images[..., None]
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        def activate(x: Array, name: str) -> Array:
+            if self.norms:  # without momentum, statistics are those of the last call
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.0, name=name)(x)
+            return nn.relu(x)
+
         convolution = functools.partial(
             nn.Conv,
             kernel_size=(3, 3),
             strides=(2, 2),
             conv_general_dilated=patches_convolution,
         )
-        x = nn.relu(convolution(32, name="conv1")(x))
-        x = nn.relu(convolution(64, name="conv2")(x))
-        x = nn.relu(nn.Dense(64, name="hidden")(x.reshape(len(x), -1)))
+        x = activate(convolution(32, name="conv1")(images[..., None]), "norm1")
+        x = activate(convolution(64, name="conv2")(x), "norm2")
+        x = activate(nn.Dense(64, name="hidden")(x.reshape(len(x), -1)), "norm3")
         return nn.Dense(10, name="classifier")(x)
 
 

@@ -7,7 +7,7 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
-from purepruning import stats
+from purepruning import admm, movement, stats
 from purepruning.config import Config, Pool, count_of, resolve
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
@@ -73,6 +73,9 @@ __all__ = [
     "taylor_fo",
     "prune",
     "Criterion",
+    # Pruning that trains: modules of a few pure functions each.
+    "admm",
+    "movement",
     # Schedules: when to prune, and how much.
     "one_shot",
     "linear",

@@ -225,8 +225,13 @@ def count_of(sparsity: float, n: int) -> int:
     sparsity = fraction(sparsity, "sparsity")
     if not hasattr(n, "__index__") or n < 0:
         raise TypeError(f"n must be a number of units, got {n!r}")
+    return int(counts_of(np.float64(sparsity), n))
+
+
+def counts_of(sparsities: Any, n: Any) -> Any:
+    """Returns the same for float64 arrays of fractions and int64 numbers of units, as int64."""
     noise = 8 * np.finfo(np.float64).eps  # a few roundings of a number near 1
-    return min(math.floor(n * (sparsity + noise)), n)
+    return np.minimum(np.floor(n * (sparsities + noise)).astype(np.int64), n)
 
 
 def resolve(

@@ -69,7 +69,13 @@ def is_concrete(x: Any) -> bool:
 
 def is_batched(x: Any) -> bool:
     """Whether ``x`` is under ``torch.func.vmap``, where shapes cannot depend on data."""
-    return is_torch(x) and sys.modules["torch"]._C._functorch.is_batchedtensor(x)
+    if not is_torch(x):
+        return False
+    functorch = sys.modules["torch"]._C._functorch
+    # Under vmap of grad the batch is inside what tracks the gradient.
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
 
 
 def float_bits(xp: Any, x: Any) -> Any:

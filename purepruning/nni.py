@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from purepruning import admm
 from purepruning.config import Config, resolve
 from purepruning.layers import Layer, missing
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
@@ -39,6 +41,7 @@ _BASES = {
     "taylorfo": _Base(taylor_fo),
     "apoz": _Base(apoz_rank),
     "meanactivation": _Base(mean_activation_rank),
+    "admm": _Base(functools.partial(admm.masks, pruner=level), "element"),
 }
 _BASES |= {
     "l1norm": _BASES["l1"],
@@ -78,15 +81,17 @@ def from_nni(
     ``name`` is a pruner as its documents, its classes or auptimizer call it, in any case:
 
     - ``"level"``, ``"l1"``, ``"L1NormPruner"``, ``"l1_filter"``, ``"fpgm"``, ``"slim"``,
-      ``"taylorfo"``, ``"apoz"``, ``"activation_mean_rank_filter"``, ...: pruned once, at step 0;
+      ``"taylorfo"``, ``"apoz"``, ``"activation_mean_rank_filter"``, ``"admm"``, ...: pruned once,
+      at step 0;
     - ``"linear"`` and ``"agp"``: gradually, by ``pruning_algorithm``: as the rules' gradual keys
       say, or in ``total_iteration`` steps;
     - ``"lottery_ticket"``: to step i belongs the count after round i, of ``total_iteration`` or the
       rules' ``prune_iterations``; at step 0 nothing is pruned. :func:`purepruning.lottery` does
       the rounds.
 
-    Level prunes single weights, the others output channels; Slim ranks the channels of all layers
-    together. Those that need statistics take them as ever, when they prune.
+    Level and ADMM prune single weights, the others output channels; Slim ranks the channels of all
+    layers together. Those that need statistics take them as ever, when they prune; ADMM takes what
+    :func:`purepruning.admm.step` returned last.
 
     Args:
         name: NNI's name.

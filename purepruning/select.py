@@ -182,6 +182,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     weights = weights_of(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
+    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
     plan = _Plan(_Score(score, config.inverted), pools, config.scope, config.granularity)
     counts = {} if isinstance(config.granularity, NM) else _counts(config)
@@ -199,10 +200,8 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
         raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    for layer in config.layers:
-        if layer.bias is not None and layer.bias in masks:
-            shape = tuple(tree.leaves[layer.bias].shape)
-            masks[layer.bias] = namespace(like).reshape(masks[layer.bias], shape)
+    for path in masks.keys() - weights.keys():
+        masks[path] = namespace(like).reshape(masks[path], tuple(tree.leaves[path].shape))
     return tree.rebuild(masks)
 
 
@@ -223,7 +222,15 @@ def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., A
 
 
 def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Returns the weights that are pruned, checked against the config."""
+    """Returns the weights that are pruned, by path, checked against the config.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`prune` says of parameters and config.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{pruner}: config must be what resolve returned, got {type(config).__name__}"
+        )
     weights = {}
     for layer in config.layers:
         where = f"{pruner}: layer {layer.name!r}"
@@ -254,7 +261,7 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
                     f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
                     f"gives the layer {layer.out_channels} output channels"
                 )
-        weights[layer.weight] = stop_gradient(weight)
+        weights[layer.weight] = weight
     return weights
 
 

@@ -78,3 +78,14 @@ def slopes(params, layers, granularity, keep=gradients.KEPT):
 def slopes_of_elements(params, layers, granularity):
     """The same of single weights, whatever is pruned."""
     return slopes(params, layers, "element", ["squares"])
+
+
+def movement(params, layers, granularity):
+    """Movement scores, by layer: sums of magnitudes, which are zero where weights are."""
+    single = granularity == "element" or isinstance(granularity, NM)
+    scores = {}
+    for layer in layers:
+        x = np.abs(np.float64(params[layer.weight]))
+        x = x if single else oracle.unit_sums(x, layer, granularity)
+        scores[layer.name] = x.astype(np.float32)
+    return scores

@@ -43,6 +43,13 @@ def test_pruners_that_look_at_data(page):
         assert pruned(page[name]) == {"0.weight": 8, "0.bias": 8}
 
 
+def test_admm(page):
+    masks = pruned(page["admm_masks"])
+    assert (masks["0.weight"], masks["4.weight"]) == (345, 4608)
+    assert len(page["distances"]) == 3
+    assert all(0 < distance < np.inf for distance in page["distances"])
+
+
 def test_agp(page):
     shares = [0.8 - 0.8 * (1 - epoch / 9) ** 3 for epoch in range(10)]
     assert page["pruned"] == [int(5760 * s + 1e-9) for s in shares]
@@ -115,6 +122,16 @@ def test_every_name_of_nni(pruner, name):
         gradual = pp.from_nni("agp", rules, LAYERS, pruning_algorithm=name, total_iteration=4)
         assert gradual.pruner is pruner
         assert gradual.schedule.init(gradual.config).times.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["admm", "ADMMPruner"])
+def test_admm_by_name(name):
+    rules = [{"sparsity": 0.8, "op_types": ["Conv2d"]}]
+    pruner, _, config = pp.from_nni(name, rules, LAYERS)
+    params = {"conv": jnp.asarray(np.arange(1.0, 361).reshape(3, 3, 4, 10)), "norm": jnp.ones(10)}
+    state, _ = pp.admm.step(params, pp.admm.init(params, config), config, pruner=pp.level)
+    masks = pruner(params, state, config)
+    np.testing.assert_array_equal(masks["conv"], pp.level(params, None, config)["conv"])
 
 
 @pytest.mark.parametrize("name", ["lottery_ticket", "LotteryTicketPruner"])

@@ -16,7 +16,7 @@ from purepruning import NM, Block, Layer
 from tests import oracle
 from tests.messages import raises
 from tests.modes import MODES, OVER_COUNTS, as_jax, as_numpy, as_torch, moved, stacked
-from tests.statistics import active, nothing, seed, slopes, slopes_of_elements
+from tests.statistics import active, movement, nothing, seed, slopes, slopes_of_elements
 
 LAYERS = (
     Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 8), (3,), (2,), bias="conv.b"),
@@ -69,7 +69,8 @@ class Row:
     @property
     def name(self):
         """The pruner's own name."""
-        return getattr(self.pruner, "func", self.pruner).__name__
+        function = getattr(self.pruner, "func", self.pruner)
+        return "movement.masks" if function is pp.movement.masks else function.__name__
 
     def config(self, sparsity=0.4, layers=None, bias="follow"):
         layers = self.layers if layers is None else layers
@@ -120,6 +121,10 @@ ROWS = (
     Row(pp.taylor_fo, TILES, "global", stats=slopes, channels=None),
     # The sign of the gradients goes with the position, so permuted channels have other sums.
     Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
+    Row(pp.movement.masks, stats=movement),
+    Row(pp.movement.masks, NM(1, 2), stats=movement),
+    Row(pp.movement.masks, CHANNEL, "global", stats=movement),
+    Row(pp.movement.masks, TILES, stats=movement, channels=None),
 )
 
 
@@ -173,7 +178,10 @@ rows = pytest.mark.parametrize("row", ROWS, ids=str)
 layer_rows = pytest.mark.parametrize(
     "row", [x for x in ROWS if x.scope == "layer" and x.pruner is not pp.random_pruning], ids=str
 )
-with_stats = pytest.mark.parametrize("row", [x for x in ROWS if needs_stats(x)], ids=str)
+# Movement scores are a plain dict; test_movement.py has what is wrong with them.
+with_stats = pytest.mark.parametrize(
+    "row", [x for x in ROWS if needs_stats(x) and x.stats is not movement], ids=str
+)
 counted = pytest.mark.parametrize(
     "row", [row for row in ROWS if not isinstance(row.granularity, NM)], ids=str
 )
