@@ -322,7 +322,7 @@ def test_what_is_pruned_stays_pruned(row, mode):
     before = prune(row, integers(2), 0.3)
     convert = as_torch if mode.startswith("torch") else as_jax
     config = row.config(0.6).with_masks(convert(before))
-    masks = MODES[mode](row.pruner, integers(7), row.stats, config)
+    masks = MODES[mode](row.pruner, integers(7), row.statistics(integers(7)), config)
     assert all(np.all(masks[path] <= before[path]) for path in masks)
     if isinstance(row.granularity, NM):
         assert_equal(masks, before)
@@ -332,7 +332,7 @@ def test_what_is_pruned_stays_pruned(row, mode):
     else:
         # A unit is charged at its weights, so that a new one may not fit where another did.
         alone = prune(row, integers(7), 0.6)
-        gone, without = (sum(int(np.sum(~m)) for m in whole(x).values()) for x in (masks, alone))
+        gone, without = (sum(int(np.sum(~m)) for m in whole(row, x).values()) for x in (masks, alone))
         assert abs(gone - without) <= 36
         assert gone <= config.counts["rule 0"]
 
@@ -353,9 +353,11 @@ def test_inverted_scores_prune_the_most_important(row, mode):
     config, rest = row.config(0.4), row.config()
     sizes = {pool.name: pool.size for pool in config.pools}
     rest = rest.with_counts({name: sizes[name] - k for name, k in config.counts.items()})
-    expected = pruned_units(row, MODES[mode](row.pruner, integers(3), row.stats, rest))
+    params = integers(3)
+    stats = row.statistics(params)
+    expected = pruned_units(row, MODES[mode](row.pruner, params, stats, rest))
     inverted = pp.invert_scores(row.pruner)
-    got = pruned_units(row, MODES[mode](inverted, integers(3), row.stats, config))
+    got = pruned_units(row, MODES[mode](inverted, params, stats, config))
     for name, units in expected.items():
         np.testing.assert_array_equal(got[name], ~units)
 
