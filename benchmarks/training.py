@@ -39,34 +39,12 @@ def _step_timing(width: int, batch: int) -> dict[str, Any]:
 
     kernels = {f"dense{i}.weight": normal((width, width), i) for i in range(LAYERS)}
     config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], linear_layers(kernels))
-    start = to_jax(kernels)
+    start, loss = to_jax(kernels), _regression(width, batch)
     masks = pp.level(start, None, config)
-    x, y = jnp.asarray(normal((batch, width), 97)), jnp.asarray(normal((batch, width), 98))
-
-    def loss(params: Any) -> Any:
-        h = x
-        for name in sorted(params):
-            h = jax.nn.relu(h @ params[name].T)
-        return jnp.mean((h - y) ** 2)
-
-    def stepper(optimizer: Any, params: Any) -> Callable[[], Any]:
-        state = [params, optimizer.init(params)]
-
-        def step(params: Any, opt_state: Any) -> Any:
-            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        jitted = jax.jit(step, donate_argnums=(0, 1))
-
-        def run() -> Any:
-            state[:] = jax.block_until_ready(jitted(*state))
-            return state[0]
-
-        return run
-
     steps = {
-        "dense": stepper(optax.adam(1e-4), jax.tree.map(jnp.copy, start)),
-        "masked": stepper(
+        "dense": _stepper(loss, optax.adam(1e-4), jax.tree.map(jnp.copy, start)),
+        "masked": _stepper(
+            loss,
             optax.chain(optax.adam(1e-4), pp.keep_pruned(masks)),
             {name: jnp.where(masks[name], w, 0.0) for name, w in start.items()},
         ),
@@ -77,6 +55,97 @@ def _step_timing(width: int, batch: int) -> dict[str, Any]:
         assert not jnp.any(jnp.where(mask, 0.0, after[name])), f"{name}: pruned weights came back"
         assert jnp.any(after[name] != start[name]), f"{name} was not trained"
     return times
+
+
+def admm_step(shape: tuple[int, tuple[int, ...]], run: Callable[..., Any]) -> dict[str, Any]:
+    width, batches = shape
+    times = {batch: run(_admm_timing, width, batch) for batch in batches}
+    steps = {f"with penalty, batch {b}": {"time": t["penalty"]} for b, t in times.items()}
+    last = times[batches[-1]]
+    projection = {"admm.step": {"time": last["projection"]}}
+    return {
+        "title": f"training step with ADMM's penalty, {LAYERS} x Dense({width}), Adam",
+        "ours": steps | projection,
+        "instead": {f"dense, batch {b}": {"time": t["dense"]} for b, t in times.items()},
+        "checks": [
+            report(f"batch {b}: CPU time / dense step", t["penalty"]["cpu_s"] / t["dense"]["cpu_s"])
+            for b, t in times.items()
+        ]
+        + [
+            report(
+                f"admm.step / dense step, batch {batches[-1]}",
+                last["projection"]["cpu_s"] / last["dense"]["cpu_s"],
+            )
+        ],
+    }
+
+
+def _admm_timing(width: int, batch: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    kernels = {f"dense{i}.weight": normal((width, width), i) for i in range(LAYERS)}
+    config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], linear_layers(kernels))
+    start, loss = to_jax(kernels), _regression(width, batch)
+    project = jax.jit(lambda params, state: pp.admm.step(params, state, config, pruner=pp.level))
+    state, _ = project(start, pp.admm.init(start, config))
+
+    def with_penalty(params: Any, state: Any) -> Any:
+        return loss(params) + pp.admm.penalty(params, state, config)
+
+    grads = jax.grad(with_penalty)(start, state), jax.grad(loss)(start)
+    for name, w in start.items():
+        pull = 1e-4 * (w - state.z[name] + state.u[name])
+        close = jnp.abs(grads[0][name] - grads[1][name] - pull).max()
+        assert close <= 1e-5 * jnp.abs(grads[0][name]).max(), f"{name}: another gradient"
+        assert int((state.z[name] != 0).sum()) == w.size - pp.count_of(0.9, w.size)
+    optimizer = optax.adam(1e-4)
+    calls = {
+        "dense": _stepper(loss, optimizer, jax.tree.map(jnp.copy, start)),
+        "penalty": _stepper(with_penalty, optimizer, jax.tree.map(jnp.copy, start), state),
+        "projection": lambda: jax.block_until_ready(project(start, state)),
+    }
+    return in_turns(calls, least=5, most=60)
+
+
+def _regression(width: int, batch: int) -> Callable[[Any], Any]:
+    """Returns the loss of a deep network of square layers."""
+    import jax
+    import jax.numpy as jnp
+
+    x, y = jnp.asarray(normal((batch, width), 97)), jnp.asarray(normal((batch, width), 98))
+
+    def loss(params: Any) -> Any:
+        h = x
+        for name in sorted(params):
+            h = jax.nn.relu(h @ params[name].T)
+        return jnp.mean((h - y) ** 2)
+
+    return loss
+
+
+def _stepper(
+    loss: Callable[..., Any], optimizer: Any, params: Any, *constants: Any
+) -> Callable[[], Any]:
+    """Returns a function that takes the next training step, and returns the parameters."""
+    import jax
+    import optax
+
+    state = [params, optimizer.init(params)]
+
+    def step(params: Any, opt_state: Any, *constants: Any) -> Any:
+        grads = jax.grad(loss)(params, *constants)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def run() -> Any:
+        state[:] = jax.block_until_ready(jitted(*state, *constants))
+        return state[0]
+
+    return run
 
 
 def first_call(blocks: tuple[tuple[int, ...], int], run: Callable[..., Any]) -> dict[str, Any]:

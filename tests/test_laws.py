@@ -332,7 +332,9 @@ def test_what_is_pruned_stays_pruned(row, mode):
     else:
         # A unit is charged at its weights, so that a new one may not fit where another did.
         alone = prune(row, integers(7), 0.6)
-        gone, without = (sum(int(np.sum(~m)) for m in whole(row, x).values()) for x in (masks, alone))
+        gone, without = (
+            sum(int(np.sum(~m)) for m in whole(row, x).values()) for x in (masks, alone)
+        )
         assert abs(gone - without) <= 36
         assert gone <= config.counts["rule 0"]
 
