@@ -1,9 +1,14 @@
-"""What the README shows is what the examples run."""
+"""What the README shows is what the examples run, and what CONTRIBUTING shows works."""
 
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
+
+import purepruning as pp
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +39,18 @@ def test_the_quickstarts_have_twelve_lines(example):
 
 
 def test_every_public_name_in_the_readme_exists():
-    import purepruning as pp
-
     names = re.findall(r"\bpp\.(\w+)", (ROOT / "README.md").read_text())
     assert [name for name in names if not hasattr(pp, name)] == []
+
+
+def test_the_pruner_in_contributing():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    weight = np.float32([[1, -9, 2, 0], [-3, 4, 2, 1]])
+    layer = pp.Layer("fc", "Linear", "w", (2, 4), out_axes=(1,), in_axes=(0,))
+    rules = [{"sparsity": 0.5, "op_types": ["Linear"]}]
+    config = pp.resolve(rules, [layer], granularity="output_channel")
+    for array in (jnp.asarray(weight), torch.from_numpy(weight)):
+        masks = names["max_norm"]({"w": array}, None, config)
+        assert masks["w"].tolist() == [[True, True, False, False]]
