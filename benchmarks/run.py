@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import channels
 import criteria
 import measure
+import schedules
 import selection
 import training
 
@@ -68,6 +69,11 @@ ROWS = {
         criteria.statistics_memory, (16, 32, 32, 64, 64, 128), (2, 2, 6, 4, 8)
     ),
     "criteria": Row(criteria.criteria, ((3, 4, 6, 3), 64), ((1, 1), 4)),
+    "tickets": Row(
+        schedules.tickets, ((64, 300, 100, 10), 20, (16, 64, 256)), ((8, 6, 5, 3), 3, (2,))
+    ),
+    "scheduled-step": Row(schedules.scheduled_step, (2048, (32, 256)), (32, (4,))),
+    "event": Row(schedules.event, ((3, 4, 6, 3), 64), ((1, 1), 4)),
 }
 
 

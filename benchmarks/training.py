@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from data import convolution_layers, linear_layers, nbytes, normal, residual_network, to_jax
 from measure import at_most, in_turns, report
@@ -16,7 +16,7 @@ LAYERS = 6
 
 def train_step(shape: tuple[int, tuple[int, ...]], run: Callable[..., Any]) -> dict[str, Any]:
     width, batches = shape
-    times = {batch: run(_step_timing, width, batch) for batch in batches}
+    times = {batch: run(step_timing, width, batch, "masked") for batch in batches}
     return {
         "title": f"training step with masks kept, {LAYERS} x Dense({width}), Adam",
         "ours": {f"batch {b}": {"time": t["masked"]} for b, t in times.items()},
@@ -32,7 +32,8 @@ def train_step(shape: tuple[int, tuple[int, ...]], run: Callable[..., Any]) -> d
     }
 
 
-def _step_timing(width: int, batch: int) -> dict[str, Any]:
+def step_timing(width: int, batch: int, how: Literal["masked", "scheduled"]) -> dict[str, Any]:
+    """Returns the times of a dense step, and of one with masks or a schedule with nothing due."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -41,16 +42,21 @@ def _step_timing(width: int, batch: int) -> dict[str, Any]:
     config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], linear_layers(kernels))
     start, loss = to_jax(kernels), _regression(width, batch)
     masks = pp.level(start, None, config)
+    never = pp.agp(begin=10**6, end=2 * 10**6, frequency=10**5)
+    last = {
+        "masked": pp.keep_pruned(masks),
+        "scheduled": pp.prune_on_schedule(pp.level, never, config, masks=masks),
+    }
     steps = {
         "dense": _stepper(loss, optax.adam(1e-4), jax.tree.map(jnp.copy, start)),
-        "masked": _stepper(
+        how: _stepper(
             loss,
-            optax.chain(optax.adam(1e-4), pp.keep_pruned(masks)),
+            optax.chain(optax.adam(1e-4), last[how]),
             {name: jnp.where(masks[name], w, 0.0) for name, w in start.items()},
         ),
     }
     times = in_turns(steps, least=5, most=60)
-    after = steps["masked"]()
+    after = steps[how]()
     for name, mask in masks.items():
         assert not jnp.any(jnp.where(mask, 0.0, after[name])), f"{name}: pruned weights came back"
         assert jnp.any(after[name] != start[name]), f"{name} was not trained"

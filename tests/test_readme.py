@@ -13,10 +13,12 @@ import purepruning as pp
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("subject", ["quickstart", "statistics"])
-@pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_the_snippets_are_the_example_files(subject, framework):
-    example, readme = f"{subject}_{framework}.py", (ROOT / "README.md").read_text()
+EXAMPLES = [f"{s}_{f}.py" for s in ("quickstart", "statistics") for f in ("jax", "torch")]
+
+
+@pytest.mark.parametrize("example", [*EXAMPLES, "schedule_jax.py"])
+def test_the_snippets_are_the_example_files(example):
+    readme = (ROOT / "README.md").read_text()
     (shown,) = re.findall(rf"<!-- examples/{example} -->\n```python\n(.*?)\n```", readme, re.DOTALL)
     _, _, code = (ROOT / "examples" / example).read_text().split('"""', 2)
     assert shown == code.strip()
@@ -32,8 +34,8 @@ def test_lines_that_differ_between_frameworks_are_marked(subject):
     assert all(line in by_jax.splitlines() for line in same)
 
 
-@pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py"])
-def test_the_quickstarts_have_twelve_lines(example):
+@pytest.mark.parametrize("example", ["quickstart_jax.py", "quickstart_torch.py", "schedule_jax.py"])
+def test_the_short_examples_have_twelve_lines(example):
     code = (ROOT / "examples" / example).read_text().split('"""', 2)[2]
     assert len([line for line in code.splitlines() if line]) <= 12
 
