@@ -252,15 +252,14 @@ def test_it_finds_a_better_division_than_the_first():
 
 
 def test_counts_go_into_a_config_in_both_frameworks():
-    config = config_of(0.6, SIZES)
-    search = pp.annealing(config)
+    config, search = config_of(0.5, SIZES), search_of(0.5)
     _, counts = search.propose(search.init(jax.random.key(3)))
     rng = np.random.default_rng(0)
     params = {f"l{i}": rng.normal(size=(n, 4)).astype(np.float32) for i, n in enumerate(SIZES)}
     for convert in (jnp.asarray, torch.asarray):
         given = {name: convert(x) for name, x in params.items()}
         masks = pp.level(given, None, config.with_counts(counts))
-        assert sum(int((~mask).sum()) for mask in masks.values()) == 405  # 0.6 of 676
+        assert sum(int((~mask).sum()) for mask in masks.values()) == 338  # 0.5 of 676
 
 
 def test_states_are_arrays_and_go_through_orbax(tmp_path):

@@ -86,12 +86,18 @@ def inside(schedule=SCHEDULE, config=CONFIG, pruner=pp.level, **options):
 forms = pytest.mark.parametrize("form", [chain, inside])
 
 
+@functools.cache
+def whole(form):
+    """The usual run in one scan, compiled once for all tests that look at it."""
+    return jax.jit(lambda p: run(form(), p))(start())
+
+
 # In the chain.
 
 
 @forms
 def test_counts_are_those_of_the_schedule_at_every_step(form):
-    history, state = jax.jit(lambda p: run(form(), p))(start())
+    history, state = whole(form)
     # 0.8 - 0.8 (1 - u)^3 with u = 0, 4/9, 8/9, 1, of 60 and of 40 weights, rounded down.
     shares = [0] * 6 + [0.8 - 0.8 * (5 / 9) ** 3] * 4 + [0.8 - 0.8 * (1 / 9) ** 3] + [0.8] * 3
     assert [zeros(x) for x in history["a"]] == [int(60 * s + 1e-9) for s in shares]
@@ -103,19 +109,21 @@ def test_counts_are_those_of_the_schedule_at_every_step(form):
     np.testing.assert_array_equal(masks["a"], history["a"][-1] != 0)
 
 
-def by_hand(schedule, config, params, *, pruner=pp.level, steps=STEPS):
+@functools.cache
+def event_by_event():
     """The same, event by event: the step knows masks, and pruning is a function of its own."""
+    params = start()
     tx = optax.chain(momentum(), pp.keep_pruned(pp.expand({}, params)))
 
     @jax.jit
     def prune(params, opt_state, counts):
-        now = config.with_counts(counts).with_masks(pp.get_masks(opt_state))
-        return pp.set_masks(opt_state, pruner(params, None, now))
+        now = CONFIG.with_counts(counts).with_masks(pp.get_masks(opt_state))
+        return pp.set_masks(opt_state, pp.level(params, None, now))
 
-    opt_state, clock = tx.init(params), schedule.init(config)
+    opt_state, clock = tx.init(params), SCHEDULE.init(CONFIG)
     step, history = jax.jit(functools.partial(update, tx)), []
-    for x in batches(steps):
-        clock, event = schedule.step(clock)
+    for x in batches():
+        clock, event = SCHEDULE.step(clock)
         if event.due:
             opt_state = prune(params, opt_state, event.counts)
         params, opt_state = step(params, opt_state, x)
@@ -125,7 +133,7 @@ def by_hand(schedule, config, params, *, pruner=pp.level, steps=STEPS):
 
 
 def test_pruning_beside_the_step_gives_the_same_bits():
-    expected = by_hand(SCHEDULE, CONFIG, start())
+    expected = event_by_event()
     tx = chain()
     step, params, state = jax.jit(functools.partial(update, tx)), start(), tx.init(start())
     for t, x in enumerate(batches()):
@@ -180,7 +188,7 @@ def test_one_compilation(form):
 
 
 def test_the_optimizer_inside_forgets_what_is_pruned():
-    _, state = jax.jit(lambda p: run(inside(), p))(start())
+    _, state = whole(inside)
     for name in ("a", "b"):
         trace, mask = state.kept.inner[0].trace[name], np.asarray(state.kept.masks[name])
         assert not np.asarray(trace)[~mask].any()
@@ -263,8 +271,9 @@ def test_seeds_under_vmap_prune_in_a_branch():
     many, step = params, jax.jit(step)
     for x in batches():
         many, state = step(many, state, x)
+    run_alone = jax.jit(lambda p: run(tx, p)[0])
     for i in range(3):
-        alone, _ = run(tx, jax.tree.map(lambda x, i=i: x[i], params))
+        alone = run_alone(jax.tree.map(lambda x, i=i: x[i], params))
         for name in ("a", "b"):
             np.testing.assert_array_equal(many[name][i] != 0, alone[name][-1] != 0)
 
@@ -282,9 +291,9 @@ def test_many_sparsities_are_one_call():
         return run(chain(clock._replace(counts=counts)), params)[0]
 
     many = jax.jit(jax.vmap(train, in_axes=(0, None)))(clock.counts, start())
+    alone_with = jax.jit(lambda state, p: run(chain(state), p)[0])
     for i, share in enumerate(shares):
-        tx = chain(SCHEDULE, CONFIG.with_sparsity(share))
-        alone = jax.jit(lambda p, tx=tx: run(tx, p)[0])(start())
+        alone = alone_with(SCHEDULE.init(CONFIG.with_sparsity(share)), start())
         for name, n in (("a", 60), ("b", 40)):
             assert zeros(many[name][i, -1]) == int(n * share + 1e-9)
             np.testing.assert_array_equal(many[name][i] != 0, alone[name] != 0)
@@ -362,7 +371,7 @@ def test_orbax_resumes_in_the_middle(form, tmp_path):
             assert restored["key"] == jax.random.key(7)
             params, state = restored["params"], restored["state"]
         params, state = step(params, state, x)
-    expected = by_hand(SCHEDULE, CONFIG, start()) if form is chain else run(tx, start())[0]
+    expected = event_by_event() if form is chain else whole(form)[0]
     for name in ("a", "b"):
         assert zeros(params[name]) == zeros(expected[name][-1])
         if form is chain:
