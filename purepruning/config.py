@@ -157,9 +157,10 @@ class Config:
     def with_masks(self, masks: Any) -> Config:
         """Returns the config by which what ``masks`` prune is pruned first, whatever its score.
 
-        Counts include it. A pruner's masks are then nested in ``masks``, unless a count is smaller
-        than what they prune. A unit of several weights is pruned already if all its weights are.
-        Masks of biases play no part: biases follow their weights.
+        Counts include it. A pruner's masks are then nested in ``masks``, unless a count, or in
+        global scope a layer's cap, is smaller than what they prune. A unit of several weights is
+        pruned already if all its weights are. Masks of biases play no part: biases follow their
+        weights.
 
         Raises:
             KeyError, ValueError, TypeError: by the pruner, if the masks do not fit its ``params``.

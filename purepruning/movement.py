@@ -34,7 +34,7 @@ import numpy as np
 
 from purepruning.config import Config, counts_of
 from purepruning.layers import Layer, missing
-from purepruning.masks import zero_pruned
+from purepruning.masks import by_path, spread_mask, zero_pruned
 from purepruning.namespace import (
     array_like,
     flatten,
@@ -48,7 +48,7 @@ from purepruning.namespace import (
 )
 from purepruning.pieces import Piece
 from purepruning.select import Criterion, bias_masks, prune, weights_of
-from purepruning.units import NM, Grid, fold, grid, spread
+from purepruning.units import NM, Grid, any_of, fold, grid, spread
 
 
 def init(params: Any, config: Config) -> dict[str, Any]:
@@ -279,6 +279,10 @@ def at(configs: Config, step: Any) -> Config:
         ValueError: it is negative; ``configs`` is no schedule.
     """
     where = "movement.at"
+    if not isinstance(configs, Config):
+        raise TypeError(
+            f"{where}: configs must be what schedule returned, got {type(configs).__name__}"
+        )
     if isinstance(step, int | np.integer) and not isinstance(step, bool):
         if step < 0:
             raise ValueError(f"{where}: step must be at least 0, got {step}")
@@ -397,7 +401,10 @@ def _masks(where: str, params: Any, scores: Any, config: Config, threshold: Any)
 
 
 def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cut: Any) -> Any:
+    if config.inverted:
+        raise ValueError(f"{where}: a threshold has no meaning for inverted scores")
     tree, found = flatten(params), {}
+    before = by_path(config.masks, tree.leaves) if config.masks else {}
     nan = []
     for pool in config.pools:
         for layer in pool.layers:
@@ -406,6 +413,9 @@ def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cu
             score = xp.astype(scores[layer.name], xp.float32)
             if not _in_units(config):
                 score = fold(xp, score, g, xp.sum)  # of one weight each: only the order changes
+            if layer.weight in before:
+                whole = spread_mask(before[layer.weight], tree.leaves[layer.weight])
+                score = xp.where(fold(xp, whole, g, any_of), score, -math.inf)
             keep = ~(score <= cut)  # what is NaN under jit stays to be seen
             if not pool.allow_empty:
                 keep = keep | _highest(xp, score)

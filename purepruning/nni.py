@@ -47,6 +47,7 @@ _BASES |= {
     "l1norm": _BASES["l1"],
     "l2norm": _BASES["l2"],
     "taylorfoweight": _BASES["taylorfo"],
+    "taylor": _BASES["taylorfo"],
     "activationapozrank": _BASES["apoz"],
     "activationmeanrank": _BASES["meanactivation"],
 }

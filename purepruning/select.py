@@ -35,10 +35,12 @@ from purepruning.namespace import (
 )
 from purepruning.pieces import HIGHEST, Cut, Piece, ordered_bits
 from purepruning.rules import Scope
-from purepruning.units import NM, Block, Granularity, Grid, cut, fold, grid, spread
+from purepruning.units import NM, Block, Granularity, Grid, any_of, fold, grid, spread
 
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.
 SMALL = 65_536
+
+LOWEST_FINITE = float(np.finfo(np.float32).min)
 
 #: Up to this many weights in a group of N:M, comparing all pairs is fastest.
 PAIRS = 16
@@ -309,11 +311,10 @@ def _masks(sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, che
     masks: dict[str, Any] = {}
     has_nan: dict[str, Any] = {}
     for pools in problems:
-        part = plan._replace(pools=pools)
-        first = sources[part.layers[0].name]
-        like = first.weight
-        solve = _cut_masks if _is_large(first, part, counts) else _ranked_masks
-        some = solve(like, sources, counts, part, check)
+        problem = plan._replace(pools=pools)
+        first = sources[problem.layers[0].name]
+        solve = _cut_masks if _is_large(first, problem, counts) else _ranked_masks
+        some = solve(first.weight, sources, counts, problem, check)
         masks |= some[0]
         has_nan |= some[1]
     return masks, has_nan
@@ -357,11 +358,18 @@ def _ranked_masks(
     like: Any, sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, check: bool
 ) -> _Masks:
     grids = tuple(grid(layer, plan.granularity) for layer in plan.layers)
-    of_units = compiled(like, _unit_keys, "score", "g", "elements")
-    scored = [
-        of_units(sources[x.name], score=plan.score, g=g, elements=plan.granularity == "element")
-        for x, g in zip(plan.layers, grids, strict=True)
-    ]
+    if plan.granularity == "element":
+        of_elements = compiled(like, _element_keys, "score", "stack_axes")
+        scored = [
+            of_elements(sources[x.name], score=plan.score, stack_axes=x.stack_axes)
+            for x in plan.layers
+        ]
+    else:
+        of_units = compiled(like, _unit_keys, "score", "g")
+        scored = [
+            of_units(sources[x.name], score=plan.score, g=g)
+            for x, g in zip(plan.layers, grids, strict=True)
+        ]
     ks = _counts_of_rows(like, counts, plan)
     pruned = compiled(like, _lowest, "caps", "grids")(
         [keys for keys, _ in scored], ks, caps=plan.caps, grids=grids
@@ -375,14 +383,20 @@ def _ranked_masks(
     return masks, nan if check else {}
 
 
-def _unit_keys(source: _Source, *, score: _Score, g: Grid, elements: bool) -> tuple[Any, Any]:
-    """Returns the ordered scores of all units, ``(members, units)``, and whether one is NaN."""
+def _element_keys(
+    source: _Source, *, score: _Score, stack_axes: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Returns the ordered scores of all weights, ``(members, weights)``, and whether one is NaN."""
     xp = namespace(source.weight)
-    if elements:
-        keys = cut(xp, score.piece(source).keys(xp)[0], g)[:, :, 0]
-    else:
-        keys = ordered_bits(xp, score.units(source, g))
+    pieces = _members(score.piece(source), stack_axes)
+    keys = xp.concat([xp.reshape(piece.keys(xp)[0], (1, -1)) for piece in pieces])
     return keys, xp.any(keys == HIGHEST)
+
+
+def _unit_keys(source: _Source, *, score: _Score, g: Grid) -> tuple[Any, Any]:
+    """Returns the ordered scores of all units, ``(members, units)``, and whether one is NaN."""
+    keys = ordered_bits(namespace(source.weight), score.units(source, g))
+    return keys, namespace(keys).any(keys == HIGHEST)
 
 
 def _lowest(keys: list[Any], counts: Any, *, caps: tuple[int, ...], grids: tuple[Grid, ...]) -> Any:
@@ -603,11 +617,10 @@ def _bias_mask(mask: Any, *, g: Grid) -> Any:
     return xp.reshape(fold(xp, xp.broadcast_to(mask, g.shape), g, any_of), (-1,))
 
 
-def any_of(mask: Any, axes: tuple[int, ...]) -> Any:
-    """Returns whether anything is kept along ``axes``; for :func:`purepruning.units.fold`."""
-    return namespace(mask).any(mask, axis=axes)
-
-
 def _with_lowest(scores: Any, keep: Any, inverted: bool) -> Any:
     scores = -scores if inverted else scores
-    return scores if keep is None else namespace(scores).where(keep, scores, -math.inf)
+    if keep is None:
+        return scores
+    xp = namespace(scores)
+    # Scores of -inf still rank above what is pruned already.
+    return xp.where(keep, xp.clip(scores, min=LOWEST_FINITE), -math.inf)

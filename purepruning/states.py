@@ -29,6 +29,7 @@ import safetensors.numpy
 
 from purepruning.config import Config
 from purepruning.layers import missing
+from purepruning.masks import to_numpy
 from purepruning.namespace import is_concrete, is_torch, namespace
 from purepruning.schedules.schedule import check_resumed
 from purepruning.storage import read_whole, write_whole
@@ -213,6 +214,11 @@ def _description(config: Config) -> dict[str, Any]:
         "scope": config.scope,
         "granularity": str(config.granularity),
         "bias": config.bias,
+        "inverted": config.inverted,
+        "masks": {
+            path: zlib.crc32(np.packbits(to_numpy(mask)).tobytes())
+            for path, mask in config.masks.items()
+        },
     }
     return json.loads(json.dumps(described))
 

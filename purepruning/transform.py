@@ -242,6 +242,8 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
     """Returns whole masks for all that the config may prune, and those given."""
     leaves = flatten(params).leaves
     named = by_path(masks, leaves) if leaves else named_masks(masks)
+    for path, mask in (by_path(config.masks, leaves) if leaves else config.masks).items():
+        named[path] = named[path] & mask if path in named else mask
     shapes = {layer.weight: layer.shape for layer in config.layers}
     if config.bias == "follow":
         shapes |= {layer.bias: () for layer in config.layers if layer.bias is not None}
@@ -259,13 +261,12 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
 
 def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, Any]) -> Any:
     """Returns the masks in force with those of ``new``, where it is the turn of their pool."""
-    mine = {
-        path: turns[pool.name]
-        for pool in config.pools
-        if pool.name in turns
-        for layer in pool.layers
-        for path in (layer.weight, layer.bias)
-    }
+    mine: dict[str | None, Any] = {}
+    for pool in config.pools if turns else ():
+        for path in (path for layer in pool.layers for path in (layer.weight, layer.bias)):
+            # A bias that layers share has the turns of all of them.
+            turn = turns[pool.name]
+            mine[path] = mine[path] | turn if path in mine else turn
     masks = dict(old)
     for path, mask in by_path(named_masks(new), old).items():
         if turns and path not in mine:
@@ -273,7 +274,8 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, An
                 f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
                 "with pools that are pruned at different steps it is not known when it is due"
             )
-        whole = jnp.broadcast_to(mask, old[path].shape)
+        # What was pruned before stays pruned, also where a count or a unit cannot say so.
+        whole = jnp.broadcast_to(mask, old[path].shape) & old[path]
         masks[path] = jnp.where(mine[path], whole, old[path]) if turns else whole
     return masks
 

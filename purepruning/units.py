@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from purepruning.layers import Layer
-from purepruning.namespace import replicated
+from purepruning.namespace import namespace, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +211,11 @@ def spread(xp: Any, keep: Any, g: Grid) -> Any:
         merged.append(tiled[2 * axis] * tiled[2 * axis + 1])
     mask = xp.reshape(xp.broadcast_to(mask, tuple(tiled)), tuple(merged))
     return mask[tuple(slice(0, n) for n in g.shape)] if g.is_padded else mask
+
+
+def any_of(mask: Any, axes: tuple[int, ...]) -> Any:
+    """Returns whether anything is kept along ``axes``; a reduction for :func:`fold`."""
+    return namespace(mask).any(mask, axis=axes)
 
 
 def _pad(xp: Any, weight: Any, g: Grid) -> Any:

@@ -12,7 +12,7 @@ from purepruning.namespace import flatten, namespace
 from purepruning.pruners import magnitude
 from purepruning.select import Criterion, prune
 from purepruning.stats.checks import watched
-from purepruning.units import fold, grid, spread
+from purepruning.units import any_of, fold, grid, spread
 
 
 def slim(
@@ -113,7 +113,7 @@ def _kept(norm: Layer, mask: Any) -> Any:
     """Returns which channels a norm keeps, ``(members, channels)``."""
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, norm.shape)
-    return fold(xp, whole, grid(norm, "output_channel"), lambda m, axes: xp.any(m, axis=axes))
+    return fold(xp, whole, grid(norm, "output_channel"), any_of)
 
 
 def _refuse_others(where: str, layers: Iterable[Layer]) -> None:

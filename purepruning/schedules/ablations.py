@@ -17,8 +17,8 @@ from purepruning.masks import named_masks
 from purepruning.namespace import flatten, iota, key_words, namespace
 from purepruning.pieces import ordered_bits
 from purepruning.pruners.random import noise, own_words
-from purepruning.select import any_of, bias_masks
-from purepruning.units import NM, fold, grid, spread
+from purepruning.select import bias_masks
+from purepruning.units import NM, any_of, fold, grid, spread
 
 Pruner = Callable[[Any, Any, Config], Any]
 
@@ -45,6 +45,9 @@ def reinitialize(params: Any, key: Any) -> Any:
     words, tree = key_words(key), flatten(params)
     shuffled = {}
     for path, x in tree.leaves.items():
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            shuffled[path] = x
+            continue
         xp = namespace(x)
         rows = xp.reshape(x, (1, -1))
         shuffled[path] = xp.reshape(_shuffled(rows, own_words(words, path)), tuple(x.shape))
@@ -93,9 +96,9 @@ def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
             ) from None
         kept = _shuffled(fold(xp, whole, g, any_of), own_words(words, layer.name))
         new[layer.weight] = spread(xp, kept, g)
-        for path, bias in bias_masks([layer], new, config.granularity).items():
-            if path in named:
-                new[path] = xp.reshape(bias, tuple(named[path].shape))
+    for path, bias in bias_masks(config.layers, new, config.granularity).items():
+        if path in named:
+            new[path] = namespace(bias).reshape(bias, tuple(named[path].shape))
     return tree.rebuild(named | new)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.config import Config, count_of
+from purepruning.namespace import is_concrete
 from purepruning.rules import fraction
 from purepruning.units import NM, grid
 
@@ -273,16 +274,21 @@ def _groups(config: Config) -> list[_Group]:
     groups = []
     for number in sorted({pool.rule for pool in config.pools}):
         mine = [(i, pool) for i, pool in enumerate(config.pools) if pool.rule == number]
-        share = mine[0][1].sparsity
-        if share is None:
+        known = [config.counts[pool.name] for _, pool in mine]
+        if any(count is None for count in known):
             raise ValueError(f"annealing: rule {number} gives no sparsity")
+        if not all(is_concrete(count) and getattr(count, "ndim", 0) == 0 for count in known):
+            raise TypeError(f"annealing: the counts of rule {number} must be known integers")
         grids = [grid(pool.layers[0], config.granularity) for _, pool in mine]
         if any(g.is_padded for g in grids):
             raise ValueError(f"annealing: rule {number}: blocks at the edge of a layer are smaller")
         weights = np.asarray([math.prod(pool.layers[0].shape) for _, pool in mine])
         costs = np.asarray([g.cost * g.n_members for g in grids])
         most = np.asarray([pool.most for _, pool in mine])
-        total, possible = count_of(share, int(weights.sum())), int((most * costs).sum())
+        share = mine[0][1].sparsity
+        total, possible = int(np.dot(known, costs)), int((most * costs).sum())
+        if share is not None and known == [count_of(share, pool.size) for _, pool in mine]:
+            total = count_of(share, int(weights.sum()))  # not rounded down layer by layer
         if weights.sum() >= 2**31 or total > possible:
             raise ValueError(
                 f"annealing: rule {number} asks for {total} of {weights.sum()} weights, but its "

@@ -135,12 +135,13 @@ def lottery(
         for path in sorted(paths):
             if path not in leaves:
                 raise KeyError(missing(f"lottery: params have no {path!r}", path, leaves))
-        masks = {
-            path: namespace(leaves[path]).ones_like(
-                leaves[path], dtype=namespace(leaves[path]).bool
-            )
-            for path in sorted(paths)
-        }
+        before = by_path(config.masks, leaves) if config.masks else {}
+        masks = {}
+        for path in sorted(paths):
+            leaf = leaves[path]
+            masks[path] = namespace(leaf).ones_like(leaf, dtype=namespace(leaf).bool)
+            if path in before:
+                masks[path] = masks[path] & spread_mask(before[path], leaf)
         start = {name: jax.tree.map(copied, run[name]) for name in names}
         return LotteryState(schedule.init(config), masks, start)
 
@@ -156,7 +157,10 @@ def lottery(
         at = config.with_counts(clock.counts(state.schedule)).with_masks(state.masks)
         leaves = flatten(run["params"]).leaves
         new = by_path(named_masks(pruner(run["params"], stats, at)), leaves)
-        masks = state.masks | {p: copied(spread_mask(mask, leaves[p])) for p, mask in new.items()}
+        masks = dict(state.masks)
+        for path, mask in new.items():
+            whole = spread_mask(mask, leaves[path])
+            masks[path] = whole & masks[path] if path in masks else copied(whole)
         parts = {
             name: jax.tree.map(copied, state.start.get(name, part)) for name, part in run.items()
         }
