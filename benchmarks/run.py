@@ -26,7 +26,9 @@ import criteria
 import measure
 import schedules
 import selection
+import structure
 import training
+from nets import DENSENET, RESNET
 
 HERE = Path(__file__).resolve().parent
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -74,6 +76,12 @@ ROWS = {
     ),
     "scheduled-step": Row(schedules.scheduled_step, (2048, (32, 256)), (32, (4,))),
     "event": Row(schedules.event, ((3, 4, 6, 3), 64), ((1, 1), 4)),
+    "couple": Row(
+        structure.couple,
+        {"resnet": (RESNET, 64), "densenet": (DENSENET, 32), "bert": (12, 768, 12)},
+        {"resnet": (((1, 4),), 4), "densenet": ((2,), 4), "bert": (1, 8, 2)},
+    ),
+    "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 
 
@@ -126,7 +134,16 @@ def _measured(name: str, smoke: bool) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    packages = ("purepruning", "jax", "jaxlib", "numpy", "optax", "torch", "torchao")
+    packages = (
+        "purepruning",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "optax",
+        "torch",
+        "torchao",
+        "torch-pruning",
+    )
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpus": len(affinity(0)) if affinity else os.cpu_count(),

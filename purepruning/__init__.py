@@ -9,6 +9,14 @@ import importlib.metadata
 
 from purepruning import admm, movement, stats
 from purepruning.config import Config, Pool, count_of, resolve
+from purepruning.coupling.allocation import Allocation, KeptWhole
+from purepruning.coupling.costs import Counts, LayerCount, count
+from purepruning.coupling.couple import couple
+from purepruning.coupling.importance import group_norm, prune_units, unit_scores
+from purepruning.coupling.plan import Plan
+from purepruning.coupling.report import draw as draw_coupling
+from purepruning.coupling.shrink import ShrinkReport, Shrunk, ShrunkFunction, shrink
+from purepruning.coupling.structure import Coupling, Family, Member, Pin
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.namespace import leaf_paths
@@ -102,6 +110,26 @@ __all__ = [
     "AnnealingState",
     # Running statistics that some pruners need.
     "stats",
+    # Structure: what is coupled, and the smaller model.
+    "couple",
+    "Coupling",
+    "draw_coupling",
+    "Family",
+    "Member",
+    "Pin",
+    "Allocation",
+    "KeptWhole",
+    "unit_scores",
+    "prune_units",
+    "group_norm",
+    "shrink",
+    "Shrunk",
+    "ShrunkFunction",
+    "ShrinkReport",
+    "Plan",
+    "count",
+    "Counts",
+    "LayerCount",
     # Masks.
     "apply_masks",
     "merge_masks",

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -28,8 +28,13 @@ from purepruning.rules import (
     maximum,
     selected_layers,
     sparsity_of,
+    whole_number,
 )
 from purepruning.units import NM, Block, Granularity, Grid, grid
+
+if TYPE_CHECKING:
+    from purepruning.coupling.allocation import Allocation, KeptWhole
+    from purepruning.coupling.structure import Coupling
 
 BiasRule = Literal["follow", "keep"]
 
@@ -52,6 +57,11 @@ class Pool:
     named ``"rule 0"``; its count is a number of weights, since units of different layers differ in
     size.
 
+    With a coupling a pool is a set of units that go together, and its layers are all that make
+    them; its count is a number of units (of each part that must lose equally many). A pool of the
+    name of a layer is what that layer loses beyond. In global scope there is one pool,
+    ``"model"``, whose count is the cost to remove, in steps of :attr:`step`.
+
     Attributes:
         name: key of the pool in ``config.counts``.
         rule: number of the rule that selected it.
@@ -63,6 +73,10 @@ class Pool:
         allow_empty: whether the rule lets a layer lose all its units.
         gradual: the rule's gradual keys, if it has any.
         prune_iterations: number of rounds the rule asks for, if it does.
+        allowed: the counts there are, ascending, where rounding or a least number of channels
+            leaves some out; None for all.
+        total: in global scope with a coupling, the cost of the whole model; else None.
+        step: then the cost that one of a count stands for.
     """
 
     name: str
@@ -75,6 +89,9 @@ class Pool:
     allow_empty: bool
     gradual: Gradual | None
     prune_iterations: int | None
+    allowed: tuple[int, ...] | None = None
+    total: int | None = None
+    step: int = 1
 
     # Pools are hashed at every call of a compiled function.
     @functools.cached_property
@@ -93,11 +110,29 @@ class Pool:
         """The pool without what its rule says about numbers: what compiled code depends on."""
         return dataclasses.replace(self, sparsity=None, gradual=None, prune_iterations=None)
 
+    def count_of(self, sparsity: float) -> int:
+        """Returns the count of a sparsity: see :func:`count_of`, and the nearest allowed below it.
+
+        Where the pool is a whole model's cost, the least count that leaves at most
+        ``1 - sparsity`` of it.
+        """
+        if self.total is not None:
+            left = count_of(1 - fraction(sparsity, "sparsity"), self.total)
+            return -((left - self.total) // self.step)
+        return int(self.allow(count_of(sparsity, self.size)))
+
+    def allow(self, counts: Any) -> Any:
+        """Returns the largest allowed counts that do not exceed ``counts``, as NumPy."""
+        if self.allowed is None:
+            return counts
+        allowed = np.asarray(self.allowed)
+        return allowed[np.searchsorted(allowed, counts, side="right") - 1]
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["counts", "masks"],
-    meta_fields=["pools", "scope", "granularity", "bias", "inverted"],
+    meta_fields=["pools", "scope", "granularity", "bias", "inverted", "allocation"],
 )
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -117,6 +152,7 @@ class Config:
         masks: by parameter path, what is pruned already; see :meth:`with_masks`.
         inverted: whether the units of highest score are pruned, see
             :func:`purepruning.invert_scores`.
+        allocation: with a coupling, how units lie in layers; else None.
     """
 
     counts: dict[str, Any]
@@ -126,11 +162,29 @@ class Config:
     bias: BiasRule
     masks: dict[str, Any] = dataclasses.field(default_factory=dict)
     inverted: bool = False
+    allocation: Allocation | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Every layer that is pruned."""
-        return tuple(layer for pool in self.pools for layer in pool.layers)
+        found = tuple(layer for pool in self.pools for layer in pool.layers)
+        # Coupled, a layer may lie in several pools.
+        return found if self.allocation is None else tuple(dict.fromkeys(found))
+
+    @property
+    def kept_whole(self) -> tuple[KeptWhole, ...]:
+        """With a coupling, the sets of units that stay although a rule selects a layer, and why."""
+        return () if self.allocation is None else self.allocation.kept_whole
+
+    @property
+    def lowered(self) -> dict[str, tuple[int, int]]:
+        """By pool, the count its rule's sparsity asks for and the lower one that is allowed."""
+        asked = {
+            pool.name: (count_of(pool.sparsity, pool.size), pool.count_of(pool.sparsity))
+            for pool in self.pools
+            if pool.sparsity is not None and pool.allowed is not None
+        }
+        return {name: pair for name, pair in asked.items() if pair[0] != pair[1]}
 
     def with_counts(self, counts: Mapping[str, Any]) -> Config:
         """Returns the config with other counts: integers, or integer arrays to ``vmap`` over.
@@ -208,9 +262,9 @@ class Config:
         where = f"pool {pool.name!r}: sparsity"
         several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
         if not several and getattr(sparsity, "ndim", 0) == 0:
-            return _checked_count(pool, fraction(sparsity, where), where)
+            return checked_count(pool, fraction(sparsity, where), where)
         fractions = [fraction(s, where) for s in sparsity]
-        counts = [_checked_count(pool, s, where) for s in fractions]
+        counts = [checked_count(pool, s, where) for s in fractions]
         return np.asarray(counts, np.int32)
 
 
@@ -240,8 +294,14 @@ def resolve(
     layers: Iterable[Layer],
     *,
     scope: Scope = "layer",
-    granularity: Granularity | str = "element",
+    granularity: Granularity | str | None = None,
     bias: BiasRule = "follow",
+    coupling: Coupling | None = None,
+    extra: Literal["own", "none"] | None = None,
+    cost: Literal["params", "macs"] | None = None,
+    per_cost: bool = False,
+    round_to: int = 1,
+    min_channels: int = 1,
 ) -> Config:
     """Returns the config that ``rules`` mean for the model that ``layers`` describe.
 
@@ -261,6 +321,27 @@ def resolve(
     - ``initial_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``, ``frequency``,
       ``prune_iterations``: kept for schedules; the counts are those of the final sparsity.
     - ``allow_empty``: if True, sparsity 1 is accepted: layers may lose all their units.
+    - ``units``: with a coupling, the kind of units where an axis lies in two factors: ``"head"``
+      (what is taken of attention unless said), ``"head_position"``, ``"position"`` (what is taken
+      elsewhere) or ``"block"``, see :class:`purepruning.Family`. Layers without a choice lose what
+      they have.
+
+    With a ``coupling`` channels are pruned together that can only go together (NNI's
+    ``dependency_aware`` mode):
+
+    - A unit's score is the sum of the pruner's scores of its channels, in all layers that make
+      them. Those layers lose the same units, as many as the *smallest* of their sparsities says;
+      where channels lie in groups (of a grouped convolution), equally many of each group.
+    - With ``extra="own"`` a layer whose sparsity is higher than that of its set then loses more,
+      by its own scores, until it has lost its own share. Such masks no longer agree, so that
+      :func:`purepruning.shrink` must be told what to do; ``extra="none"`` leaves it at the common
+      ones, as NNI does from 2.9 on.
+    - A layer that makes such channels and that no rule selects, or that one excludes, protects
+      them: nothing is pruned in common. :attr:`Config.kept_whole` lists what stays, and why. A
+      selected layer whose channels all stay by themselves (the outputs of a model) is an error.
+    - With ``scope="global"`` the units of all layers are ranked together, and the lowest go until
+      the whole model's parameters or multiply-adds are at most ``1 - sparsity`` of what they were:
+      fewer would not do.
 
     Args:
         rules: the rules, in order.
@@ -268,14 +349,24 @@ def resolve(
         scope: ``"layer"`` prunes every layer to its own sparsity; ``"global"`` ranks the units of
             all layers of a rule together, each at the cost of its number of weights, and prunes the
             lowest-ranked as long as they fit into the rule's share of the weights.
-        granularity: ``"element"``, ``"output_channel"``, ``"input_channel"``, a :class:`Block` or
-            :class:`NM`.
+        granularity: ``"element"`` (unless given), ``"output_channel"``, ``"input_channel"``, a
+            :class:`Block` or :class:`NM`. With a coupling it is always ``"output_channel"``.
         bias: whether a bias is pruned where all weights of its output channel are (``"follow"``, as
             in NNI from 2.0 on), or never (``"keep"``).
+        coupling: what :func:`purepruning.couple` returned for the model.
+        extra: ``"own"`` (unless given) or ``"none"``, in layer scope with a coupling.
+        cost: ``"params"`` (unless given) or ``"macs"``: what the sparsity counts in global scope
+            with a coupling.
+        per_cost: whether units are then ranked by their score per cost, that of removing the unit
+            alone from the whole model.
+        round_to: with a coupling, the channels that a set keeps in a layer are a multiple of this,
+            or all of them: fewer are pruned, never more. :attr:`Config.lowered` says where.
+        min_channels: with a coupling, every set keeps at least so many channels of a layer.
 
     Raises:
         ValueError, TypeError: a mistake in a rule, or a layer without such units. The message gives
             the rule's number, the key, what was expected, what came, and the nearest valid names.
+        KeyError: the coupling has no parameter of that name.
 
     >>> from purepruning import Layer
     >>> table = [Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 10), out_axes=(3,), in_axes=(2,))]
@@ -286,6 +377,15 @@ def resolve(
     if isinstance(layers, Layer) or not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
     table = tuple(layers)
+    if coupling is not None and granularity not in (None, "output_channel", "out_channel"):
+        raise ValueError(
+            f"a coupling is about output channels, so granularity must be 'output_channel' or left "
+            f"out, got {granularity!r}"
+        )
+    options = _Options(extra, cost, per_cost, round_to, min_channels)
+    options.check(coupling, scope)
+    if granularity is None:
+        granularity = "element" if coupling is None else "output_channel"
     granularity = _granularity(granularity)
     _one_of("scope", scope, ("layer", "global"))
     _one_of("bias", bias, ("follow", "keep"))
@@ -298,14 +398,20 @@ def resolve(
         raise TypeError(f"rules must be a list of dictionaries, got {type(rules).__name__}")
     rules = list(rules)
     chosen: dict[str, int] = {}
+    excluded: dict[str, int] = {}
     for number, rule in enumerate(rules):
         check_keys(number, rule)
         for layer in selected_layers(number, rule, table):
-            if rule.get("exclude", False):
-                chosen.pop(layer.name, None)
-            else:
-                chosen[layer.name] = number
+            chosen.pop(layer.name, None)
+            excluded.pop(layer.name, None)
+            (excluded if rule.get("exclude", False) else chosen)[layer.name] = number
+        if coupling is None and "units" in rule:
+            raise ValueError(f"rule {number}: units has a meaning with coupling=... only")
     table = _own_biases(table, chosen)
+    if coupling is not None:
+        from purepruning.coupling.allocation import allocate
+
+        return allocate(rules, table, chosen, excluded, coupling, scope, bias, options)
     pools: list[Pool] = []
     for number, rule in enumerate(rules):
         mine = sorted((x for x in table if chosen.get(x.name) == number), key=lambda x: x.name)
@@ -318,9 +424,36 @@ def resolve(
     for pool in () if isinstance(granularity, NM) else pools:
         where = f"rule {pool.rule}: sparsity"
         given = pool.sparsity
-        count = None if given is None else _checked_count(pool, given, where)
+        count = None if given is None else checked_count(pool, given, where)
         counts[pool.name] = count
     return Config(counts, tuple(pools), scope, granularity, bias)
+
+
+class _Options(NamedTuple):
+    """What is asked of a coupled config."""
+
+    extra: str | None
+    cost: str | None
+    per_cost: bool
+    round_to: int
+    min_channels: int
+
+    def check(self, coupling: Any, scope: str) -> None:
+        """Raises where an option is wrong, or would have no effect."""
+        for name in ("round_to", "min_channels"):
+            whole_number(getattr(self, name), name, 1)
+        if not isinstance(self.per_cost, bool):
+            raise TypeError(f"per_cost must be True or False, got {self.per_cost!r}")
+        _one_of("extra", self.extra, (None, "own", "none"))
+        _one_of("cost", self.cost, (None, "params", "macs"))
+        unset = _Options(None, None, False, 1, 1)._asdict()
+        given = [n for n, x in self._asdict().items() if x != unset[n]]
+        if coupling is None and given:
+            raise ValueError(f"{given[0]} has a meaning with coupling=... only")
+        wrong = {"extra": "layer", "cost": "global", "per_cost": "global"}
+        for name in given:
+            if wrong.get(name, scope) != scope:
+                raise ValueError(f"{name} has a meaning in scope={wrong[name]!r} only")
 
 
 def _granularity(value: Any) -> Granularity:
@@ -332,7 +465,7 @@ def _granularity(value: Any) -> Granularity:
     raise ValueError(f"granularity must be {expected}, got {value!r}")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
@@ -446,11 +579,17 @@ def _check_nm(number: int, layer: Layer, nm: NM) -> None:
         )
 
 
-def _checked_count(pool: Pool, sparsity: float, where: str) -> int:
+def checked_count(pool: Pool, sparsity: float, where: str) -> int:
     """Returns the pool's count; raises if its layers cannot or must not lose that many."""
-    count = count_of(sparsity, pool.size)
+    count = count_of(sparsity, pool.size) if pool.total is None else pool.count_of(sparsity)
     if count <= pool.most:
-        return count
+        return pool.count_of(sparsity)
+    if pool.total is not None:
+        raise ValueError(
+            f"{where} {sparsity:g} asks for removing {count * pool.step:,} of {pool.total:,}, but "
+            f"all units that may go make {pool.most * pool.step:,} (max_sparsity_per_layer is 0.99 "
+            "where not given)"
+        )
     if pool.caps:
         raise ValueError(
             f"{where} {sparsity:g} asks for {count} of {pool.size} weights, but the layers can "

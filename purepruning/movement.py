@@ -263,7 +263,7 @@ def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Con
                 "schedule outside, and map over it"
             )
         final = np.asarray(count, np.int64)[..., None]
-        tables[pool.name] = counts_of(share, final).astype(np.int32)
+        tables[pool.name] = np.asarray(pool.allow(counts_of(share, final)), np.int32)
     return dataclasses.replace(config, counts=tables)
 
 
@@ -403,6 +403,8 @@ def _masks(where: str, params: Any, scores: Any, config: Config, threshold: Any)
 def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cut: Any) -> Any:
     if config.inverted:
         raise ValueError(f"{where}: a threshold has no meaning for inverted scores")
+    if config.allocation is not None:
+        raise ValueError(f"{where}: a threshold looks at every channel alone, not at coupled ones")
     tree, found = flatten(params), {}
     before = by_path(config.masks, tree.leaves) if config.masks else {}
     nan = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from purepruning import admm
 from purepruning.config import Config, resolve
+from purepruning.coupling.structure import Coupling
 from purepruning.layers import Layer, missing
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
@@ -76,6 +77,9 @@ def from_nni(
     pruning_algorithm: str = "level",
     total_iteration: int | None = None,
     steps_per_epoch: int = 1,
+    mode: Literal["normal", "dependency_aware"] | None = None,
+    coupling: Coupling | None = None,
+    extra: Literal["own", "none"] | None = None,
 ) -> Recipe:
     """Returns pruner, schedule and config for what one of NNI's pruners is told.
 
@@ -101,6 +105,10 @@ def from_nni(
         pruning_algorithm: name of the pruner that a schedule prunes by.
         total_iteration: number of steps of a schedule, where the rules do not say.
         steps_per_epoch: as in :func:`purepruning.agp`.
+        mode: ``"dependency_aware"`` prunes coupled channels together, for the pruners of output
+            channels but Slim; ``"normal"`` does not. Unless given, it does if there is a coupling.
+        coupling, extra: for that mode, as in :func:`purepruning.resolve`. NNI's documents describe
+            ``extra="own"``; from 2.9 on its code does ``extra="none"``.
 
     Raises:
         KeyError: there is no such pruner; searches and quantizers are no recipes.
@@ -119,7 +127,29 @@ def from_nni(
     base = _base("name", name) if plain not in _SCHEDULED else None
     if base is None:
         base = _base("pruning_algorithm", pruning_algorithm)
-    config = resolve(config_list, layers, scope=base.scope, granularity=base.granularity)
+    if mode not in (None, "normal", "dependency_aware"):
+        raise ValueError(f"mode must be 'normal' or 'dependency_aware', got {mode!r}")
+    aware = coupling is not None if mode is None else mode == "dependency_aware"
+    if aware and (base.granularity != "output_channel" or base.scope != "layer"):
+        raise ValueError(
+            f"{name!r} has no dependency-aware mode: it does not prune the output channels of "
+            "single layers"
+        )
+    if aware and coupling is None:
+        raise ValueError(
+            "mode 'dependency_aware' needs coupling=pp.couple(fn, params, inputs); NNI asks for a "
+            "dummy_input there"
+        )
+    if not aware and (coupling is not None or extra is not None):
+        raise ValueError("coupling and extra have a meaning with mode='dependency_aware' only")
+    config = resolve(
+        config_list,
+        layers,
+        scope=base.scope,
+        granularity=base.granularity,
+        coupling=coupling,
+        extra=extra,
+    )
     if plain == "lotteryticket":
         asked = {pool.prune_iterations for pool in config.pools} - {None}
         end = total_iteration if not asked else asked.pop()

@@ -37,7 +37,11 @@ _KEYS = (
     "exclude",
     "prune_iterations",
     "allow_empty",
+    "units",
 )
+
+#: Kinds of units that a rule can choose between where an axis lies in two factors.
+UNIT_KINDS = ("head", "channel", "position", "block", "head_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,9 @@ def check_keys(number: int, rule: Any) -> None:
     for key in ("exclude", "allow_empty"):
         if not isinstance(rule.get(key, False), bool):
             raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
+    if rule.get("units", "head") not in UNIT_KINDS:
+        kinds = ", ".join(map(repr, UNIT_KINDS))
+        raise ValueError(f"rule {number}: units must be one of {kinds}, got {rule['units']!r}")
     given = [key for key in _SPARSITIES if key in rule]
     other = [key for key in rule if key not in (*_SELECTORS, "exclude")]
     if rule.get("exclude", False) and other:

@@ -21,6 +21,7 @@ from purepruning.config import Config, Pool
 from purepruning.layers import Layer, missing
 from purepruning.masks import by_path, spread_mask
 from purepruning.namespace import (
+    Flat,
     compiled,
     flatten,
     int32,
@@ -102,6 +103,16 @@ class _Score(NamedTuple):
             piece = piece._replace(arrays=(*piece.arrays, keep))
         masked = source.keep is not None
         return piece._replace(score=_Adjusted(piece.score, self.inverted, masked))
+
+    def channels(self, source: _Source, g: Grid) -> tuple[Any, Any]:
+        """Returns the scores of channels, 0 where pruned already, and which are not (or None)."""
+        scores = replicated(self.of(source.weight, source.own, g))
+        scores = -scores if self.inverted else scores
+        if source.keep is None:
+            return scores, None
+        whole = spread_mask(source.keep, source.weight)
+        keep = replicated(fold(namespace(whole), whole, g, any_of))
+        return namespace(scores).where(keep, scores, 0.0), keep
 
     def units(self, source: _Source, g: Grid) -> Any:
         """Returns the scores of the units of a layer, ``(members, units)``."""
@@ -187,8 +198,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
     plan = _Plan(_Score(score, config.inverted), pools, config.scope, config.granularity)
-    counts = {} if isinstance(config.granularity, NM) else _counts(config)
-    like = next(iter(weights.values()))
+    counts = {} if isinstance(config.granularity, NM) else checked_counts(config)
     check = all(map(is_concrete, weights.values()))
     before = by_path(config.masks, tree.leaves) if config.masks else {}
     of = criterion.of or (lambda stats, layer: None)
@@ -196,14 +206,20 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
         x.name: _Source(weights[x.weight], of(stats, x), before.get(x.weight))
         for x in config.layers
     }
-    masks, has_nan = _masks(sources, counts, plan, check)
-    if config.bias == "follow":
-        masks |= bias_masks(config.layers, masks, config.granularity)
+    solve = _masks if config.allocation is None else functools.partial(_coupled_masks, config)
+    masks, has_nan = solve(sources, counts, plan, check)
     nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
     if nan:
         raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    for path in masks.keys() - weights.keys():
-        masks[path] = namespace(like).reshape(masks[path], tuple(tree.leaves[path].shape))
+    return with_biases(masks, tree, config)
+
+
+def with_biases(masks: dict[str, Any], tree: Flat, config: Config) -> Any:
+    """Returns a tree of the masks of all layers, by path of their weights, and of their biases."""
+    if config.bias == "follow":
+        biases = bias_masks(config.layers, masks, config.granularity)
+        for path, mask in biases.items():
+            masks[path] = namespace(mask).reshape(mask, tuple(tree.leaves[path].shape))
     return tree.rebuild(masks)
 
 
@@ -267,7 +283,7 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
     return weights
 
 
-def _counts(config: Config) -> dict[str, Any]:
+def checked_counts(config: Config) -> dict[str, Any]:
     """Returns the counts, checked as far as they are known."""
     for pool in config.pools:
         count = config.counts[pool.name]
@@ -285,10 +301,17 @@ def _counts(config: Config) -> dict[str, Any]:
                 f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
             )
         if not 0 <= int(count) <= pool.most:
-            why = "max_sparsity_per_layer" if pool.caps else "'allow_empty': True"
+            capped = pool.caps or pool.total is not None
+            why = "max_sparsity_per_layer" if capped else "'allow_empty': True"
             raise ValueError(
                 f"the count of {pool.name!r} must lie in [0, {pool.most}], got {int(count)}; its "
                 f"size is {pool.size}, and how much of it can go depends on the rule's {why}"
+            )
+        if pool.allowed is not None and int(count) not in pool.allowed:
+            raise ValueError(
+                f"the count of {pool.name!r} must be one that round_to and min_channels allow: "
+                f"{', '.join(map(str, pool.allowed[:8]))}{', ...' * (len(pool.allowed) > 8)}; "
+                f"got {int(count)}"
             )
     return config.counts
 
@@ -318,6 +341,29 @@ def _masks(sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, che
         masks |= some[0]
         has_nan |= some[1]
     return masks, has_nan
+
+
+def _coupled_masks(
+    config: Config, sources: dict[str, _Source], counts: dict[str, Any], plan: _Plan, check: bool
+) -> _Masks:
+    from purepruning.coupling.selection import coupled_masks
+
+    score = compiled(next(iter(sources.values())).weight, _channel_scores, "score", "g")
+    scores, keeps, has_nan, grids = {}, {}, {}, {}
+    for layer in config.layers:
+        name, g = layer.name, grid(layer, config.granularity)
+        scores[name], keep, has_nan[name] = score(sources[name], score=plan.score, g=g)
+        grids[name] = g
+        if keep is not None:
+            keeps[name] = keep
+    masks = coupled_masks(scores, keeps, grids, counts, config)
+    return {x.weight: masks[x.name] for x in config.layers}, has_nan if check else {}
+
+
+def _channel_scores(source: _Source, *, score: _Score, g: Grid) -> tuple[Any, Any, Any]:
+    """Returns what :meth:`_Score.channels` does, and whether a score is NaN."""
+    scores, keep = score.channels(source, g)
+    return scores, keep, namespace(scores).any(scores != scores)
 
 
 def _is_large(source: _Source, plan: _Plan, counts: dict[str, Any]) -> bool:
@@ -408,10 +454,10 @@ def _lowest(keys: list[Any], counts: Any, *, caps: tuple[int, ...], grids: tuple
     xp = namespace(keys[0])
     if not caps:
         most = [g.n_units for g in grids for _ in range(g.n_members)]
-        return _lowest_of_rows(xp, keys, xp.clip(counts, 0, int32(xp, most, counts)))
+        return lowest_of_rows(xp, keys, xp.clip(counts, 0, int32(xp, most, counts)))
     # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
     most = [cap for cap, g in zip(caps, grids, strict=True) for _ in range(g.n_members)]
-    within = _lowest_of_rows(xp, keys, int32(xp, most, counts))
+    within = lowest_of_rows(xp, keys, int32(xp, most, counts))
     flat = xp.concat([xp.reshape(k, (-1,)) for k in keys])
     ranked = xp.where(within, xp.clip(flat, max=HIGHEST - 1), HIGHEST)
     costs = [np.broadcast_to(g.cost, (g.n_members, g.n_units)).reshape(-1) for g in grids]
@@ -420,7 +466,7 @@ def _lowest(keys: list[Any], counts: Any, *, caps: tuple[int, ...], grids: tuple
     return within & together[0, :]
 
 
-def _lowest_of_rows(xp: Any, keys: list[Any], counts: Any) -> Any:
+def lowest_of_rows(xp: Any, keys: list[Any], counts: Any) -> Any:
     """Returns the ``counts[i]`` lowest of row i of all ``keys``, in one vector of their units."""
     widths = [k.shape[1] for k in keys]
     row_widths = np.repeat(widths, [k.shape[0] for k in keys])

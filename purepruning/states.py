@@ -215,6 +215,7 @@ def _description(config: Config) -> dict[str, Any]:
         "granularity": str(config.granularity),
         "bias": config.bias,
         "inverted": config.inverted,
+        "allocation": None if config.allocation is None else config.allocation.digest,
         "masks": {
             path: zlib.crc32(np.packbits(to_numpy(mask)).tobytes())
             for path, mask in config.masks.items()

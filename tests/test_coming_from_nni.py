@@ -56,6 +56,39 @@ def test_agp(page):
     assert int((page["jax_params"]["w"] == 0).sum()) == 160
 
 
+def test_dependency_aware(page):
+    masks = pruned(page["aware_masks"])
+    assert masks == {"conv1": 3, "conv2": 2}
+    one, two = (np.asarray(page["aware_masks"][n]).reshape(-1) for n in ("conv1", "conv2"))
+    assert np.all(one <= two)
+    assert {n: x.shape for n, x in page["small"].params.items()} == {
+        "conv1": (3, 3, 3, 5),
+        "conv2": (1, 1, 3, 5),
+        "fc": (5, 4),
+    }
+    again = pp.from_nni(
+        "L1NormPruner",
+        page["unequal"],
+        page["added_layers"],
+        mode="dependency_aware",
+        coupling=page["coupling"],
+        extra="none",
+    )
+    assert pruned(again.pruner(page["added"], None, again.config)) == {"conv1": 2, "conv2": 2}
+
+
+def test_modes_that_are_wrong(page):
+    arguments = page["unequal"], page["added_layers"]
+    with raises(ValueError, "dependency_aware", "coupling"):
+        pp.from_nni("l1", *arguments, mode="dependency_aware")
+    with raises(ValueError, "'slim'", "dependency-aware"):
+        pp.from_nni("slim", *arguments, coupling=page["coupling"])
+    with raises(ValueError, "coupling", "mode"):
+        pp.from_nni("l1", *arguments, mode="normal", coupling=page["coupling"])
+    with raises(ValueError, "mode", "'global'"):
+        pp.from_nni("l1", *arguments, mode="global")
+
+
 def test_lottery_tickets(page):
     shares = [1 - 0.2 ** (i / 5) for i in range(1, 6)]
     assert page["ticket_sizes"] == [5760 - int(5760 * s + 1e-9) for s in shares]

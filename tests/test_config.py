@@ -201,7 +201,7 @@ KEYS = {
 
 
 def test_every_key_is_accepted():
-    assert KEYS.keys() == set(rules._KEYS)
+    assert KEYS.keys() | {"units"} == set(rules._KEYS)  # that one is for couplings
     for key, (rule, options) in KEYS.items():
         assert key in rule
         assert isinstance(resolve([rule], TABLE, **options), Config)
@@ -430,7 +430,7 @@ def test_mistakes_in_global_scope(rule, error, parts):
         ({"scope": "model"}, ("scope", "'layer'", "'global'", "'model'")),
         ({"bias": True}, ("bias", "'follow'", "'keep'", "True")),
         ({"granularity": "filter"}, ("granularity", "'output_channel'", "'filter'")),
-        ({"granularity": None}, ("granularity", "None")),
+        ({"granularity": 3}, ("granularity", "3")),
         ({"granularity": (2, 2)}, ("granularity", "Block", "(2, 2)")),
     ],
 )

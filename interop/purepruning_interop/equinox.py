@@ -12,6 +12,7 @@ import jax
 from purepruning.layers import Layer
 from purepruning.namespace import flatten
 from purepruning_interop import _capture
+from purepruning_interop._equinox_shrink import couple, function, shrink
 from purepruning_interop._marks import KEY, collect, marking_class
 from purepruning_interop._table import (
     Owner,
@@ -27,6 +28,8 @@ from purepruning_interop._table import (
     per_channel,
     rows,
 )
+
+__all__ = ["layers", "capture", "couple", "function", "shrink"]
 
 
 def layers(model: Any) -> tuple[Layer, ...]:

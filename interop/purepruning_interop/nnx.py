@@ -13,6 +13,7 @@ from purepruning.layers import Layer
 from purepruning.namespace import flatten
 from purepruning_interop import _capture
 from purepruning_interop._marks import KEY, collect, marking_class
+from purepruning_interop._nnx_shrink import couple, function, shrink
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -27,6 +28,8 @@ from purepruning_interop._table import (
     per_channel,
     rows,
 )
+
+__all__ = ["layers", "capture", "couple", "function", "shrink"]
 
 # What every tree of the model's parameters calls a weight does not depend on how the tree was
 # made, because purepruning.namespace drops the `value` that NNX puts under a variable.

@@ -80,6 +80,8 @@ def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
     """
     if isinstance(config.granularity, NM):
         raise ValueError(f"shuffle_masks: {config.granularity} keeps a number in every group")
+    if config.allocation is not None:
+        raise ValueError("shuffle_masks shuffles every layer alone, not coupled channels")
     words, tree = key_words(key), flatten(masks)
     named, new = named_masks(masks), {}
     for layer in config.layers:

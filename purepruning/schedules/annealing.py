@@ -271,6 +271,8 @@ def _groups(config: Config) -> list[_Group]:
             "annealing divides a rule's sparsity among layers: resolve the rules with "
             f"scope='layer' and 'sparsity', got scope={config.scope!r}"
         )
+    if config.allocation is not None:
+        raise ValueError("annealing divides a rule's sparsity among layers, not coupled channels")
     groups = []
     for number in sorted({pool.rule for pool in config.pools}):
         mine = [(i, pool) for i, pool in enumerate(config.pools) if pool.rule == number]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from purepruning.config import Config, Pool, count_of
+from purepruning.config import Config, Pool
 from purepruning.namespace import host_namespace, is_concrete
 from purepruning.rules import fraction
 from purepruning.units import NM
@@ -275,7 +275,7 @@ def _table(
         row = [(t, s) for t, s in events(pool, share)]
         times.add(_times(pool, row))
         # The last count is the config's own, which need not be that of any short fraction.
-        rows.append([0, *(final if s == share else count_of(s, pool.size) for _, s in row)])
+        rows.append([0, *(final if s == share else pool.count_of(s) for _, s in row)])
     if len(times) > 1:
         raise ValueError(f"the events of {pool.name!r} are at other steps for other sparsities")
     counts = np.asarray(rows, np.int32)
@@ -284,7 +284,7 @@ def _table(
 
 def _fraction_of(pool: Pool, count: int) -> float:
     """Returns the sparsity that a count stands for: the rule's, if it is the rule's count."""
-    if pool.sparsity is not None and count_of(pool.sparsity, pool.size) == count:
+    if pool.sparsity is not None and pool.count_of(pool.sparsity) == count:
         return pool.sparsity
     return count / pool.size
 

@@ -1,0 +1,233 @@
+"""The user's own modules with smaller layers: parameters cut, attributes corrected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from purepruning.coupling.plan import Plan
+from purepruning.coupling.structure import Coupling
+
+#: Attributes by which classes remember what they are made of, for modules torch does not define.
+_HEADS = frozenset(
+    [
+        "num_heads",
+        "n_heads",
+        "n_head",
+        "nhead",
+        "heads",
+        "num_attention_heads",
+        "num_head",
+        "h",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_kv_heads",
+        "kv_heads",
+        "n_kv_head",
+    ]
+)
+_HEAD_SIZES = frozenset(
+    [
+        "head_dim",
+        "d_head",
+        "head_size",
+        "attention_head_size",
+        "d_kv",
+        "key_value_proj_dim",
+        "dim_head",
+        "dim_per_head",
+        "qkv_head_dim",
+    ]
+)
+_WIDTHS = frozenset(
+    [
+        "embed_dim",
+        "all_head_size",
+        "inner_dim",
+        "split_size",
+        "attn_dim",
+        "hidden_size",
+        "d_model",
+        "dim",
+        "width",
+        "channels",
+        "num_features",
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "inner_size",
+        "d_inner",
+        "intermediate_size",
+        "dim_out",
+        "dim_in",
+        "out_dim",
+        "in_dim",
+        "nf",
+        "hidden_dim",
+        "kdim",
+        "vdim",
+        "c",
+        "out_c",
+        "in_c",
+        "planes",
+        "inplanes",
+        "groups",
+        "num_groups",
+        "intermediate_channels",
+        "conv_dim",
+        "expand_dim",
+        "q_dim",
+        "kv_dim",
+        "channel",
+    ]
+)
+
+
+def cut_modules(
+    model: nn.Module,
+    plan: Plan,
+    state: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    coupling: Coupling,
+) -> nn.Module:
+    """Returns a copy of the model with cut parameters and corrected attributes.
+
+    Args:
+        model: stays as it is.
+        plan: what stays of every parameter.
+        state: the cut parameters and buffers, by path.
+        names: every name of the state dict, and the path of its leaf.
+        coupling: for the numbers of heads.
+    """
+    small = _copied(model, {path: t for path, t in state.items() if path in plan.cuts}, names)
+    for name, module in small.named_modules():
+        _correct(name, module, plan, names)
+    _correct_others(small, plan, names, coupling)
+    return small
+
+
+def _copied(
+    model: nn.Module, state: Mapping[str, torch.Tensor], names: Mapping[str, str]
+) -> nn.Module:
+    """Returns a deep copy in which cut tensors take the place of the whole ones, aliases too."""
+    full = model.state_dict(keep_vars=True)
+    memo: dict[int, Any] = {}
+    for name, path in names.items():
+        if path in state:
+            memo[id(full[name])] = state[path]
+    return copy.deepcopy(model, memo)
+
+
+def _sizes(name: str, plan: Plan, names: Mapping[str, str], key: str) -> tuple[int, ...] | None:
+    """Returns the shape of a module's parameter, if it is cut."""
+    path = names.get(f"{name}.{key}" if name else key)
+    raw = names.get(f"{name}.parametrizations.{key}.original" if name else "")
+    path = path if path is not None else raw
+    return plan.shape(path) if path is not None and path in plan.cuts else None
+
+
+def _correct(name: str, module: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
+    """Corrects what a class of torch's remembers about its parameters."""
+    weight = _sizes(name, plan, names, "weight")
+    match module:
+        case nn.Linear() if weight:
+            module.out_features, module.in_features = weight
+        case nn.modules.conv._ConvTransposeNd() if weight:
+            groups = module.groups
+            own = weight[0] if groups == module.in_channels else groups
+            module.groups, module.in_channels = own, weight[0]
+            module.out_channels = weight[1] * module.groups
+        case nn.modules.conv._ConvNd() if weight:
+            if module.groups > 1 and weight[1] == 1 and module.in_channels == module.groups:
+                each = module.out_channels // module.groups
+                module.groups = weight[0] // each  # a kernel of its own for every channel
+            elif module.groups > 1 and weight[1] * module.groups == module.in_channels:
+                each = module.out_channels // module.groups
+                module.groups = max(weight[0] // each, 1)  # whole groups went
+            module.in_channels, module.out_channels = weight[1] * module.groups, weight[0]
+        case nn.modules.batchnorm._NormBase():
+            size = weight or _sizes(name, plan, names, "running_mean")
+            if size:
+                module.num_features = size[0]
+        case nn.LayerNorm() | nn.RMSNorm() if weight:
+            module.normalized_shape = tuple(weight)
+        case nn.GroupNorm() if weight:
+            module.num_channels = weight[0]
+        case nn.Embedding() | nn.EmbeddingBag() if weight:
+            module.num_embeddings, module.embedding_dim = weight
+        case nn.PReLU() if weight:
+            module.num_parameters = weight[0]
+        case nn.Bilinear() if weight:
+            module.out_features, module.in1_features, module.in2_features = weight
+        case nn.RNNBase() if weight_ih := _sizes(name, plan, names, "weight_ih_l0"):
+            gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+            module.input_size, module.hidden_size = weight_ih[1], weight_ih[0] // gates
+        case nn.RNNCellBase() if weight_ih := _sizes(name, plan, names, "weight_ih"):
+            hidden = _sizes(name, plan, names, "weight_hh")
+            module.input_size = weight_ih[1]
+            module.hidden_size = hidden[1] if hidden else module.hidden_size
+        case _:
+            pass
+
+
+def _correct_others(
+    model: nn.Module, plan: Plan, names: Mapping[str, str], coupling: Coupling
+) -> None:
+    """Corrects heads, head sizes and widths that other classes remember.
+
+    An attribute is corrected where its name says what it is and exactly one new value is possible;
+    whether it was right is for a run of the model to show.
+    """
+    dead = set(plan.removed)
+    for name, module in model.named_modules():
+        under = f"{name}." if name else ""
+        own = {p for n, p in names.items() if n.startswith(under)}
+        near = {
+            p for n, p in names.items() if n.startswith(under) and n[len(under) :].count(".") <= 1
+        }
+        if not own & set(plan.cuts) or (
+            module.__class__.__module__.startswith("torch.nn.modules.")
+            and not isinstance(module, nn.MultiheadAttention)
+        ):
+            continue
+        widths: dict[int, set[int]] = {}
+        for path in near:
+            for old, new in zip(plan.shapes[path], plan.shape(path), strict=True):
+                widths.setdefault(old, set()).add(new)
+        heads: dict[int, set[int]] = {}
+        sizes: dict[int, set[int]] = {}
+        for family in coupling.families:
+            if not any(m.path in near for m in family.members):
+                continue
+            left = len(family) - len(dead & set(family.units.tolist()))
+            if family.kind in ("head", "block"):
+                heads.setdefault(len(family), set()).add(left)
+            if family.kind in ("head_position", "position"):
+                sizes.setdefault(len(family), set()).add(left)
+        for key, value in list(vars(module).items()):
+            if isinstance(value, bool) or not isinstance(value, int):
+                continue
+            table: Mapping[int, set[int]] = (
+                heads
+                if key in _HEADS
+                else sizes
+                if key in _HEAD_SIZES
+                else widths
+                if key in _WIDTHS
+                else {}
+            )
+            possible = table.get(value, set())
+            if len(possible) == 1 and possible != {value}:
+                setattr(module, key, min(possible))
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            _correct_attention(module)
+
+
+def _correct_attention(module: nn.MultiheadAttention) -> None:
+    module.embed_dim = module.in_proj_weight.shape[1]
+    module.out_proj.in_features = module.out_proj.weight.shape[1]

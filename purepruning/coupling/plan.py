@@ -1,0 +1,172 @@
+"""A plan: which positions of every parameter stay. Plain data that cuts any tree of that model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from purepruning.coupling.cut import cut_array
+from purepruning.coupling.structure import Coupling
+from purepruning.namespace import flatten
+
+_FORMAT = "purepruning plan 1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+    """What stays of one axis.
+
+    Attributes:
+        axis: which axis.
+        positions: int array ``(kept,)``, or ``(blocks, kept)``: for every block of axis ``by``.
+        by: the axis whose blocks keep positions of their own, or None.
+    """
+
+    axis: int
+    positions: np.ndarray
+    by: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Which positions of which axes stay, by parameter path.
+
+    Attributes:
+        shapes: shape of every parameter before it is cut.
+        cuts: for every parameter that shrinks, its axes that do.
+        removed: numbers of the units that go, of the coupling the plan was made from.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    cuts: Mapping[str, tuple[Cut, ...]]
+    removed: tuple[int, ...]
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Returns the shape of a parameter after it is cut."""
+        shape = list(self.shapes[path])
+        for cut in self.cuts.get(path, ()):
+            shape[cut.axis] = cut.positions.shape[-1]
+        return tuple(shape)
+
+    def apply(self, tree: Any) -> Any:
+        """Returns the tree with every array cut that belongs to a parameter of the plan.
+
+        The tree may hold the parameters themselves, another checkpoint of them, or anything with
+        trees of the same shapes inside: an optimizer's state, moving averages. An array belongs to
+        the parameter whose path ends as its own does, on the longest such ending, if it has that
+        parameter's shape; everything else comes back as it is.
+
+        Raises:
+            ValueError: an array at the exact path of a parameter has another shape; or an array
+                may belong to several parameters.
+            TypeError: the tree holds no arrays.
+        """
+        flat = flatten(tree)
+        found = {}
+        for path, leaf in flat.leaves.items():
+            name = self._parameter(path, leaf)
+            if name is not None:
+                leaf = cut_array(leaf, self.cuts.get(name, ()))
+            found[path] = leaf
+        return flat.rebuild(found)
+
+    def _parameter(self, path: str, leaf: Any) -> str | None:
+        if not hasattr(leaf, "shape"):
+            return None
+        if path in self.shapes:
+            if tuple(leaf.shape) != self.shapes[path]:
+                raise ValueError(
+                    f"{path!r} has shape {tuple(leaf.shape)}, but the plan is for "
+                    f"{self.shapes[path]}"
+                )
+            return path
+        tail = path
+        while tail:
+            named = self._ending.get(tail, ())
+            fitting = [name for name in named if self.shapes[name] == tuple(leaf.shape)]
+            if len(named) == 1:
+                return fitting[0] if fitting else None
+            if any(name in self.cuts for name in fitting):
+                raise ValueError(
+                    f"{path!r} may belong to {', '.join(map(repr, fitting[:3]))}: pass a tree "
+                    "whose paths end like those of the parameters"
+                )
+            tail = tail.partition(".")[2]
+        return None
+
+    @functools.cached_property
+    def _ending(self) -> dict[str, tuple[str, ...]]:
+        """The parameters whose paths end in each sequence of names."""
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            tail = name
+            while tail:
+                found.setdefault(tail, []).append(name)
+                tail = tail.partition(".")[2]
+        return {tail: tuple(names) for tail, names in found.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to a safetensors file: index arrays, and JSON in its metadata."""
+        arrays, entries = {}, {}
+        for name, cuts in self.cuts.items():
+            entries[name] = [{"axis": c.axis, "by": c.by} for c in cuts]
+            for c in cuts:
+                arrays[f"{name}:{c.axis}"] = np.ascontiguousarray(c.positions, np.int64)
+        arrays[":removed"] = np.asarray(self.removed, np.int64)
+        words = {"shapes": self.shapes, "cuts": entries}
+        save_file(arrays, path, {"format": _FORMAT, "plan": json.dumps(words)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Returns a plan that was saved.
+
+        Raises:
+            ValueError: the file holds no plan.
+        """
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{str(path)!r} holds no plan of this library")
+            words = json.loads(metadata["plan"])
+            cuts = {
+                name: tuple(
+                    Cut(e["axis"], file.get_tensor(f"{name}:{e['axis']}"), e["by"]) for e in entries
+                )
+                for name, entries in words["cuts"].items()
+            }
+            removed = tuple(int(i) for i in file.get_tensor(":removed"))
+        shapes = {name: tuple(shape) for name, shape in words["shapes"].items()}
+        return cls(shapes, cuts, removed)
+
+
+def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
+    """Returns the plan that removes the units marked in ``dead``, a boolean by unit number."""
+    cuts = {}
+    for path, leaf in coupling.leaves.items():
+        found = []
+        for axis in range(len(leaf.shape)):
+            keep = coupling.kept(path, axis, dead)
+            if keep is None:
+                continue
+            if keep.ndim == 1:
+                found.append(Cut(axis, np.flatnonzero(keep)))
+            else:
+                rows = [np.flatnonzero(row) for row in keep]
+                if len({len(r) for r in rows}) > 1:
+                    raise ValueError(
+                        f"axis {axis} of {path!r} would keep {[len(r) for r in rows]} positions in "
+                        "its blocks, and an array needs equally many"
+                    )
+                found.append(Cut(axis, np.stack(rows), leaf.by[axis]))
+        if found:
+            cuts[path] = tuple(found)
+    shapes = {path: leaf.shape for path, leaf in coupling.leaves.items()}
+    return Plan(shapes, cuts, tuple(np.flatnonzero(dead).tolist()))

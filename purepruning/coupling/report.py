@@ -1,0 +1,112 @@
+"""The coupling in words, and as a graph."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from purepruning.coupling.structure import Coupling
+
+
+def text(coupling: Coupling) -> str:
+    """Returns the units by size with the layers they span, and what stays whole and why."""
+    params, macs = coupling.cost()
+    lines = [
+        f"{coupling.n_units} units in {len(coupling.families)} families; "
+        f"{params:,} parameters, {macs:,} multiply-adds",
+        "",
+    ]
+    for family in coupling.families:
+        made = [f"{m.path}[{m.axis}]" for m in family.members if m.role == "source"]
+        read = [f"{m.path}[{m.axis}]" for m in family.members if m.role == "sink"]
+        along = sum(m.role == "companion" for m in family.members)
+        lines.append(f"{len(family):6d} x {family.kind:13s} {_some(made) or family.name}")
+        lines.append(
+            f"{'':9s}read by {_some(read) or 'nothing'}; {along} scales, biases and tables"
+        )
+    if coupling.pins:
+        lines += ["", "stays whole:"]
+        lines += [f"{p.positions:6d} of {p.path}[{p.axis}]: {p.reason}" for p in coupling.pins]
+    for name, times in coupling.unknown.items():
+        lines.append(f"no rule for {name}, met {times} times: what it reads stays whole")
+    return "\n".join(lines)
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
+    """Returns a matplotlib ``Axes`` with the coupling as a graph.
+
+    Squares are layers (parameters under one name), circles families of units, as large as the
+    family and labelled with how many units it has. An arrow into a circle says that the layer makes
+    these channels, one out of it that the layer reads them. Scales, biases and tables are left out.
+
+    Needs ``networkx`` and ``matplotlib`` (the extra ``demo``).
+
+    Args:
+        coupling: what :func:`purepruning.couple` returned.
+        ax: where to draw; a new figure unless given.
+        labels: whether to write names beside the nodes.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    import matplotlib.pyplot as plt
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    for i, family in enumerate(coupling.families):
+        node = ("family", i)
+        graph.add_node(node)
+        for role in ("source", "sink"):
+            for name in dict.fromkeys(_layer(m.path) for m in family.members if m.role == role):
+                graph.add_node(("layer", name))
+                if not graph.has_edge(("layer", name), node):
+                    edge = (node, ("layer", name)) if role == "sink" else (("layer", name), node)
+                    graph.add_edge(*edge)
+    # From what is made first to what is read last; loops (residuals) stay in one column.
+    condensed = nx.condensation(graph)
+    column = {}
+    for level, parts in enumerate(nx.topological_generations(condensed)):
+        for part in parts:
+            for node in condensed.nodes[part]["members"]:
+                column[node] = level
+    nx.set_node_attributes(graph, column, "column")
+    ax = plt.figure(figsize=(10, 7)).gca() if ax is None else ax
+    place = nx.multipartite_layout(graph, subset_key="column") if graph else {}
+    place = nx.kamada_kawai_layout(graph, pos=place) if len(graph) > 1 else place
+    families = [n for n in graph if n[0] == "family"]
+    layers = [n for n in graph if n[0] == "layer"]
+    kinds = sorted({f.kind for f in coupling.families})
+    colours = plt.get_cmap("tab10")
+    for kind in kinds:
+        mine = [n for n in families if coupling.families[n[1]].kind == kind]
+        sizes = [120 + 60 * math.log2(1 + len(coupling.families[n[1]])) for n in mine]
+        nx.draw_networkx_nodes(
+            graph, place, mine, sizes, [colours(kinds.index(kind))], ax=ax, label=kind
+        )
+    nx.draw_networkx_nodes(graph, place, layers, 90, "0.75", node_shape="s", ax=ax, label="layer")
+    nx.draw_networkx_edges(graph, place, ax=ax, edge_color="0.4", node_size=200)
+    if labels:
+        parts = {n: n[1].split(".") for n in layers}
+        while parts and all(len(p) > 1 for p in parts.values()):
+            if len({p[0] for p in parts.values()}) > 1:
+                break
+            parts = {n: p[1:] for n, p in parts.items()}  # what all begin with says nothing
+        names = {n: ".".join(p) for n, p in parts.items()}
+        names |= {n: str(len(coupling.families[n[1]])) for n in families}
+        texts = nx.draw_networkx_labels(graph, place, names, font_size=7, ax=ax)
+        for n, drawn in texts.items():
+            if n[0] == "layer":
+                drawn.set_y(drawn.get_position()[1] - 0.05)
+    ax.legend(loc="best", fontsize=8, labelspacing=1.2)
+    ax.set_axis_off()
+    return ax
+
+
+def _layer(path: str) -> str:
+    return path.rpartition(".")[0] or path

@@ -1,0 +1,241 @@
+"""The smaller model: cut parameters, and a function that computes with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from purepruning.coupling.couple import Analysis, analyse
+from purepruning.coupling.interpret import Shrinking, run
+from purepruning.coupling.masks import Conflicts, units_of
+from purepruning.coupling.plan import Plan, plan_of
+from purepruning.coupling.program import holds_tracers
+from purepruning.coupling.structure import Coupling
+from purepruning.masks import apply_masks, merge_masks
+from purepruning.namespace import flatten
+
+Norms = Literal["original", "kept"]
+
+
+class Shrunk(NamedTuple):
+    """What :func:`shrink` returns.
+
+    Attributes:
+        fn: ``fn(params, *inputs)``, with the smaller parameters.
+        params: the smaller parameters.
+        report: what was removed, and how.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    report: ShrinkReport
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShrinkReport:
+    """What a shrunk model lost.
+
+    Attributes:
+        plan: which positions stay; data that cuts other checkpoints and optimizer states.
+        masks: the complete masks: the masked model that equals the shrunk one.
+        params, macs: parameters and multiply-adds before and after.
+        norms: which meaning of means over shrunk axes was used.
+        statistics: how many sums are corrected for removed positions, with ``norms="original"``.
+        restored: units that the masks prune and that stay, since not all that makes them agreed.
+        extended: units that go although not all that makes them is masked.
+    """
+
+    plan: Plan
+    masks: Any
+    params: tuple[int, int]
+    macs: tuple[Any, Any]
+    norms: str
+    statistics: int
+    restored: tuple[int, ...]
+    extended: tuple[int, ...]
+
+    def __str__(self) -> str:
+        (p, q), (m, k) = self.params, self.macs
+        lines = [
+            f"parameters {p:,} -> {q:,} ({q / max(p, 1):.1%})",
+            f"multiply-adds {m:,} -> {k:,} ({k / max(m, 1):.1%})",
+            f"units removed: {len(self.plan.removed)}",
+            f"norms: {self.norms}"
+            + (f", {self.statistics} statistics corrected" if self.norms == "original" else ""),
+        ]
+        if self.restored:
+            lines.append(f"units kept although masked, for others need them: {len(self.restored)}")
+        if self.extended:
+            lines.append(f"units removed although not masked everywhere: {len(self.extended)}")
+        return "\n".join(lines)
+
+
+def shrink(
+    fn: Callable[..., Any],
+    params: Any,
+    masks: Any,
+    coupling: Coupling,
+    *inputs: Any,
+    norms: Norms = "original",
+    conflicts: Conflicts = "refuse",
+) -> Shrunk:
+    """Returns a smaller model that computes what the masked one does.
+
+    A unit is removed where the masks prune its channels in the layers that make them; scales,
+    biases and the layers that read them follow. Weights that are masked one by one stay, as zeros.
+    The result equals ``fn(apply_masks(params, report.masks), *inputs)``.
+
+    Args:
+        fn: the function that was coupled, ``fn(params, *inputs)``.
+        params: its parameters.
+        masks: masks of any pruner, or of :meth:`Coupling.masks`.
+        coupling: what :func:`couple` returned for ``fn`` and ``params``.
+        *inputs: arrays or shapes, as for :func:`couple`.
+        norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number
+            of positions there were, and adds to sums what removed positions would: the masked model
+            exactly. ``"kept"`` averages over what is kept, as a natively smaller layer does.
+        conflicts: what to do where the layers that make a unit disagree: ``"refuse"`` raises,
+            ``"keep"`` keeps the unit, ``"remove"`` removes it everywhere. The report lists it.
+
+    Raises:
+        ValueError: masks that disagree; uneven groups; an axis that would be emptied; another
+            ``fn`` or other parameters than were coupled; an unknown option.
+        KeyError: a mask names no parameter.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from purepruning.coupling.couple import couple
+    >>> def mlp(params, x):
+    ...     return jax.nn.relu(x @ params["one"]) @ params["two"]
+    >>> params = {"one": jnp.ones((3, 8)), "two": jnp.ones((8, 2))}
+    >>> coupling = couple(mlp, params, jnp.ones((1, 3)))
+    >>> masks = coupling.masks([1, 2, 3, 4], params)
+    >>> small = shrink(mlp, params, masks, coupling, jnp.ones((1, 3)))
+    >>> jax.tree.map(jnp.shape, small.params), small.fn(small.params, jnp.ones((1, 3))).tolist()
+    ({'one': (3, 4), 'two': (4, 2)}, [[12.0, 12.0]])
+    """
+    one_of("norms", norms, ("original", "kept"))
+    one_of("conflicts", conflicts, ("refuse", "keep", "remove"))
+    tree = flatten(params)
+    chosen = units_of(coupling, masks, tree.leaves, conflicts)
+    plan = plan_of(coupling, chosen.dead)
+    found = analyse(fn, params, inputs, coupling.outputs)
+    check_same(coupling, found.coupling)
+    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.dead), params), masks)
+    small = plan.apply(apply_masks(params, masks))
+    function = ShrunkFunction(fn, plan, norms, coupling.outputs)
+    before, after = found.coupling.cost(), found.coupling.cost(chosen.dead)
+    report = ShrinkReport(
+        plan,
+        complete,
+        (before[0], after[0]),
+        (before[1], after[1]),
+        norms,
+        len(found.flow.statistics),
+        chosen.restored,
+        chosen.extended,
+    )
+    return Shrunk(function, small, report)
+
+
+class ShrunkFunction:
+    """``fn(params, *inputs)`` with parameters that a plan cut; traceable, for inputs of any shape.
+
+    The original function is traced anew for every new shape of inputs, and its jaxpr runs with the
+    smaller sizes. A pure function of its arguments; the instance only remembers traces.
+
+    >>> import jax.numpy as jnp
+    >>> from purepruning.coupling.plan import Cut, Plan
+    >>> fn = lambda params, x: (x @ params["one"]) @ params["two"]
+    >>> cuts = {"one": (Cut(1, [0]),), "two": (Cut(0, [0]),)}
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], plan: Plan, norms: Norms = "original", outputs: Any = True
+    ) -> None:
+        self.fn, self.plan, self.norms, self.outputs = fn, plan, norms, outputs
+        self._traces: dict[Any, tuple[Analysis, Shrinking]] = {}
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        """Returns ``fn`` of the smaller parameters."""
+        tree = flatten(params)
+        full = {}
+        for path, leaf in tree.leaves.items():
+            if not hasattr(leaf, "shape"):
+                full[path] = leaf
+                continue
+            if path not in self.plan.shapes:
+                raise ValueError(f"params have {path!r}, which the plan does not know")
+            if tuple(leaf.shape) != self.plan.shape(path):
+                raise ValueError(
+                    f"{path!r} has shape {tuple(leaf.shape)}, but the plan cuts it to "
+                    f"{self.plan.shape(path)}"
+                )
+            full[path] = jax.ShapeDtypeStruct(self.plan.shapes[path], leaf.dtype)
+        arrays, treedef = jax.tree.flatten(inputs)
+        key: Any = (
+            treedef,
+            tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in arrays),
+            tuple((path, x.dtype) for path, x in full.items() if hasattr(x, "dtype")),
+        )
+        try:
+            remembered = self._traces.get(key)
+        except TypeError:  # an argument that cannot be hashed
+            key, remembered = None, None
+        if remembered is None:
+            remembered = self._trace(tree.rebuild(full), inputs)
+            # What a closure holds of an outer transformation must not outlive it.
+            if key is not None and not holds_tracers(remembered[0].program):
+                self._traces[key] = remembered
+        analysis, shrinking = remembered
+        weights = [tree.leaves[path] for path in analysis.paths.values()]
+        given = [x for x in arrays if hasattr(x, "shape") and hasattr(x, "dtype")]
+        found = run(analysis.program, analysis.trace, [*weights, *given], shrinking)
+        return jax.tree.unflatten(analysis.out_tree, found)
+
+    def _trace(self, params: Any, inputs: Any) -> tuple[Analysis, Shrinking]:
+        found = analyse(self.fn, params, inputs, self.outputs)
+        if found.coupling.n_units and max(self.plan.removed, default=0) > found.coupling.n_units:
+            raise ValueError("the plan does not fit the function: it removes units there are not")
+        units = np.zeros(found.coupling.n_units + 1, bool)
+        units[list(self.plan.removed)] = True
+        again = plan_of(found.coupling, units)
+        for path in {*self.plan.cuts, *again.cuts}:
+            mine, theirs = self.plan.cuts.get(path, ()), again.cuts.get(path, ())
+            if len(mine) != len(theirs) or any(
+                a.axis != b.axis or a.by != b.by or not np.array_equal(a.positions, b.positions)
+                for a, b in zip(mine, theirs, strict=True)
+            ):
+                raise ValueError(
+                    f"the plan does not fit the function for these inputs: it cuts {path!r} "
+                    "differently from what the function couples"
+                )
+        return found, Shrinking(found.flow, units[found.numbers], self.norms)
+
+
+def check_same(expected: Coupling, found: Coupling) -> None:
+    """Raises ValueError if two couplings are not of the same parameters, coupled alike."""
+    for path in {*expected.leaves, *found.leaves}:
+        one, other = expected.leaves.get(path), found.leaves.get(path)
+        same = (
+            one is not None
+            and other is not None
+            and one.shape == other.shape
+            and all(
+                (a is None) == (b is None) and (a is None or b is None or np.array_equal(a, b))
+                for a, b in zip(one.units, other.units, strict=True)
+            )
+        )
+        if not same:
+            raise ValueError(
+                f"coupling does not belong to this function and these parameters: {path!r} differs"
+            )
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError if an option has no allowed value."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,93 @@
+"""Masked and shrunk models are one function, on models as people write them.
+
+The whole population runs in ``benchmarks/population.py``; here are all plain functions, and of the
+frameworks one model of every kind of structure.
+"""
+
+import jax
+import pytest
+
+from tests.coupling.law import compare
+from tests.coupling.zoo import MODELS
+
+#: Functions that nothing can be removed from, and why.
+WHOLE = {
+    "plain_softmax_over_channels": "a maximum over it",
+    "plain_sorted_channels": "a sort",
+    "plain_fourier_over_channels": "a Fourier transform",
+    "plain_response_norm": "a window",
+    "plain_largest_channels": "a sort",
+    "plain_entropy": "a maximum over it",
+    "plain_update_in_place": "a part that is written to",
+    "plain_fixed_point": "a maximum over it",
+    "plain_channel_attention": "nothing would be left of an axis",
+}
+
+#: Functions whose masked model divides zero by zero: there is nothing to compare with.
+UNDEFINED = {"plain_scaled_kernel"}
+
+#: Loops that run until something holds have no reverse derivative.
+FORWARD = {"plain_while_loop", "plain_fixed_point"}
+
+
+#: Models of the frameworks, one of every kind of structure.
+SAMPLE = {
+    "linen_resnet_bottleneck",
+    "linen_resnext",
+    "linen_densenet",
+    "linen_mobilenet_v2",
+    "linen_cbam",
+    "linen_shufflenet_v1",
+    "linen_weight_norm",
+    "linen_mixer",
+    "linen_bloom",
+    "linen_llama",
+    "linen_lstm",
+    "linen_scanned_blocks",
+    "linen_remat_blocks",
+    "linen_experts",
+    "nnx_gemma",
+    "nnx_resnet",
+    "equinox_resnext",
+    "equinox_gpt",
+    "equinox_stacked_blocks",
+    "haiku_mobilenet",
+    "haiku_norms",
+    "",
+}
+
+ENTRIES = [
+    pytest.param(entry, id=entry.name)
+    for entry in MODELS
+    if entry.name in SAMPLE or (entry.framework == "plain" and entry.name not in UNDEFINED)
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_shrunk_model_is_the_masked_one(entry, standard_promotion):
+    with jax.numpy_rank_promotion("allow"):
+        fn, params, inputs = entry.build(jax.random.key(0))
+        found = compare(fn, params, *inputs, gradients=entry.name not in FORWARD)
+    assert found.outputs <= 1e-5
+    assert found.gradients <= 1e-5
+    if entry.name in WHOLE:
+        assert not found.coupling.n_units
+        assert WHOLE[entry.name] in {pin.reason for pin in found.coupling.pins}
+    else:
+        before, after = found.shrunk.report.params
+        assert after < before
+        assert found.shrunk.report.macs[1] < found.shrunk.report.macs[0]
+
+
+@pytest.mark.parametrize("name", ["plain_grouped_queries", "linen_mixer", "equinox_convnext"])
+def test_in_double_precision_they_agree_to_rounding(name, standard_promotion):
+    entry = next(e for e in MODELS if e.name == name)
+    with jax.numpy_rank_promotion("allow"), jax.enable_x64(True):
+        fn, params, inputs = entry.build(jax.random.key(0))
+        params, inputs = jax.tree.map(_double, (params, inputs))
+        found = compare(fn, params, *inputs)
+    assert max(found.outputs, found.gradients) <= 1e-10
+
+
+def _double(x):
+    return x.astype("float64") if x.dtype == "float32" else x

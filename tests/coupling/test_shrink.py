@@ -1,0 +1,436 @@
+"""What a shrunk model can do: everything its original can."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import purepruning as pp
+from purepruning.coupling.shrink import ShrunkFunction
+from tests.coupling.law import distance, half
+
+
+class Net(nn.Module):
+    """Convolutions with batch norms and a residual."""
+
+    width: int = 8
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=not self.train, name="norm")
+        x = nn.relu(norm(nn.Conv(self.width, (3, 3), name="stem")(x)))
+        y = nn.relu(nn.Conv(2 * self.width, (3, 3), name="wide")(x))
+        x = x + nn.Conv(self.width, (1, 1), name="back")(y)
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def draw(tree, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype), tree)
+
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 3)), jnp.float32)
+NET = Net()
+VARIABLES = draw(jax.eval_shape(NET.init, jax.random.key(0), X))
+
+
+@pytest.fixture(scope="module")
+def coupling():
+    return pp.couple(NET.apply, VARIABLES, X)
+
+
+@pytest.fixture(scope="module")
+def shrunk(coupling):
+    masks = coupling.masks(half(coupling), VARIABLES)
+    return pp.shrink(NET.apply, VARIABLES, masks, coupling, X)
+
+
+def masked(shrunk, variables=VARIABLES):
+    return pp.apply_masks(variables, shrunk.report.masks)
+
+
+def family(coupling, name):
+    return next(f for f in coupling.families if name in f.name)
+
+
+def test_units_span_what_makes_scales_and_reads_them(coupling):
+    found = {f.name: {(m.path, m.axis, m.role) for m in f.members} for f in coupling.families}
+    residual = found["params.back.kernel[3]"]
+    assert residual == {
+        ("params.back.kernel", 3, "source"),
+        ("params.back.bias", 0, "companion"),
+        ("params.stem.kernel", 3, "source"),
+        ("params.stem.bias", 0, "companion"),
+        ("params.norm.scale", 0, "companion"),
+        ("params.norm.bias", 0, "companion"),
+        ("batch_stats.norm.mean", 0, "companion"),
+        ("batch_stats.norm.var", 0, "companion"),
+        ("params.wide.kernel", 2, "sink"),
+        ("params.head.kernel", 0, "sink"),
+    }
+    assert sorted(len(f) for f in coupling.families) == [8, 16]
+
+
+def test_nothing_is_run_and_shapes_are_enough():
+    shapes = jax.eval_shape(lambda: VARIABLES)
+    coupling = pp.couple(NET.apply, shapes, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    assert coupling.n_units == 24
+
+
+def test_another_batch_size(shrunk):
+    x = jnp.concatenate([X, 2 * X, X[:1]])
+    one, other = NET.apply(masked(shrunk), x), shrunk.fn(shrunk.params, x)
+    assert one.shape == (5, 3)
+    assert distance(one, other) < 1e-5
+
+
+def test_another_image_size(shrunk):
+    x = jnp.concatenate([X, X], 1)
+    assert distance(NET.apply(masked(shrunk), x), shrunk.fn(shrunk.params, x)) < 1e-5
+
+
+def test_export_with_a_symbolic_batch(shrunk):
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, *X.shape[1:]), X.dtype)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shrunk.params)
+    exported = jax.export.export(jax.jit(shrunk.fn))(params, shape)
+    for n in (1, 4):
+        x = jnp.concatenate([X] * n)
+        assert distance(shrunk.fn(shrunk.params, x), exported.call(shrunk.params, x)) < 1e-6
+
+
+def test_vmap_over_parameters_and_inputs(shrunk):
+    several = jax.tree.map(lambda *x: jnp.stack(x), shrunk.params, draw(shrunk.params, 5))
+    found = jax.vmap(shrunk.fn, in_axes=(0, None))(several, X)
+    for i in range(2):
+        one = jax.tree.map(lambda x: x[i], several)  # noqa: B023
+        assert distance(shrunk.fn(one, X), found[i]) < 1e-5
+    rows = jax.vmap(shrunk.fn, in_axes=(None, 0))(shrunk.params, X[:, None])
+    assert distance(shrunk.fn(shrunk.params, X), rows[:, 0]) < 1e-5
+
+
+def test_it_can_be_fine_tuned(shrunk, standard_promotion):
+    optimizer = optax.adam(1e-2)
+    target = jnp.ones((2, 3))
+
+    def loss(params):
+        return jnp.mean((shrunk.fn({**shrunk.params, "params": params}, X) - target) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params = shrunk.params["params"]
+    before, state = loss(params), optimizer.init(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert loss(params) < 0.2 * before
+
+
+def test_the_plan_cuts_optimizer_states_and_other_checkpoints(shrunk):
+    plan = shrunk.report.plan
+    state = optax.adam(1e-3).init(VARIABLES["params"])
+    small = plan.apply(state)
+    shapes = jax.tree.map(jnp.shape, small[0].mu)
+    assert shapes == jax.tree.map(jnp.shape, shrunk.params["params"])
+    other = draw(VARIABLES, 7)
+    masks = shrunk.report.masks
+    assert (
+        distance(NET.apply(pp.apply_masks(other, masks), X), shrunk.fn(plan.apply(other), X)) < 1e-5
+    )
+
+
+def test_a_saved_plan_is_the_same_plan(shrunk, tmp_path):
+    shrunk.report.plan.save(tmp_path / "plan.safetensors")
+    plan = pp.Plan.load(tmp_path / "plan.safetensors")
+    fn = ShrunkFunction(NET.apply, plan)
+    assert distance(shrunk.fn(shrunk.params, X), fn(plan.apply(VARIABLES), X)) == distance(
+        shrunk.fn(shrunk.params, X), fn(shrunk.params, X)
+    )
+
+
+def test_a_file_without_a_plan_is_refused(tmp_path):
+    masks = {"w": jnp.array([True, False])}
+    pp.save_masks(tmp_path / "masks.safetensors", masks, {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="holds no plan"):
+        pp.Plan.load(tmp_path / "masks.safetensors")
+
+
+def test_statistics_that_are_returned_may_shrink():
+    net = Net(train=True)
+
+    def fn(variables, x):
+        return net.apply(variables, x, mutable=["batch_stats"])
+
+    stays = pp.couple(fn, VARIABLES, X)
+    assert [len(f) for f in stays.families] == [16]  # the other width is that of an output
+    coupling = pp.couple(fn, VARIABLES, X, outputs=(True, False))
+    assert [len(f) for f in coupling.families] == [16, 8]
+    masks = coupling.masks(half(coupling), VARIABLES)
+    small = pp.shrink(fn, VARIABLES, masks, coupling, X)
+    logits, updated = small.fn(small.params, X)
+    expected, full = fn(pp.apply_masks(VARIABLES, masks), X)
+    assert distance(expected, logits) < 1e-5
+    stats = updated["batch_stats"]
+    assert jax.tree.map(jnp.shape, stats) == jax.tree.map(jnp.shape, small.params["batch_stats"])
+    kept = small.report.plan.apply(dict(full))
+    assert distance(kept["batch_stats"], stats) < 1e-5
+
+
+@pytest.mark.parametrize("outputs", [("no",), {"a": True}, 1])
+def test_outputs_that_fit_no_result(outputs):
+    with pytest.raises((TypeError, ValueError), match="outputs must"):
+        pp.couple(NET.apply, VARIABLES, X, outputs=outputs)
+
+
+# Masks that come from elsewhere.
+
+
+def channel_masks(**dead):
+    """Masks of output channels by layer, as a pruner returns them."""
+    masks = jax.tree.map(lambda _: None, VARIABLES)
+    for name, channels in dead.items():
+        keep = np.ones(VARIABLES["params"][name]["kernel"].shape[-1], bool)
+        keep[channels] = False
+        masks["params"][name]["kernel"] = jnp.asarray(keep.reshape(1, 1, 1, -1))
+    return masks
+
+
+def test_scales_and_readers_follow_what_makes_a_channel(coupling):
+    small = pp.shrink(NET.apply, VARIABLES, channel_masks(stem=[1, 2], back=[1, 2]), coupling, X)
+    assert small.params["params"]["norm"]["scale"].shape == (6,)
+    assert small.params["params"]["head"]["kernel"].shape == (6, 3)
+    assert distance(NET.apply(masked(small), X), small.fn(small.params, X)) < 1e-5
+
+
+def test_masks_that_disagree_are_refused_with_what_to_do(coupling):
+    with pytest.raises(ValueError, match=r"disagree on 2 units.*params.back.kernel.*conflicts="):
+        pp.shrink(NET.apply, VARIABLES, channel_masks(stem=[1, 2]), coupling, X)
+
+
+def test_masks_that_disagree_keep_the_units(coupling):
+    masks = channel_masks(stem=[1, 2], back=[2, 3], wide=[0])
+    small = pp.shrink(NET.apply, VARIABLES, masks, coupling, X, conflicts="keep")
+    assert small.params["params"]["norm"]["scale"].shape == (7,)
+    assert len(small.report.restored) == 2
+    # What stays although it is masked stays as zeros.
+    assert distance(NET.apply(masked(small), X), small.fn(small.params, X)) < 1e-5
+    assert not small.params["params"]["stem"]["kernel"][..., 1].any()
+
+
+def test_masks_that_disagree_remove_the_units(coupling):
+    masks = channel_masks(stem=[1, 2], back=[2, 3])
+    small = pp.shrink(NET.apply, VARIABLES, masks, coupling, X, conflicts="remove")
+    assert small.params["params"]["norm"]["scale"].shape == (5,)
+    assert len(small.report.extended) == 2
+    assert distance(NET.apply(masked(small), X), small.fn(small.params, X)) < 1e-5
+
+
+def test_single_weights_stay_as_zeros(coupling):
+    layers_masks = jax.tree.map(
+        lambda x: jnp.asarray(np.indices(x.shape).sum(0) % 3 > 0), VARIABLES
+    )
+    small = pp.shrink(NET.apply, VARIABLES, layers_masks, coupling, X)
+    assert small.report.params[0] == small.report.params[1]
+    assert (
+        distance(NET.apply(pp.apply_masks(VARIABLES, layers_masks), X), small.fn(small.params, X))
+        < 1e-5
+    )
+
+
+def test_no_masks_remove_nothing(coupling):
+    small = pp.shrink(NET.apply, VARIABLES, jax.tree.map(lambda _: None, VARIABLES), coupling, X)
+    assert small.report.params[0] == small.report.params[1]
+    assert not small.report.plan.cuts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": "mine"}, "norms must be 'original' or 'kept', got 'mine'"),
+        ({"conflicts": "fight"}, "conflicts must be 'refuse' or 'keep' or 'remove'"),
+    ],
+)
+def test_unknown_options(coupling, change, message):
+    with pytest.raises(ValueError, match=message):
+        pp.shrink(NET.apply, VARIABLES, channel_masks(), coupling, X, **change)
+
+
+def test_a_layer_is_never_emptied(coupling):
+    with pytest.raises(ValueError, match="leaves nothing of axis"):
+        coupling.masks(range(1, coupling.n_units + 1), VARIABLES)
+    with pytest.raises(ValueError, match="leaves nothing of axis"):
+        pp.shrink(NET.apply, VARIABLES, channel_masks(wide=list(range(16))), coupling, X)
+
+
+def test_unknown_units(coupling):
+    with pytest.raises(ValueError, match="unit numbers from 1 to 24, got 3 to 99"):
+        coupling.masks([3, 99], VARIABLES)
+
+
+def test_a_coupling_of_another_model(coupling):
+    other = Net(width=4)
+    variables = draw(jax.eval_shape(other.init, jax.random.key(0), X))
+    with pytest.raises(ValueError, match="coupling does not belong to this function"):
+        pp.shrink(other.apply, variables, jax.tree.map(lambda _: None, variables), coupling, X)
+    with pytest.raises(ValueError, match="has shape"):
+        coupling.masks([1], variables)
+
+
+def test_full_parameters_are_not_taken_for_small_ones(shrunk):
+    with pytest.raises(ValueError, match="the plan cuts it to"):
+        shrunk.fn(VARIABLES, X)
+
+
+# What must survive from the original program.
+
+
+def test_custom_derivatives_survive():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["one"]) @ params["two"]
+
+    params = {"one": jnp.zeros((3, 4)), "two": jnp.ones((4, 2))}
+    x = jnp.ones((2, 3))
+    coupling = pp.couple(fn, params, x)
+    small = pp.shrink(fn, params, coupling.masks([1], params), coupling, x)
+    slope = jax.grad(lambda p: small.fn(p, x).sum())(small.params)
+    # The derivative of relu at zero is 0; that of max(x, 0) would be 1/2.
+    assert not slope["one"].any()
+
+
+def test_rematerialisation_survives():
+    def fn(params, x):
+        body = jax.checkpoint(lambda h: jnp.tanh(h @ params["two"]))
+        return body(x @ params["one"]) @ params["three"]
+
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 4)), "three": jnp.ones((4, 2))})
+    coupling = pp.couple(fn, params, X[0, 0])
+    small = pp.shrink(fn, params, coupling.masks([1, 5], params), coupling, X[0, 0])
+    jaxpr = jax.make_jaxpr(small.fn)(small.params, X[0, 0])
+    assert "remat2" in {eqn.primitive.name for eqn in jaxpr.eqns}
+
+
+def test_layers_of_a_stack_lose_channels_of_their_own():
+    def fn(params, x):
+        def layer(h, p):
+            return h + jax.nn.relu(h @ p["up"]) @ p["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    params = draw({"up": jnp.ones((3, 4, 6)), "down": jnp.ones((3, 6, 4))})
+    x = jnp.ones((2, 4))
+    coupling = pp.couple(fn, params, x)
+    assert [[len(c) for c in group] for group in coupling.groups] == [[6, 6, 6]]
+    chosen = np.concatenate([c[[i, i + 1]] for i, c in enumerate(coupling.groups[0])])
+    masks = coupling.masks(chosen, params)
+    small = pp.shrink(fn, params, masks, coupling, x)
+    assert small.params["up"].shape == (3, 4, 4)
+    assert distance(fn(pp.apply_masks(params, masks), x), small.fn(small.params, x)) < 1e-5
+    assert "scan" in {e.primitive.name for e in jax.make_jaxpr(small.fn)(small.params, x).eqns}
+    with pytest.raises(ValueError, match="must go evenly from the 3 parts"):
+        coupling.masks(coupling.groups[0][0][:2], params)
+
+
+def test_groups_lose_channels_of_their_own():
+    def fn(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        h = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x, params["one"], (1, 1), "SAME", dimension_numbers=numbers
+            )
+        )
+        h = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                h, params["two"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+            )
+        )
+        return h.mean((1, 2)) @ params["three"]
+
+    params = draw(
+        {"one": jnp.ones((1, 1, 3, 8)), "two": jnp.ones((3, 3, 4, 8)), "three": jnp.ones((8, 2))}
+    )
+    coupling = pp.couple(fn, params, X)
+    assert [[len(c) for c in group] for group in coupling.groups] == [[4, 4], [4, 4]]
+    chosen = [g[0][0] for g in coupling.groups] + [g[1][3] for g in coupling.groups]
+    masks = coupling.masks(chosen, params)
+    small = pp.shrink(fn, params, masks, coupling, X)
+    assert jax.tree.map(jnp.shape, small.params) == {
+        "one": (1, 1, 3, 6),
+        "two": (3, 3, 3, 6),
+        "three": (6, 2),
+    }
+    assert distance(fn(pp.apply_masks(params, masks), X), small.fn(small.params, X)) < 1e-5
+
+
+# Means over an axis that shrinks.
+
+
+class Normed(nn.Module):
+    """A layer norm, one- or two-pass, between two layers."""
+
+    width: int
+    fast: bool = True
+    groups: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, name="one")(x)
+        if self.groups:
+            x = nn.GroupNorm(self.groups, use_fast_variance=self.fast, name="norm")(x)
+        else:
+            x = nn.LayerNorm(use_fast_variance=self.fast, name="norm")(x)
+        return nn.Dense(3, name="two")(nn.gelu(x))
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+@pytest.mark.parametrize("fast", [True, False])
+def test_both_meanings_of_norms(fast, groups):
+    net, x = Normed(12, fast, groups), X[0, 0]
+    params = draw(jax.eval_shape(net.init, jax.random.key(0), x))
+    coupling = pp.couple(net.apply, params, x)
+    chosen = coupling.families[0].units[:2]  # positions in a group, or channels
+    masks = coupling.masks(chosen, params)
+    original = pp.shrink(net.apply, params, masks, coupling, x)
+    expected = net.apply(pp.apply_masks(params, masks), x)
+    assert distance(expected, original.fn(original.params, x)) < 1e-5
+    kept = pp.shrink(net.apply, params, masks, coupling, x, norms="kept")
+    native = Normed(kept.params["params"]["one"]["bias"].shape[0], fast, groups)
+    assert distance(native.apply(kept.params, x), kept.fn(kept.params, x)) < 1e-5
+    assert distance(expected, kept.fn(kept.params, x)) > 1e-3
+    assert original.report.norms == "original"
+    assert kept.report.norms == "kept"
+
+
+def test_the_temperature_of_attention_stays():
+    net, x = nn.MultiHeadDotProductAttention(2), X[0]
+    params = draw(
+        jax.eval_shape(net.init, jax.random.key(0), jnp.ones((2, 6, 8)), jnp.ones((2, 6, 8)))
+    )
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, 8)), jnp.float32)
+    fn = lambda p, x: net.apply(p, x, x)  # noqa: E731
+    coupling = pp.couple(fn, params, x)
+    kinds = {f.kind for f in coupling.families}
+    assert kinds == {"head", "head_position"}
+    chosen = [f.units[0] for f in coupling.families if f.kind == "head_position"]
+    masks = coupling.masks(chosen, params)
+    small = pp.shrink(fn, params, masks, coupling, x)
+    assert distance(fn(pp.apply_masks(params, masks), x), small.fn(small.params, x)) < 1e-5
+
+
+def test_unknown_operations_keep_what_they_touch():
+    def fn(params, x):
+        h = x @ params["one"]
+        return jnp.linalg.cholesky(h.T @ h + jnp.eye(4)) @ params["two"]
+
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    coupling = pp.couple(fn, params, X[0, 0])
+    assert coupling.unknown == {"cholesky": 1}
+    assert not coupling.n_units
+    assert "no rule for cholesky, met 1 times" in str(coupling)
+    assert {p.reason for p in coupling.pins if p.path == "one" and p.axis == 1} == {
+        "operand of cholesky, for which there is no rule"
+    }
