@@ -145,16 +145,20 @@ class _Emitter:
             self.call(aten.copy_.default, self.nodes[number], self.nodes[new.number])
         self.graph.output(tuple(self.small(x) for x in program.outputs))
         self.graph.eliminate_dead_code(_stays)
-        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(first):
-            for name in self.names:  # the state dict keeps all its keys, in copies as well
-                if name not in used:
-                    self.graph.get_attr(name)
+        self._name_all_state()
         names = [f"arg_{i}" for i in range(program.in_spec.child(0).num_children)]
         names += list(program.in_spec.child(1).context)
         self.graph._codegen = Packing(_PyTreeInfo(names, program.in_spec, program.out_spec))
         return Shrunk(self.root, self.graph, "Shrunk")
+
+    def _name_all_state(self) -> None:
+        """Reads all of the state first: copies keep all keys of the state dict, in its order."""
+        reads = [n for n in self.graph.nodes if n.op == "get_attr"]
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            nodes = {name: self.graph.get_attr(name) for name in self.names}
+        for old in reads:
+            old.replace_all_uses_with(nodes[old.target])
+            self.graph.erase_node(old)
 
     def _attach_state(self) -> None:
         made: dict[str, torch.Tensor] = {}
