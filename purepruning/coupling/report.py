@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 def text(coupling: Coupling) -> str:
     """Returns the units by size with the layers they span, and what stays whole and why."""
     params, macs = coupling.cost()
+    n = len(coupling.families)
     lines = [
-        f"{coupling.n_units} units in {len(coupling.families)} families; "
+        f"{coupling.n_units} units in {n} {'family' if n == 1 else 'families'}; "
         f"{params:,} parameters, {macs:,} multiply-adds",
         "",
     ]
@@ -23,7 +24,7 @@ def text(coupling: Coupling) -> str:
         along = sum(m.role == "companion" for m in family.members)
         lines.append(f"{len(family):6d} x {family.kind:13s} {_some(made) or family.name}")
         lines.append(
-            f"{'':9s}read by {_some(read) or 'nothing'}; {along} scales, biases and tables"
+            f"{'':9s}read by {_some(read) or 'nothing'}; {along} scales, biases, tables"
         )
     if coupling.pins:
         lines += ["", "stays whole:"]
