@@ -23,9 +23,7 @@ def text(coupling: Coupling) -> str:
         read = [f"{m.path}[{m.axis}]" for m in family.members if m.role == "sink"]
         along = sum(m.role == "companion" for m in family.members)
         lines.append(f"{len(family):6d} x {family.kind:13s} {_some(made) or family.name}")
-        lines.append(
-            f"{'':9s}read by {_some(read) or 'nothing'}; {along} scales, biases, tables"
-        )
+        lines.append(f"{'':9s}read by {_some(read) or 'nothing'}; {along} scales, biases, tables")
     if coupling.pins:
         lines += ["", "stays whole:"]
         lines += [f"{p.positions:6d} of {p.path}[{p.axis}]: {p.reason}" for p in coupling.pins]
