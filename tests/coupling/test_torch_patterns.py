@@ -16,18 +16,14 @@ def _tensors(outputs):
     return [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn")  # nn.LSTM's list of weights
 @pytest.mark.parametrize("pattern", PATTERNS + TRAPS, ids=_id)
-def test_a_pattern_runs_as_the_graph_it_exports_to(pattern):
+def test_outputs_of_a_pattern_are_of_unit_size(pattern):
+    """A wrong channel shows."""
     model, inputs = cast(*pattern.build(), torch.float64)
-    fill(model, seed=0)
-    outputs = _tensors(model(*inputs))
-    exported = torch.export.export(model, inputs, strict=False).module()
-    for output, again in zip(outputs, _tensors(exported(*inputs)), strict=True):
+    for output in _tensors(fill(model, seed=0)(*inputs)):
         assert output.dtype == torch.float64
         assert output.isfinite().all()
-        assert output.abs().max() > 0.1  # of unit size: a wrong channel shows
-        torch.testing.assert_close(output, again, rtol=0, atol=1e-14)
+        assert output.abs().max() > 0.1
 
 
 def test_names_are_unique_and_expectations_are_of_three_kinds():
