@@ -102,7 +102,8 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
         for n, drawn in texts.items():
             if n[0] == "layer":
                 drawn.set_y(drawn.get_position()[1] - 0.05)
-    ax.legend(loc="best", fontsize=8, labelspacing=1.2)
+    if graph:
+        ax.legend(loc="best", fontsize=8, labelspacing=1.2)
     ax.set_axis_off()
     return ax
 
