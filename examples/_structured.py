@@ -23,7 +23,6 @@ RULES = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
 # What counts in a unit: the kernels that make its channels and those that read them.
 ROLES = ("source", "sink")
 TRAINING_RATE, TUNING_RATE = 3e-3, 1e-3  # Adam's, with cosine decay
-BATCH = 256  # images in the call whose latency is measured
 
 
 class Given(NamedTuple):
@@ -42,7 +41,7 @@ class Row(NamedTuple):
     accuracy: float
     params: int
     macs: int
-    milliseconds: float
+    milliseconds: float  # of all test images at once
     more: Mapping[str, str] = {}
 
 
@@ -83,7 +82,7 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     view = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("")
     more = list(rows[0].more)
-    for name in ("accuracy, %", "parameters", "MACs per image", f"ms per {BATCH} images", *more):
+    for name in ("accuracy, %", "parameters", "MACs per image", "ms per 450 images", *more):
         view.add_column(name, justify="right")
     for row in rows:
         cells = f"{100 * row.accuracy:.1f}", f"{row.params:,}", f"{row.macs:,}"

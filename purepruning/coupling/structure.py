@@ -101,7 +101,7 @@ class Product:
     units: tuple[np.ndarray, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coupling:
     """Which slices of which parameters can only be kept or removed together.
 
@@ -282,6 +282,9 @@ class Coupling:
             p.constant * math.prod(_left(units, dead) for units in p.units) for p in self.products
         )
         return params, macs
+
+    def __repr__(self) -> str:
+        return f"Coupling({self.n_units} units in {len(self.families)} families)"
 
     def __str__(self) -> str:
         return text(self)

@@ -29,7 +29,7 @@ EXACT = 1e-10
 ROUNDED = 1e-5
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TorchShrinkReport(ShrinkReport):
     """What a shrunk module lost, and what it is.
 
