@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     params: int
     macs: int
     milliseconds: float  # of all test images at once
-    more: Mapping[str, str] = {}
+    more: Mapping[str, str] = MappingProxyType({})
 
 
 def given(description: str | None) -> Given:
@@ -51,12 +52,12 @@ def given(description: str | None) -> Given:
     parser.add_argument("--quick", action="store_true", help="a few seconds, for a smoke test")
     quick = parser.parse_args().quick
     data, seeds = load_data(), np.array([0])
-    training, tuning = (2, 1) if quick else (10, 5)
+    training, tuning = (1, 1) if quick else (10, 5)
     return Given(
         data,
         batches(data.train_images, seeds, training, 0)[0],
         batches(data.train_images, seeds, tuning, 1)[0],
-        10 if quick else 100,
+        3 if quick else 30,
     )
 
 
