@@ -80,11 +80,13 @@ def deviation(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    view = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    view.add_column("")
-    more = list(rows[0].more)
-    for name in ("accuracy, %", "parameters", "MACs per image", "ms per 450 images", *more):
-        view.add_column(name, justify="right")
+    view = Table(
+        title=f"{title}; ms for 450 images", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    view.add_column("", no_wrap=True)
+    names = ("accuracy,\n%", "param-\neters", "MACs per\nimage", "ms")
+    for name in (*names, *rows[0].more):
+        view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = f"{100 * row.accuracy:.1f}", f"{row.params:,}", f"{row.macs:,}"
         view.add_row(row.name, *cells, f"{row.milliseconds:.1f}", *row.more.values())

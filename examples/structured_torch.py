@@ -3,9 +3,8 @@
     python examples/structured_torch.py
 
 The small model is the user's own class with smaller layers. A plan and a state dict are enough to
-build it again. Writes both, and ONNX files of the dense and the small model, which onnxruntime runs.
-``structured_flax.py`` does the same in JAX; its network, given the weights trained here, loses the
-same channels.
+build it again. Writes both, and the dense and the small model for onnxruntime. The network of
+``structured_flax.py``, given the weights trained here, loses the same channels.
 """
 
 from __future__ import annotations
@@ -106,20 +105,32 @@ def fit(model: nn.Module, data: Any, batches: Any, rate: float) -> None:
     model.eval()
 
 
-def export(model: nn.Module, x: torch.Tensor, name: str) -> onnxruntime.InferenceSession:
-    """Returns what runs the model without torch; writes it and the state dict to files."""
+def halve(
+    model: nn.Module, coupling: pp.Coupling, x: torch.Tensor, round_to: int = 1
+) -> interop.ShrunkModule:
+    """Returns the model with half the multiply-adds, its widths multiples of ``round_to``."""
+    layers = interop.layers(model)
+    how = {"scope": "global", "cost": "macs", "round_to": round_to}
+    config = pp.resolve(RULES, layers, coupling=coupling, **how)
+    masks = pp.group_norm(dict(model.named_parameters()), None, config, roles=ROLES)
+    return interop.shrink(model, masks, coupling, x)
+
+
+def export(model: nn.Module, images: torch.Tensor, name: str) -> onnxruntime.InferenceSession:
+    """Returns what runs the model without torch, on one thread; writes it, and a state dict."""
     torch.save(model.state_dict(), f"{name}.pt")
-    shapes = ({0: torch.export.Dim("batch")},)
-    options = {"dynamo": True, "external_data": False, "verbose": False}
-    torch.onnx.export(model, (x,), f"{name}.onnx", dynamic_shapes=shapes, **options)
+    torch.onnx.export(
+        model,
+        (images,),
+        f"{name}.onnx",
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
+        verbose=False,
+    )
     threads = onnxruntime.SessionOptions()
     threads.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(f"{name}.onnx", threads, ["CPUExecutionProvider"])
-
-
-def sizes(name: str) -> dict[str, str]:
-    kinds = {"ONNX, KiB": "onnx", "state dict, KiB": "pt"}
-    return {k: f"{Path(f'{name}.{end}').stat().st_size / 1024:,.0f}" for k, end in kinds.items()}
 
 
 def as_flax(model: nn.Module) -> dict[str, Any]:
@@ -137,7 +148,7 @@ def as_flax(model: nn.Module) -> dict[str, Any]:
     return unflatten_dict(found)
 
 
-def shrunk_in_flax(model: nn.Module, x: np.ndarray) -> pp.Shrunk:
+def halve_in_flax(model: nn.Module, x: np.ndarray) -> pp.Shrunk:
     """Returns what the lines of ``structured_flax.py`` make of the same weights."""
     variables, fn = as_flax(model), structured_flax.model
     coupling = pp.couple(fn, variables, x, False, outputs=(True, False))
@@ -156,66 +167,58 @@ def main() -> None:
     fit(dense, data, training, TRAINING_RATE)
 
     coupling = interop.couple(dense, x)
-    layers = interop.layers(dense)
-    config = pp.resolve(RULES, layers, coupling=coupling, scope="global", cost="macs")
-    masks = pp.group_norm(dict(dense.named_parameters()), None, config, roles=ROLES)
-    shrunk, report = interop.shrink(dense, masks, coupling, x)
+    shrunk, report = halve(dense, coupling, x)
     console.print(str(coupling), str(report), sep="\n\n", end="\n\n", soft_wrap=True)
-    # The small model is trained as the whole one was.
-    tuned = copy.deepcopy(shrunk)
-    fit(tuned, data, tuning, TUNING_RATE)
     masked = copy.deepcopy(dense)
     interop.apply_(masked, report.masks)
+    # The small model is trained as the whole one was.
+    tuned, eights = copy.deepcopy(shrunk), halve(dense, coupling, x, round_to=8).model
+    fit(tuned, data, tuning, TUNING_RATE)
+    fit(eights, data, tuning, TUNING_RATE)
 
-    # Files, and the small model from them again.
-    names = {"dense": "structured_dense", "fine-tuned": "structured_small"}
-    models = {"dense": dense, "masked": masked, "shrunk": shrunk, "fine-tuned": tuned}
-    sessions = {name: export(models[name], images, file) for name, file in names.items()}
-    report.plan.save("structured_plan.safetensors")
-    plan, state = pp.Plan.load("structured_plan.safetensors"), torch.load("structured_small.pt")
-    again = interop.rebuild(ResNet(), plan, state, x).eval()
+    exported = {"dense": dense, "fine-tuned": tuned, "round_to=8": eights}
+    files = dict(
+        zip(exported, ("structured_dense", "structured_half", "structured_8"), strict=True)
+    )
+    sessions = {name: export(model, images, files[name]) for name, model in exported.items()}
+    # The small model again, from files.
+    report.plan.save("structured_half.safetensors")
+    plan, state = pp.Plan.load("structured_half.safetensors"), torch.load("structured_half.pt")
+    again = interop.rebuild(ResNet().eval(), plan, state, x)
 
-    calls = {
-        name: torch.inference_mode()(lambda model=model: model(images).numpy())
-        for name, model in models.items()
-    }
-    calls |= {
-        f"{name}, onnxruntime": lambda run=session.run: run(None, {"images": data.test_images})[0]
-        for name, session in sessions.items()
-    }
-    milliseconds = latencies(calls, repeats)
-    logits = {name: call() for name, call in calls.items()}
+    models = {"dense": dense, "masked": masked, "shrunk": shrunk, **exported}
+    calls = {n: torch.inference_mode()(lambda m=m: m(images).numpy()) for n, m in models.items()}
+    for name, session in sessions.items():
+        calls[f"onnx {name}"] = lambda s=session: s.run(None, {"images": data.test_images})[0]
+    logits, milliseconds = {n: call() for n, call in calls.items()}, latencies(calls, repeats)
     rows = []
     for name, model in models.items():
-        more = {"onnxruntime, ms": "", "ONNX, KiB": "", "state dict, KiB": ""}
-        if name in names:
-            more["onnxruntime, ms"] = f"{milliseconds[f'{name}, onnxruntime']:.1f}"
-            more |= sizes(names[name])
         accuracy = float((logits[name].argmax(-1) == data.test_labels).mean())
         counts = interop.count(model, x)
+        more = {"onnxrun-\ntime, ms": "", "ONNX,\nKiB": "", "state,\nKiB": ""}
+        if name in sessions:
+            sizes = [Path(f"{files[name]}.{end}").stat().st_size for end in ("onnx", "pt")]
+            cells = milliseconds[f"onnx {name}"], sizes[0] / 1024, sizes[1] / 1024
+            more = {k: f"{cell:,.0f}" for k, cell in zip(more, cells, strict=True)}
         rows.append(Row(name, accuracy, counts.params, counts.macs, milliseconds[name], more))
     console.print(table("A ResNet in PyTorch, and half of it", rows))
+    assert all(row.macs <= rows[0].macs / 2 for row in rows[2:])
 
-    off = deviation(logits["masked"], logits["shrunk"])
-    console.print(f"Largest relative deviation of the shrunk model from the masked one: {off:.1e}")
-    assert off <= 1e-5
-    assert rows[-1].macs <= rows[0].macs / 2
-    off = deviation(logits["fine-tuned"], logits["fine-tuned, onnxruntime"])
-    console.print(f"... of onnxruntime from torch: {off:.1e}")
-    assert off <= 1e-5
+    theirs = halve_in_flax(dense, data.test_images[:1])
+    found = jax.jit(theirs.fn, static_argnums=2)(theirs.params, data.test_images, False)[0]
+    for what, one, other in (
+        ("the shrunk model from the masked one", logits["masked"], logits["shrunk"]),
+        ("onnxruntime from torch", logits["fine-tuned"], logits["onnx fine-tuned"]),
+        ("what Flax shrinks, with these weights", logits["shrunk"], np.asarray(found)),
+    ):
+        off = deviation(one, other)
+        console.print(f"Largest relative deviation of {what}: {off:.1e}")
+        assert off <= 1e-5
+    shapes = jax.tree.map(np.shape, (theirs.params, as_flax(shrunk)))
+    assert shapes[0] == shapes[1]
     with torch.inference_mode():
         assert torch.equal(again(images), tuned(images))
-    theirs = shrunk_in_flax(dense, data.test_images[:1])
-    expected = jax.tree.map(np.shape, as_flax(shrunk))
-    assert jax.tree.map(np.shape, theirs.params) == expected
-    off = deviation(
-        logits["shrunk"], np.asarray(theirs.fn(theirs.params, data.test_images, False)[0])
-    )
-    console.print(f"... of the model that Flax shrinks from the same weights: {off:.1e}")
-    assert off <= 1e-5
-    console.print(
-        "Wrote structured_dense and structured_small (.onnx, .pt), structured_plan.safetensors."
-    )
+    console.print(f"Wrote {', '.join(files.values())} (.onnx, .pt), structured_half.safetensors.")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
             graph, place, mine, sizes, [colours(kinds.index(kind))], ax=ax, label=kind
         )
     nx.draw_networkx_nodes(graph, place, layers, 90, "0.75", node_shape="s", ax=ax, label="layer")
-    nx.draw_networkx_edges(graph, place, ax=ax, edge_color="0.4", node_size=[areas[n] for n in graph])
+    ends = [areas[n] for n in graph]
+    nx.draw_networkx_edges(graph, place, ax=ax, edge_color="0.4", node_size=ends)
     if labels:
         parts = {n: n[1].split(".") for n in layers}
         while parts and all(len(p) > 1 for p in parts.values()):
