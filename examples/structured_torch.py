@@ -170,7 +170,7 @@ def main() -> None:
     shrunk, report = halve(dense, coupling, x)
     console.print(str(coupling), str(report), sep="\n\n", end="\n\n", soft_wrap=True)
     masked = copy.deepcopy(dense)
-    interop.apply_(masked, report.masks)
+    interop.apply_(masked.state_dict(), report.masks)  # statistics of batch norms are masked too
     # The small model is trained as the whole one was.
     tuned, eights = copy.deepcopy(shrunk), halve(dense, coupling, x, round_to=8).model
     fit(tuned, data, tuning, TUNING_RATE)

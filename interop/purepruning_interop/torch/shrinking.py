@@ -33,6 +33,9 @@ ROUNDED = 1e-5
 class TorchShrinkReport(ShrinkReport):
     """What a shrunk module lost, and what it is.
 
+    The complete masks name statistics too, so that ``apply_(model.state_dict(), report.masks)``
+    makes a model the masked one.
+
     Attributes:
         kind: ``"module"``, the user's own class with smaller layers, or ``"graph"``, its exported
             program with other sizes.

@@ -69,8 +69,7 @@ def masked_call(
 def apply_(model: Model, masks: Masks) -> None:
     """Writes zeros into the pruned weights of ``model``, in place; returns nothing.
 
-    Once, at this moment: training may move them again, see :func:`keep_pruned`. Masks may name
-    buffers as well, as those of whole units do (``report.masks`` of :func:`shrink`).
+    Once, at this moment: training may move them again, see :func:`keep_pruned`.
 
     Raises:
         KeyError, ValueError, TypeError: as :func:`masked_call`; nothing is then written.
@@ -106,7 +105,7 @@ def keep_pruned(
 
     Args:
         model: the module whose names the masks use, or a dict of (stacked) tensors by name.
-        masks: boolean tensors by name of a parameter or a buffer.
+        masks: boolean tensors by parameter name.
         optimizer: it must hold at least one masked parameter.
         zero_moments: also set the optimizer's state of pruned weights to zero, in every state
             tensor of the parameter's shape, so that a weight that comes back starts anew.
@@ -184,8 +183,5 @@ class KeepPruned:
 
 
 def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if isinstance(model, Mapping):
-        params = dict(model)
-    else:  # masks of whole units name the statistics of batch norms too
-        params = dict(model.named_buffers()) | dict(model.named_parameters())
+    params = dict(model if isinstance(model, Mapping) else model.named_parameters())
     return [(params[name], mask.clone()) for name, mask in by_path(masks, params).items()]
