@@ -89,6 +89,17 @@ def test_reprs_are_short_whatever_they_hold(coupling, shrunk):
     assert repr(shrunk.report).startswith(f"ShrinkReport(params={shrunk.report.params}, macs=")
 
 
+def test_a_drawing_names_layers_and_sizes_of_families(coupling):
+    from matplotlib.figure import Figure
+
+    ax = pp.draw_coupling(coupling, ax=Figure().subplots())
+    assert sorted(x.get_text() for x in ax.texts) == ["16", "8", "back", "head", "stem", "wide"]
+    labels = [x.get_text() for x in ax.get_legend().get_texts()]
+    assert labels == ["channel", "layer"]
+    ax = pp.draw_coupling(coupling, ax=Figure().subplots(), labels=False)
+    assert not ax.texts
+
+
 @pytest.mark.parametrize("committed", [False, True])
 def test_what_is_cut_is_committed_to_a_device_only_if_it_was(coupling, committed):
     """Else a step that mixes the two kinds is compiled twice."""
