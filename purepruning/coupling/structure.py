@@ -231,7 +231,7 @@ class Coupling:
         >>> import jax.numpy as jnp
         >>> import purepruning as pp
         >>> params = {"one": jnp.ones((2, 3)), "bias": jnp.ones(3), "two": jnp.ones((3, 1))}
-        >>> fn = lambda p, x: (x @ p["one"] + p["bias"]) @ p["two"]
+        >>> fn = lambda p, x: (x @ p["one"] + p["bias"][None]) @ p["two"]
         >>> coupling = pp.couple(fn, params, jnp.ones((1, 2)))
         >>> masks = {"one": jnp.array([[True, False, True]]), "bias": None, "two": None}
         >>> masks = coupling.complete(masks, params)
