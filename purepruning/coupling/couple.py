@@ -55,7 +55,7 @@ def couple(
 
     >>> import jax, jax.numpy as jnp
     >>> def mlp(params, x):
-    ...     return jax.nn.relu(x @ params["one"] + params["bias"]) @ params["two"]
+    ...     return jax.nn.relu(x @ params["one"] + params["bias"][None]) @ params["two"]
     >>> params = {"one": jnp.ones((3, 8)), "bias": jnp.ones(8), "two": jnp.ones((8, 2))}
     >>> coupling = couple(mlp, params, jnp.ones((1, 3)))
     >>> [(f.name, len(f), [m.path for m in f.members]) for f in coupling.families]

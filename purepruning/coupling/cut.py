@@ -15,7 +15,10 @@ from purepruning.namespace import array_like, is_concrete, namespace
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
     """Returns what stays of an array; a new array wherever something goes."""
     if _on_host(array):  # XLA would compile a kernel for every shape
-        return jax.device_put(cut_array(np.asarray(array), cuts), array.sharding)
+        # A step whose first call gets some committed arrays and others is compiled a second time.
+        with jax.default_device(next(iter(array.devices()))):
+            place = array.sharding if array.committed else None
+            return jax.device_put(cut_array(np.asarray(array), cuts), place)
     # What differs from block to block is cut first, while the blocks still lie where they were.
     for cut in sorted(cuts, key=lambda c: c.by is None):
         if cut.by is None:

@@ -35,7 +35,7 @@ class Cut:
     by: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Which positions of which axes stay, by parameter path.
 
@@ -48,6 +48,10 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     cuts: Mapping[str, tuple[Cut, ...]]
     removed: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        cut = f"{len(self.cuts)} of {len(self.shapes)} parameters"
+        return f"Plan({len(self.removed)} units removed, {cut} cut)"
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a parameter after it is cut."""

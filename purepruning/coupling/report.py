@@ -69,27 +69,28 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
                     graph.add_edge(*edge)
     # From what is made first to what is read last; loops (residuals) stay in one column.
     condensed = nx.condensation(graph)
-    column = {}
-    for level, parts in enumerate(nx.topological_generations(condensed)):
-        for part in parts:
-            for node in condensed.nodes[part]["members"]:
-                column[node] = level
-    nx.set_node_attributes(graph, column, "column")
+    place = {}
+    for column, parts in enumerate(nx.topological_generations(condensed)):
+        inside = set().union(*(condensed.nodes[part]["members"] for part in parts))
+        for row, node in enumerate(n for n in graph if n in inside):
+            place[node] = (column, row - len(inside) / 2)
     ax = plt.figure(figsize=(10, 7)).gca() if ax is None else ax
-    place = nx.multipartite_layout(graph, subset_key="column") if graph else {}
     place = nx.kamada_kawai_layout(graph, pos=place) if len(graph) > 1 else place
     families = [n for n in graph if n[0] == "family"]
     layers = [n for n in graph if n[0] == "layer"]
     kinds = sorted({f.kind for f in coupling.families})
     colours = plt.get_cmap("tab10")
+    areas = dict.fromkeys(layers, 90.0)
     for kind in kinds:
         mine = [n for n in families if coupling.families[n[1]].kind == kind]
         sizes = [120 + 60 * math.log2(1 + len(coupling.families[n[1]])) for n in mine]
+        areas |= dict(zip(mine, sizes, strict=True))
         nx.draw_networkx_nodes(
             graph, place, mine, sizes, [colours(kinds.index(kind))], ax=ax, label=kind
         )
     nx.draw_networkx_nodes(graph, place, layers, 90, "0.75", node_shape="s", ax=ax, label="layer")
-    nx.draw_networkx_edges(graph, place, ax=ax, edge_color="0.4", node_size=200)
+    ends = [areas[n] for n in graph]
+    nx.draw_networkx_edges(graph, place, ax=ax, edge_color="0.4", node_size=ends)
     if labels:
         parts = {n: n[1].split(".") for n in layers}
         while parts and all(len(p) > 1 for p in parts.values()):
@@ -97,13 +98,24 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
                 break
             parts = {n: p[1:] for n, p in parts.items()}  # what all begin with says nothing
         names = {n: ".".join(p) for n, p in parts.items()}
-        names |= {n: str(len(coupling.families[n[1]])) for n in families}
-        texts = nx.draw_networkx_labels(graph, place, names, font_size=7, ax=ax)
-        for n, drawn in texts.items():
-            if n[0] == "layer":
-                drawn.set_y(drawn.get_position()[1] - 0.05)
+        for n, name in names.items():
+            ax.annotate(
+                name,
+                place[n],
+                xytext=(0, -8),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=7,
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
+            )
+        numbers = {n: str(len(coupling.families[n[1]])) for n in families}
+        nx.draw_networkx_labels(
+            graph, place, numbers, font_size=7, font_color="white", font_weight="bold", ax=ax
+        )
     if graph:
-        ax.legend(loc="best", fontsize=8, labelspacing=1.2)
+        for handle in ax.legend(loc="best", fontsize=8).legend_handles:
+            handle.set_sizes([60])
     ax.set_axis_off()
     return ax
 

@@ -35,7 +35,7 @@ class Shrunk(NamedTuple):
     report: ShrinkReport
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShrinkReport:
     """What a shrunk model lost.
 
@@ -57,6 +57,9 @@ class ShrinkReport:
     statistics: int
     restored: tuple[int, ...]
     extended: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(params={self.params}, macs={self.macs})"
 
     def __str__(self) -> str:
         (p, q), (m, k) = self.params, self.macs

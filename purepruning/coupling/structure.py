@@ -101,7 +101,7 @@ class Product:
     units: tuple[np.ndarray, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coupling:
     """Which slices of which parameters can only be kept or removed together.
 
@@ -231,7 +231,7 @@ class Coupling:
         >>> import jax.numpy as jnp
         >>> import purepruning as pp
         >>> params = {"one": jnp.ones((2, 3)), "bias": jnp.ones(3), "two": jnp.ones((3, 1))}
-        >>> fn = lambda p, x: (x @ p["one"] + p["bias"]) @ p["two"]
+        >>> fn = lambda p, x: (x @ p["one"] + p["bias"][None]) @ p["two"]
         >>> coupling = pp.couple(fn, params, jnp.ones((1, 2)))
         >>> masks = {"one": jnp.array([[True, False, True]]), "bias": None, "two": None}
         >>> masks = coupling.complete(masks, params)
@@ -282,6 +282,9 @@ class Coupling:
             p.constant * math.prod(_left(units, dead) for units in p.units) for p in self.products
         )
         return params, macs
+
+    def __repr__(self) -> str:
+        return f"Coupling({self.n_units} units in {len(self.families)} families)"
 
     def __str__(self) -> str:
         return text(self)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 
 import purepruning as pp
 
@@ -55,20 +56,18 @@ def test_unknown_operations_are_named():
     assert not found.n_units
 
 
-def test_picture(coupling):
-    ax = pp.draw_coupling(coupling)
-    names = {t.get_text() for t in ax.texts}
-    assert {"stem", "up", "down", "gate"} <= names
-    assert {"8", "6"} <= names
+def test_picture_names_layers_and_sizes_of_families(coupling):
+    ax = pp.draw_coupling(coupling, ax=Figure().subplots())
+    texts = sorted(t.get_text() for t in ax.texts)
+    assert texts == ["6", "8", "down", "gate", "stem", "up"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["channel", "layer"]
     ax.figure.canvas.draw()
-    plt.close(ax.figure)
-
-
-def test_picture_in_given_axes_without_names(coupling):
-    figure, ax = plt.subplots()
-    assert pp.draw_coupling(coupling, ax=ax, labels=False) is ax
+    ax = pp.draw_coupling(coupling, ax=Figure().subplots(), labels=False)
     assert not ax.texts
-    plt.close(figure)
+
+
+def test_picture_in_a_new_figure(coupling):
+    plt.close(pp.draw_coupling(coupling).figure)
 
 
 def test_picture_of_nothing():

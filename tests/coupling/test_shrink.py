@@ -9,6 +9,7 @@ import pytest
 
 import purepruning as pp
 from purepruning.coupling.shrink import ShrunkFunction
+from purepruning.namespace import flatten
 from tests.coupling.law import distance, half
 
 
@@ -78,6 +79,27 @@ def test_nothing_is_run_and_shapes_are_enough():
     shapes = jax.eval_shape(lambda: VARIABLES)
     coupling = pp.couple(NET.apply, shapes, jax.ShapeDtypeStruct(X.shape, X.dtype))
     assert coupling.n_units == 24
+
+
+def test_reprs_are_short_whatever_they_hold(coupling, shrunk):
+    assert repr(coupling) == "Coupling(24 units in 2 families)"
+    cuts, shapes = shrunk.report.plan.cuts, jax.tree.leaves(VARIABLES)
+    words = f"12 units removed, {len(cuts)} of {len(shapes)} parameters cut"
+    assert repr(shrunk.report.plan) == f"Plan({words})"
+    assert repr(shrunk.report).startswith(f"ShrinkReport(params={shrunk.report.params}, macs=")
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_is_cut_is_committed_to_a_device_only_if_it_was(coupling, committed):
+    """Else a step that mixes the two kinds is compiled twice."""
+    # Other tests place arrays; these are known not to be.
+    params = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), VARIABLES)
+    if committed:
+        params = jax.device_put(params, jax.devices()[0])
+    masks = coupling.masks(half(coupling), params)
+    small = pp.shrink(NET.apply, params, masks, coupling, X)
+    cut = [x for path, x in flatten(small.params).leaves.items() if path in small.report.plan.cuts]
+    assert [x.committed for x in cut] == [committed] * len(cut)
 
 
 def test_another_batch_size(shrunk):

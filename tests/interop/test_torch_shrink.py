@@ -346,6 +346,19 @@ def test_a_report_counts_parameters_and_multiply_adds():
     assert report.macs[1] < report.macs[0]
 
 
+def test_the_masks_of_a_report_apply_to_the_state():
+    """They name the statistics of batch norms as well."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    x = torch.randn(5, 3)
+    coupling = ppt.couple(model, x)
+    masks = coupling.masks([1, 3], dict(model.state_dict()))
+    small, report = ppt.shrink(model, masks, coupling, x)
+    assert repr(report).startswith("TorchShrinkReport(params=")
+    ppt.apply_(model.state_dict(), report.masks)
+    assert (model[1].running_var == 0).sum() == 2
+    assert torch.allclose(model(x), small(x), atol=1e-6)
+
+
 def test_disagreeing_masks_are_refused_kept_or_removed():
     model, inputs = built("residual")
     coupling = ppt.couple(model, *inputs)

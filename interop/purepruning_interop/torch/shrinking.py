@@ -29,9 +29,12 @@ EXACT = 1e-10
 ROUNDED = 1e-5
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TorchShrinkReport(ShrinkReport):
     """What a shrunk module lost, and what it is.
+
+    The complete masks name statistics too, so that ``apply_(model.state_dict(), report.masks)``
+    makes a model the masked one.
 
     Attributes:
         kind: ``"module"``, the user's own class with smaller layers, or ``"graph"``, its exported
