@@ -1,4 +1,4 @@
-"""ResNet-50, DenseNet-121 and a 12-layer BERT, in Flax and in PyTorch: the same layers."""
+"""ResNet-50, DenseNet-121 and a 12-layer BERT, in Flax (Linen and NNX) and in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RESNET = ((3, 64), (4, 128), (6, 256), (3, 512))
 DENSENET = (6, 12, 24, 16)
 
 
-def flax_net(name: str, size: Any) -> tuple[Any, Any, Any]:
+def linen_net(name: str, size: Any) -> tuple[Any, Any, Any]:
     """Returns ``apply``, the shapes of the variables, and the shape of the input."""
     import jax
     import jax.numpy as jnp
@@ -66,6 +66,105 @@ def flax_net(name: str, size: Any) -> tuple[Any, Any, Any]:
     given = _input(name, jnp.int32, jnp.float32)
     given = jax.ShapeDtypeStruct(*given)
     return net.apply, jax.eval_shape(net.init, jax.random.key(0), given), given
+
+
+def nnx_net(name: str, size: Any) -> tuple[Any, Any]:
+    """Returns the module, whose arrays are shapes only, and the shape of the input."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    rngs = nnx.Rngs(0)
+
+    def conv(into: int, out: int, taps: int, stride: int = 1) -> Any:
+        return nnx.Conv(into, out, (taps, taps), stride, use_bias=False, rngs=rngs)
+
+    def norm(width: int) -> Any:
+        return nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
+
+    class Bottleneck(nnx.Module):
+        def __init__(self, into: int, width: int, stride: int, first: bool) -> None:
+            self.one, self.norm1 = conv(into, width, 1), norm(width)
+            self.two, self.norm2 = conv(width, width, 3, stride), norm(width)
+            self.three, self.norm3 = conv(width, 4 * width, 1), norm(4 * width)
+            short = [conv(into, 4 * width, 1, stride), norm(4 * width)] if first else []
+            self.short = nnx.Sequential(*short) if first else None
+
+        def __call__(self, x: Any) -> Any:
+            y = nnx.relu(self.norm1(self.one(x)))
+            y = self.norm3(self.three(nnx.relu(self.norm2(self.two(y)))))
+            return nnx.relu((self.short(x) if self.short else x) + y)
+
+    class DenseLayer(nnx.Module):
+        def __init__(self, into: int, growth: int) -> None:
+            self.norm1, self.one = norm(into), conv(into, 4 * growth, 1)
+            self.norm2, self.two = norm(4 * growth), conv(4 * growth, growth, 3)
+
+        def __call__(self, x: Any) -> Any:
+            y = self.two(nnx.relu(self.norm2(self.one(nnx.relu(self.norm1(x))))))
+            return jnp.concatenate([x, y], -1)
+
+    class BertLayer(nnx.Module):
+        def __init__(self, width: int, heads: int) -> None:
+            self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+            self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+            self.down = nnx.Linear(4 * width, width, rngs=rngs)
+            self.norm1, self.norm2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
+
+        def __call__(self, x: Any) -> Any:
+            x = self.norm1(x + self.attention(x))
+            return self.norm2(x + self.down(nnx.gelu(self.up(x))))
+
+    class Bert(nnx.Module):
+        def __init__(self, layers: int, width: int, heads: int) -> None:
+            self.words = nnx.Embed(30522, width, rngs=rngs)
+            self.places = nnx.Param(jax.random.normal(rngs.params(), (128, width)))
+            self.norm = nnx.LayerNorm(width, rngs=rngs)
+            self.layers = nnx.List([BertLayer(width, heads) for _ in range(layers)])
+            self.pool = nnx.Linear(width, width, rngs=rngs)
+            self.head = nnx.Linear(width, 2, rngs=rngs)
+
+        def __call__(self, tokens: Any) -> Any:
+            x = self.norm(self.words(tokens) + self.places)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(nnx.tanh(self.pool(x[:, 0])))
+
+    class Images(nnx.Module):
+        def __init__(self) -> None:
+            stages, first = size
+            width = first if name == "resnet" else 2 * first
+            self.stem, self.norm = conv(3, width, 7, 2), norm(width)
+            parts: list[Any] = []
+            for stage, entry in enumerate(stages):
+                if name == "resnet":
+                    for block in range(entry[0]):
+                        stride = 2 if stage and not block else 1
+                        parts.append(Bottleneck(width, entry[1], stride, not block))
+                        width = 4 * entry[1]
+                    continue
+                for _ in range(entry):
+                    parts.append(DenseLayer(width, first))
+                    width += first
+                parts += [norm(width), nnx.relu]
+                if stage < len(stages) - 1:
+                    parts.append(conv(width, width // 2, 1))
+                    parts.append(lambda x: nnx.avg_pool(x, (2, 2), (2, 2)))
+                    width //= 2
+            self.parts = nnx.Sequential(*parts)
+            self.head = nnx.Linear(width, 1000, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            x = nnx.max_pool(nnx.relu(self.norm(self.stem(x))), (3, 3), (2, 2), "SAME")
+            return self.head(self.parts(x).mean((1, 2)))
+
+    def build() -> Any:
+        nonlocal rngs
+        rngs = nnx.Rngs(0)
+        return Bert(*size) if name == "bert" else Images()
+
+    given = jax.ShapeDtypeStruct(*_input(name, jnp.int32, jnp.float32))
+    return nnx.eval_shape(build), given
 
 
 def torch_net(name: str, size: Any) -> tuple[Any, Any]:
