@@ -61,7 +61,7 @@ class Atoms:
         roots = parent[x]
         while True:
             above = parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 break
             roots = above
         parent[x] = roots
@@ -72,7 +72,7 @@ class Atoms:
         if axis is None:
             return None
         x = self._roots(axis)
-        while True:
+        while len(self._sets):
             defined = self._definition[x]
             if (defined < 0).all():
                 break
@@ -86,7 +86,11 @@ class Atoms:
                 sets[row >= 0] = self._sets[row[row >= 0]]
                 columns.append(sets)
             x = self._roots(np.concatenate(columns, 1))
-        x = np.where(self._reason[x] > 0, KEPT, x)
+        kept = self._reason[x] > 0
+        if kept.any():
+            x = np.where(kept, KEPT, x)
+        if x.shape[1] == 1:
+            return None if kept.all() else x
         for j in range(1, x.shape[1]):  # an atom counts once in a set
             x[:, j] = np.where((x[:, :j] == x[:, j : j + 1]).any(1), KEPT, x[:, j])
         used = x.any(0)
@@ -118,9 +122,11 @@ class Atoms:
             if a is None or b is None:
                 self.keep(a if b is None else b, self._why(x if a is None else y, reason))
                 return
-            if a.shape == b.shape and np.array_equal(a, b):
+            if a.shape == b.shape and (a == b).all():
                 return
             self._step(a, b)
+            if a.shape[1] == b.shape[1] == 1:
+                return
         # Sets that no rule brought together: both stay, which is always right.
         self.keep(x, f"{reason}: axes factored in different ways")
         self.keep(y, f"{reason}: axes factored in different ways")

@@ -6,6 +6,7 @@ here nor element by element keeps all its operands whole, and is reported.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -746,24 +747,24 @@ RULES: dict[str, Callable[..., list[Value] | None]] = {
 
 def leaf_uses(program: Program, paths: dict[int, str]) -> dict[str, int]:
     """Returns how often each parameter is used, apart from conversions and reordered axes."""
-    found = {}
-    for number, path in paths.items():
-        found[path] = _uses(program, number)
-    return found
-
-
-def _uses(program: Program, number: int) -> int:
-    total = program.outputs.count(number)
+    readers: dict[int, list[Op]] = {}
     for op in program.ops:
-        if number not in op.inputs:
-            continue
-        if op.name in PASSING:
-            total += _uses(program, op.outputs[0])
-        elif op.name in ("remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"):
-            total += 2  # inside, an operation is not told from another by its program alone
-        else:
-            total += op.inputs.count(number)
-    return total
+        for number in dict.fromkeys(op.inputs):
+            readers.setdefault(number, []).append(op)
+    outputs = collections.Counter(program.outputs)
+
+    def uses(number: int) -> int:
+        total = outputs[number]
+        for op in readers.get(number, ()):
+            if op.name in PASSING:
+                total += uses(op.outputs[0])
+            elif op.name in ("remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"):
+                total += 2  # inside, an operation is not told from another by its program alone
+            else:
+                total += op.inputs.count(number)
+        return total
+
+    return {path: uses(number) for number, path in paths.items()}
 
 
 def concrete(program: Program, number: int, limit: int = 1 << 20) -> np.ndarray | None:

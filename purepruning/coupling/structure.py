@@ -521,39 +521,47 @@ def _families(
     random = np.random.default_rng(0)
     key = np.zeros(n_units + 1, np.uint64)
     kinds = np.full(n_units + 1, "channel", dtype=object)
-    places: list[tuple[str, int, str, np.ndarray]] = []
+    places: list[tuple[str, int, str, list[tuple[np.ndarray, np.ndarray]]]] = []
     for path, leaf in leaves.items():
         for axis, units in enumerate(leaf.units):
             if units is None:
                 continue
-            rows = units.reshape(-1, units.shape[-1])
-            total = np.zeros(n_units + 1, np.int64)
-            for column in rows.T:
-                count = np.bincount(column, minlength=n_units + 1)
-                count[0] = 0
+            columns = []
+            for column in units.reshape(-1, units.shape[-1]).T:
+                count = np.bincount(column)
+                count[KEPT] = 0
+                found = np.flatnonzero(count)
+                counts = count[found]
                 token = random.integers(1, 2**63, dtype=np.uint64)
-                key += token * count.astype(np.uint64)
-                total += count
-                _geometry(column, count, kinds)
-            places.append((path, axis, leaf.roles[axis], total))
-    order: dict[int, list[int]] = {}
-    for unit in range(1, n_units + 1):
-        order.setdefault(int(key[unit]), []).append(unit)
+                key[found] += token * counts.astype(np.uint64)
+                _geometry(column, found[counts > 1], kinds)
+                columns.append((found, counts))
+            places.append((path, axis, leaf.roles[axis], columns))
+    _, first, index = np.unique(key[1:], return_index=True, return_inverse=True)
+    of_unit = np.argsort(np.argsort(first))[index.reshape(-1)]  # families by their first units
+    leads = np.zeros(n_units + 1, bool)
+    leads[1 + first] = True
+    inside: list[list[Member]] = [[] for _ in first]
+    for path, axis, role, columns in places:
+        positions: dict[int, int] = {}
+        for found, counts in columns:
+            leading = leads[found]
+            for unit, n in zip(found[leading].tolist(), counts[leading].tolist(), strict=True):
+                positions[unit] = positions.get(unit, 0) + n
+        for unit, n in positions.items():
+            inside[of_unit[unit - 1]].append(Member(path, axis, role, n))
+    order = np.argsort(of_unit, kind="stable") + 1
+    parts = np.split(order, np.cumsum(np.bincount(of_unit))[:-1]) if n_units else []
     families = []
-    for members in order.values():
-        unit = members[0]
-        inside = tuple(
-            Member(path, axis, role, int(total[unit]))
-            for path, axis, role, total in places
-            if total[unit]
-        )
+    for members, placed in zip(parts, inside, strict=True):
+        unit = int(members[0])
         kind = str(kinds[unit])
         if unit in heads:
             kind = "head"
         elif unit in head_positions:
             kind = "head_position"
-        lead = next((m for m in inside if m.role == SOURCE), inside[0])
-        families.append(Family(f"{lead.path}[{lead.axis}]", kind, np.asarray(members), inside))
+        lead = next((m for m in placed if m.role == SOURCE), placed[0])
+        families.append(Family(f"{lead.path}[{lead.axis}]", kind, members, tuple(placed)))
     names: dict[str, int] = {}
     for i, family in enumerate(families):
         names[family.name] = names.get(family.name, 0) + 1
@@ -562,12 +570,11 @@ def _families(
     return tuple(sorted(families, key=lambda f: (-len(f.units), int(f.units[0]))))
 
 
-def _geometry(column: np.ndarray, count: np.ndarray, kinds: np.ndarray) -> None:
+def _geometry(column: np.ndarray, several: np.ndarray, kinds: np.ndarray) -> None:
     """Notes whether units that have several positions of an axis have them side by side."""
-    several = np.flatnonzero(count > 1)
     if not len(several):
         return
-    runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))], minlength=len(count))
+    runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))], minlength=len(kinds))
     for unit in several:
         kinds[unit] = "block" if runs[unit] == 1 and kinds[unit] != "position" else "position"
 
