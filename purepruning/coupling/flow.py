@@ -520,17 +520,23 @@ class Flow:
         return Value(value.shape, value.axes, tuple(dead_out), None, value.origins)
 
     def along_whole(
-        self, value: Value, axes: Sequence[int], shape: Sequence[Any], what: str
+        self,
+        value: Value,
+        axes: Sequence[int],
+        shape: Sequence[Any],
+        what: str,
+        zeros: bool = True,
     ) -> Value:
         """Returns an operation within some axes (a window, a sort), position by position of others.
 
-        Zeros along the other axes stay zeros only if ``what`` says it is linear or a maximum.
+        ``zeros``: whether it makes zeros of nothing but zeros, as what is linear or a maximum does.
         """
         self.keep(value, what, axes)
         kept = set(axes)
         found = tuple(None if a in kept else value.axes[a] for a in range(value.ndim))
         zero = tuple(
-            d if _is_zero(d) and a not in kept else UNKNOWN for a, d in enumerate(value.dead)
+            d if zeros and _is_zero(d) and a not in kept else UNKNOWN
+            for a, d in enumerate(value.dead)
         )
         return Value(tuple(shape), found, zero, None, None)
 

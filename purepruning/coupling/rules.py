@@ -102,6 +102,8 @@ def _apply(state: Walk, op: Op, operands: list[Value]) -> list[Value]:
     if op.name.startswith("random_") and rule is None:
         rule = _source if op.name in SOURCES else None
         if rule is None:
+            for value in operands:
+                state.flow.keep(value, "what keys are made of")
             return [whole(shape) for shape in shapes]
     found = rule(state, op, operands) if rule is not None else None
     if found is None:
@@ -283,8 +285,12 @@ def _along(what: str, key: str) -> Callable[..., list[Value] | None]:
         shapes = [state.program.avals[n].shape for n in op.outputs]
         axis = op.params.get(key, -1) % max(xs[0].ndim, 1)
         source = xs if len(xs) == len(shapes) else [xs[0]] * len(shapes)
+        # Sums of exponentials of zeros are logarithms, and the indices of zeros are 0, 1, 2, ...
         return [
-            state.flow.along_whole(x, [axis], s, what) for x, s in zip(source, shapes, strict=True)
+            state.flow.along_whole(
+                x, [axis], s, what, op.name != "cumlogsumexp" and (op.name != "top_k" or i == 0)
+            )
+            for i, (x, s) in enumerate(zip(source, shapes, strict=True))
         ]
 
     return rule
@@ -363,11 +369,11 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flow.atoms.same(value.axes[a], indices.axes[b])
         d = batch_out[b]
         axes[d] = None if value.axes[a] is None else axes[d]
-        dead[d] = 0.0 if _all(value.dead[a], 0.0) else UNKNOWN
+        dead[d] = 0.0 if _all(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
     for d, a in zip(n.offset_dims, offset_axes, strict=True):
         if _same(sizes[a], value.shape[a]):
             axes[d] = value.axes[a]
-            dead[d] = value.dead[a] if _all(value.dead[a], 0.0) else UNKNOWN
+            dead[d] = 0.0 if _all(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
         else:
             flow.keep(value, "a part whose place is computed", [a])
     for a in n.collapsed_slice_dims:
@@ -381,7 +387,7 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             if (positions >= 0).all() and (positions < value.shape[a]).all():
                 d = batch_out[0]
                 axes[d] = value.axes[a][positions]
-                line = value.dead[a]
+                line = without_even(value).dead[a]
                 dead[d] = np.asarray(line)[positions] if np.ndim(line) else line
                 continue
         flow.keep(value, "looked up by index", [a])
@@ -401,6 +407,8 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     value, indices, updates = xs
     n = op.params["dimension_numbers"]
     flow = state.flow
+    if op.name == "scatter" and op.params["update_jaxpr"] is not None:
+        return None  # scatter_apply: a function of what is there
     places = written_places(state.program, op, value, updates)
     if places is not None:
         axis, along, taken = places
@@ -483,7 +491,7 @@ def _dynamic_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         else:
             state.flow.keep(value, "a part whose place is computed", [axis])
             value = state.flow.resized(value, axis, shape[axis])
-    return [value]
+    return [without_even(value)]
 
 
 def _dynamic_update_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -517,6 +525,8 @@ def known_start(program: Program, op: Op, axis: int, value: Value, update: Value
 
 
 def _source(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+    for value in xs:
+        state.flow.keep(value, "what random numbers are drawn from")
     return [state.flow.constant(state.program.avals[n].shape) for n in op.outputs]
 
 

@@ -174,12 +174,14 @@ class ShrunkFunction:
                     f"{path!r} has shape {tuple(leaf.shape)}, but the plan cuts it to "
                     f"{self.plan.shape(path)}"
                 )
-            full[path] = jax.ShapeDtypeStruct(self.plan.shapes[path], leaf.dtype)
+            full[path] = jax.ShapeDtypeStruct(
+                self.plan.shapes[path], leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
+            )
         arrays, treedef = jax.tree.flatten(inputs)
         key: Any = (
             treedef,
-            tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in arrays),
-            tuple((path, x.dtype) for path, x in full.items() if hasattr(x, "dtype")),
+            tuple(map(_kind, arrays)),
+            tuple((path, _kind(x)) for path, x in full.items()),
         )
         try:
             remembered = self._traces.get(key)
@@ -214,6 +216,13 @@ class ShrunkFunction:
                     "differently from what the function couples"
                 )
         return found, Shrinking(found.flow, units[found.numbers], self.norms)
+
+
+def _kind(x: Any) -> Any:
+    """What a trace depends on: an array's type, anything else itself (``1`` is not ``True``)."""
+    if hasattr(x, "shape"):
+        return tuple(x.shape), getattr(x, "dtype", None), getattr(x, "weak_type", False)
+    return type(x), repr(x) if isinstance(x, float) else x
 
 
 def check_same(expected: Coupling, found: Coupling) -> None:
