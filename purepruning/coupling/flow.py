@@ -801,6 +801,15 @@ def without_even(value: Value) -> Value:
     return dataclasses.replace(value, dead=tuple(_finite(d) for d in value.dead), summed=None)
 
 
+def numbers_as_even(value: Value) -> Value:
+    """Returns the value after an operation of integers, or one that rounds: the program does it."""
+    found: list[Dead] = []
+    for d in value.dead:
+        number = np.isfinite(d) & (np.asarray(d) != 0.0)
+        found.append(np.where(number, EVEN, d) if np.ndim(d) else EVEN if number else d)
+    return dataclasses.replace(value, dead=tuple(found))
+
+
 def _through_product(dead: Dead) -> Dead:
     """Zero stays zero in a product with what is kept; what can be computed still can."""
     if _is_zero(dead):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.coupling.flow import Flow, Value, whole, without_even
+from purepruning.coupling.flow import Flow, Value, numbers_as_even, whole, without_even
 from purepruning.coupling.primitives import ELEMENTWISE, PASSING, SOURCES
 from purepruning.coupling.program import Op, Program, elementwise_only, is_floating
 from purepruning.coupling.scalars import UNKNOWN
@@ -117,15 +117,32 @@ def _elementwise(state: Walk, op: Op, operands: list[Value], shapes: list[Any]) 
         return operands
     if op.name == "bitcast_convert_type" and len(shapes[0]) != operands[0].ndim:
         return flow.opaque(op.name, operands, shapes)
+    dtypes = [state.program.avals[n].dtype for n in op.inputs]
+    result = state.program.avals[op.outputs[0]].dtype
+    if name == "not" and dtypes[0] != bool:
+        name = "bits"
     value = flow.elementwise(name, operands, shapes[0], state.where)
+    if _rounds(op.name, dtypes, result):
+        value = numbers_as_even(value)
     if name == "identity":
         source = operands[0]
         known = source.known if np.size(source.known) == 1 else None
+        if known is not None and dtypes[0] != result and op.name == "convert_element_type":
+            known = np.asarray(known).astype(result)
         leaf = source.leaf if op.name in PASSING else None
         value = dataclasses.replace(value, known=known, leaf=leaf, summed=source.summed)
     elif op.name in ("div", "mul") and len(operands) == 2:
         _note_mean(state, op, operands)
     return [value]
+
+
+def _rounds(name: str, dtypes: Sequence[Any], result: Any) -> bool:
+    """Whether an operation may give another number than it does with real numbers."""
+    if name == "convert_element_type":
+        return bool(jnp.promote_types(dtypes[0], result) != result)
+    return name in ("round", "reduce_precision") or (
+        jnp.issubdtype(result, jnp.integer) and jnp.issubdtype(dtypes[-1], jnp.integer)
+    )
 
 
 def _note_mean(state: Walk, op: Op, operands: list[Value]) -> None:
