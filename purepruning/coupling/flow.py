@@ -383,7 +383,11 @@ class Flow:
                     axes[a] = None
             dead[a] = scalars.meet([_dead_of(v, a, v.shape[a]) for v in values])
         sizes = [v.shape[axis] for v in values]
-        if all(v.axes[axis] is None for v in values):
+        if not all(isinstance(n, int) for n in sizes):
+            for v in values:
+                self.keep(v, "behind a size that is not known", [axis])
+            axes[axis], dead[axis] = None, UNKNOWN
+        elif all(v.axes[axis] is None for v in values):
             axes[axis], dead[axis] = None, UNKNOWN
         else:
             parts = [self.atoms.resolve(v.axes[axis]) for v in values]

@@ -14,6 +14,7 @@ from purepruning.coupling.interpret import Shrinking, run
 from purepruning.coupling.masks import Conflicts, units_of
 from purepruning.coupling.plan import Plan, plan_of
 from purepruning.coupling.program import holds_tracers
+from purepruning.coupling.report import number
 from purepruning.coupling.structure import Coupling
 from purepruning.masks import apply_masks, merge_masks
 from purepruning.namespace import flatten
@@ -62,7 +63,8 @@ class ShrinkReport:
         (p, q), (m, k) = self.params, self.macs
         lines = [
             f"parameters {p:,} -> {q:,} ({q / max(p, 1):.1%})",
-            f"multiply-adds {m:,} -> {k:,} ({k / max(m, 1):.1%})",
+            f"multiply-adds {number(m)} -> {number(k)}"
+            + (f" ({k / max(m, 1):.1%})" if isinstance(m, int) else ""),
             f"units removed: {len(self.plan.removed)}",
             f"norms: {self.norms}"
             + (f", {self.statistics} statistics corrected" if self.norms == "original" else ""),
@@ -200,8 +202,11 @@ class ShrunkFunction:
 
     def _trace(self, params: Any, inputs: Any) -> tuple[Analysis, Shrinking]:
         found = analyse(self.fn, params, inputs, self.outputs)
-        if found.coupling.n_units and max(self.plan.removed, default=0) > found.coupling.n_units:
-            raise ValueError("the plan does not fit the function: it removes units there are not")
+        if max(self.plan.removed, default=0) > found.coupling.n_units:
+            raise ValueError(
+                "the plan does not fit the function for these inputs: it removes unit "
+                f"{max(self.plan.removed)}, and there are {found.coupling.n_units}"
+            )
         units = np.zeros(found.coupling.n_units + 1, bool)
         units[list(self.plan.removed)] = True
         again = plan_of(found.coupling, units)
