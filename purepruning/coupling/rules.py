@@ -139,7 +139,8 @@ def _elementwise(state: Walk, op: Op, operands: list[Value], shapes: list[Any]) 
 def _rounds(name: str, dtypes: Sequence[Any], result: Any) -> bool:
     """Whether an operation may give another number than it does with real numbers."""
     if name == "convert_element_type":
-        return bool(jnp.promote_types(dtypes[0], result) != result)
+        with jax.numpy_dtype_promotion("standard"):
+            return bool(jnp.promote_types(dtypes[0], result) != result)
     return name in ("round", "reduce_precision") or (
         jnp.issubdtype(result, jnp.integer) and jnp.issubdtype(dtypes[-1], jnp.integer)
     )
