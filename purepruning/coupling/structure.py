@@ -278,13 +278,15 @@ class Coupling:
 
     def cost(self, pruned: Iterable[int] | np.ndarray = ()) -> tuple[int, int]:
         """Returns the number of parameters and of multiply-adds left without these units."""
-        marked = isinstance(pruned, np.ndarray) and pruned.dtype == bool
-        if marked and np.shape(pruned) != (self.n_units + 1,):
+        if not (isinstance(pruned, np.ndarray) and pruned.dtype == bool):
+            dead = self._marked(pruned)
+        elif pruned.shape == (self.n_units + 1,):
+            dead = pruned
+        else:
             raise ValueError(
                 f"pruned must be {self.n_units + 1} booleans by unit number, or unit numbers; got "
-                f"booleans of shape {np.shape(pruned)}"
+                f"booleans of shape {pruned.shape}"
             )
-        dead = np.asarray(pruned) if marked else self._marked(pruned)
         params = 0
         for leaf in self.leaves.values():
             size = 1

@@ -485,7 +485,7 @@ def test_inputs_for_which_nothing_may_go():
 
     params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
     _, small = small_function(fn, params, X[0, 0])
-    with pytest.raises(ValueError, match="does not fit the function for these inputs: .* are 0"):
+    with pytest.raises(ValueError, match=r"does not fit the function for these inputs: .* are 0"):
         small.fn(small.params, X[0, 0, :5])
 
 
@@ -513,7 +513,7 @@ def test_what_stands_behind_a_batch_that_is_not_known_stays():
 
 @pytest.mark.parametrize("pruned", [[1.5], np.ones(32, bool), ["1"], [True, False]])
 def test_units_that_are_no_numbers(coupling, pruned):
-    with pytest.raises(TypeError, match="pruned must hold unit numbers, got .* np.flatnonzero"):
+    with pytest.raises(TypeError, match=r"pruned must hold unit numbers, got .* np\.flatnonzero"):
         coupling.masks(pruned, VARIABLES)
 
 

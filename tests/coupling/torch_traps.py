@@ -976,6 +976,16 @@ def gate_that_is_shut():
 
 
 @exact
+def tokens_that_are_chosen():
+    """As in masked autoencoders: how many there are depends on the data."""
+
+    def run(net, x):
+        return net.head(F.relu(net.stem(x[x[..., 0] > 0])))
+
+    return Net(run, stem=nn.Linear(6, 12), head=nn.Linear(12, 4)), tokens()
+
+
+@exact
 def layernorm_by_hand():
     """As in ConvNeXt: the variance of what is left when the mean is taken off."""
 

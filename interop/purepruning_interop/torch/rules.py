@@ -363,18 +363,14 @@ def _function(s: Walk, op: Op) -> Callable[..., float]:
     return function
 
 
-def _run_on_numbers(
-    op: Op, numbers: Sequence[float], dtypes: Sequence[torch.dtype] = ()
-) -> float:
+def _run_on_numbers(op: Op, numbers: Sequence[float], dtypes: Sequence[torch.dtype] = ()) -> float:
     own = [torch.float64 if d == torch.float32 else d for d in dtypes]
     for kinds in (own, *([d] * len(numbers) for d in (torch.float64, torch.bool, torch.int64))):
         if len(kinds) != len(numbers):
             continue
         rest = iter(zip(numbers, kinds, strict=True))
         args = {
-            k: _scalar(*next(rest))
-            if isinstance(v, Var)
-            else (v.hint if isinstance(v, Sym) else v)
+            k: _scalar(*next(rest)) if isinstance(v, Var) else (v.hint if isinstance(v, Sym) else v)
             for k, v in op.args.items()
         }
         try:
@@ -418,7 +414,9 @@ def _identity(s: Walk, op: Op) -> list[Value] | None:
         return None
     leaf = source.leaf if op.name in PASSING else None
     value = dataclasses.replace(source, leaf=leaf)
-    before, after = (s.program.avals[n].dtype for n in (first.number, op.outputs[0]))
+    result = op.outputs[0]
+    assert result is not None
+    before, after = s.program.avals[first.number].dtype, s.program.avals[result].dtype
     if torch.promote_types(before, after) != after:  # what is rounded, the program computes
         value = dataclasses.replace(numbers_as_even(value), known=None)
     return [value, *(whole(s.shape(op, i)) for i in range(1, len(op.outputs)))]
