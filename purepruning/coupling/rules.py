@@ -119,7 +119,7 @@ def _elementwise(state: Walk, op: Op, operands: list[Value], shapes: list[Any]) 
         return flow.opaque(op.name, operands, shapes)
     dtypes = [state.program.avals[n].dtype for n in op.inputs]
     result = state.program.avals[op.outputs[0]].dtype
-    if name == "not" and dtypes[0] != bool:
+    if name == "not" and jnp.issubdtype(dtypes[0], jnp.integer):
         name = "bits"
     value = flow.elementwise(name, operands, shapes[0], state.where)
     if _rounds(op.name, dtypes, result):
