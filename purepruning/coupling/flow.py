@@ -383,7 +383,7 @@ class Flow:
                     axes[a] = None
             dead[a] = scalars.meet([_dead_of(v, a, v.shape[a]) for v in values])
         sizes = [v.shape[axis] for v in values]
-        if not all(isinstance(n, int) for n in sizes):
+        if not all(isinstance(n, int | np.integer) for n in sizes):
             for v in values:
                 self.keep(v, "behind a size that is not known", [axis])
             axes[axis], dead[axis] = None, UNKNOWN

@@ -127,7 +127,8 @@ def _elementwise(state: Walk, op: Op, operands: list[Value], shapes: list[Any]) 
     if name == "identity":
         source = operands[0]
         known = source.known if np.size(source.known) == 1 else None
-        if known is not None and dtypes[0] != result and op.name == "convert_element_type":
+        numeric = not jnp.issubdtype(result, jnp.complexfloating)
+        if known is not None and numeric and op.name == "convert_element_type":
             known = np.asarray(known).astype(result)
         leaf = source.leaf if op.name in PASSING else None
         value = dataclasses.replace(value, known=known, leaf=leaf, summed=source.summed)
