@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from purepruning.coupling.program import Op, Program, trace
+from purepruning.coupling.report import number
 from purepruning.namespace import flatten
 
 #: What depends on parameters alone: their paths; None depends on inputs.
@@ -62,9 +63,11 @@ class Counts:
     def __str__(self) -> str:
         rows = [("layer", "params", "MACs", "activation bytes")]
         rows += [
-            (x.name, f"{x.params:,}", f"{x.macs:,}", f"{x.activation_bytes:,}") for x in self.layers
+            (x.name, f"{x.params:,}", number(x.macs), number(x.activation_bytes))
+            for x in self.layers
         ]
-        rows.append(("total", f"{self.params:,}", f"{self.macs:,}", f"{self.activation_bytes:,}"))
+        total = number(self.macs), number(self.activation_bytes)
+        rows.append(("total", f"{self.params:,}", *total))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
             "  ".join(

@@ -141,4 +141,4 @@ def _is_array(x: Any) -> bool:
 
 
 def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))

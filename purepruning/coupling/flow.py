@@ -383,7 +383,11 @@ class Flow:
                     axes[a] = None
             dead[a] = scalars.meet([_dead_of(v, a, v.shape[a]) for v in values])
         sizes = [v.shape[axis] for v in values]
-        if all(v.axes[axis] is None for v in values):
+        if not all(isinstance(n, int | np.integer) for n in sizes):
+            for v in values:
+                self.keep(v, "behind a size that is not known", [axis])
+            axes[axis], dead[axis] = None, UNKNOWN
+        elif all(v.axes[axis] is None for v in values):
             axes[axis], dead[axis] = None, UNKNOWN
         else:
             parts = [self.atoms.resolve(v.axes[axis]) for v in values]
@@ -520,17 +524,23 @@ class Flow:
         return Value(value.shape, value.axes, tuple(dead_out), None, value.origins)
 
     def along_whole(
-        self, value: Value, axes: Sequence[int], shape: Sequence[Any], what: str
+        self,
+        value: Value,
+        axes: Sequence[int],
+        shape: Sequence[Any],
+        what: str,
+        zeros: bool = True,
     ) -> Value:
         """Returns an operation within some axes (a window, a sort), position by position of others.
 
-        Zeros along the other axes stay zeros only if ``what`` says it is linear or a maximum.
+        ``zeros``: whether it makes zeros of nothing but zeros, as what is linear or a maximum does.
         """
         self.keep(value, what, axes)
         kept = set(axes)
         found = tuple(None if a in kept else value.axes[a] for a in range(value.ndim))
         zero = tuple(
-            d if _is_zero(d) and a not in kept else UNKNOWN for a, d in enumerate(value.dead)
+            d if zeros and _is_zero(d) and a not in kept else UNKNOWN
+            for a, d in enumerate(value.dead)
         )
         return Value(tuple(shape), found, zero, None, None)
 
@@ -793,6 +803,15 @@ def _finite(dead: Dead) -> Dead:
 def without_even(value: Value) -> Value:
     """Returns the value knowing only numbers: what is computed elsewhere is not known here."""
     return dataclasses.replace(value, dead=tuple(_finite(d) for d in value.dead), summed=None)
+
+
+def numbers_as_even(value: Value) -> Value:
+    """Returns the value after an operation of integers, or one that rounds: the program does it."""
+    found: list[Dead] = []
+    for d in value.dead:
+        number = np.isfinite(d) & (np.asarray(d) != 0.0)
+        found.append(np.where(number, EVEN, d) if np.ndim(d) else EVEN if number else d)
+    return dataclasses.replace(value, dead=tuple(found))
 
 
 def _through_product(dead: Dead) -> Dead:

@@ -192,6 +192,10 @@ class _Run:
             whole = list(s.shape(old))
             whole[place] = source.shape[place]
             return jnp.reshape(jnp.broadcast_to(source, whole), shape)
+        if op.name == "rev":
+            return self.bind(op, [self.ghost(op.inputs[0], axis)], op.params)[0]
+        if op.name == "optimization_barrier":
+            return self.ghost(op.inputs[op.outputs.index(n)], axis)
         if op.name == "transpose":
             order = op.params["permutation"]
             return jnp.transpose(self.ghost(op.inputs[0], order[axis]), order)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from purepruning.coupling.cut import cut_array
@@ -135,6 +135,13 @@ class Plan:
         Raises:
             ValueError: the file holds no plan.
         """
+        try:
+            return cls._read(path)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{str(path)!r} holds no plan of this library: {error}") from None
+
+    @classmethod
+    def _read(cls, path: str | Path) -> Plan:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

@@ -15,7 +15,7 @@ def text(coupling: Coupling) -> str:
     n = len(coupling.families)
     lines = [
         f"{coupling.n_units} units in {n} {'family' if n == 1 else 'families'}; "
-        f"{params:,} parameters, {macs:,} multiply-adds",
+        f"{params:,} parameters, {number(macs)} multiply-adds",
         "",
     ]
     for family in coupling.families:
@@ -30,6 +30,11 @@ def text(coupling: Coupling) -> str:
     for name, times in coupling.unknown.items():
         lines.append(f"no rule for {name}, met {times} times: what it reads stays whole")
     return "\n".join(lines)
+
+
+def number(n: Any) -> str:
+    """Returns a count for reading; one that depends on a symbolic size as its formula."""
+    return f"{n:,}" if isinstance(n, int) else str(n)
 
 
 def _some(names: list[str], limit: int = 4) -> str:

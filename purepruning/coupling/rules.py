@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.coupling.flow import Flow, Value, whole, without_even
+from purepruning.coupling.flow import Flow, Value, numbers_as_even, whole, without_even
 from purepruning.coupling.primitives import ELEMENTWISE, PASSING, SOURCES
 from purepruning.coupling.program import Op, Program, elementwise_only, is_floating
 from purepruning.coupling.scalars import UNKNOWN
@@ -103,6 +103,8 @@ def _apply(state: Walk, op: Op, operands: list[Value]) -> list[Value]:
     if op.name.startswith("random_") and rule is None:
         rule = _source if op.name in SOURCES else None
         if rule is None:
+            for value in operands:
+                state.flow.keep(value, "what keys are made of")
             return [whole(shape) for shape in shapes]
     found = rule(state, op, operands) if rule is not None else None
     if found is None:
@@ -116,15 +118,34 @@ def _elementwise(state: Walk, op: Op, operands: list[Value], shapes: list[Any]) 
         return operands
     if op.name == "bitcast_convert_type" and len(shapes[0]) != operands[0].ndim:
         return flow.opaque(op.name, operands, shapes)
+    dtypes = [state.program.avals[n].dtype for n in op.inputs]
+    result = state.program.avals[op.outputs[0]].dtype
+    if name == "not" and jnp.issubdtype(dtypes[0], jnp.integer):
+        name = "bits"
     value = flow.elementwise(name, operands, shapes[0], state.where)
+    if _rounds(op.name, dtypes, result):
+        value = numbers_as_even(value)
     if name == "identity":
         source = operands[0]
         known = source.known if np.size(source.known) == 1 else None
+        numeric = not jnp.issubdtype(result, jnp.complexfloating)
+        if known is not None and numeric and op.name == "convert_element_type":
+            known = np.asarray(known).astype(result)
         leaf = source.leaf if op.name in PASSING else None
         value = dataclasses.replace(value, known=known, leaf=leaf, summed=source.summed)
     elif op.name in ("div", "mul") and len(operands) == 2:
         _note_mean(state, op, operands)
     return [value]
+
+
+def _rounds(name: str, dtypes: Sequence[Any], result: Any) -> bool:
+    """Whether an operation may give another number than it does with real numbers."""
+    if name == "convert_element_type":
+        with jax.numpy_dtype_promotion("standard"):
+            return bool(jnp.promote_types(dtypes[0], result) != result)
+    return name in ("round", "reduce_precision") or (
+        jnp.issubdtype(result, jnp.integer) and jnp.issubdtype(dtypes[-1], jnp.integer)
+    )
 
 
 def _note_mean(state: Walk, op: Op, operands: list[Value]) -> None:
@@ -284,8 +305,12 @@ def _along(what: str, key: str) -> Callable[..., list[Value] | None]:
         shapes = [state.program.avals[n].shape for n in op.outputs]
         axis = op.params.get(key, -1) % max(xs[0].ndim, 1)
         source = xs if len(xs) == len(shapes) else [xs[0]] * len(shapes)
+        # Sums of exponentials of zeros are logarithms, and the indices of zeros are 0, 1, 2, ...
         return [
-            state.flow.along_whole(x, [axis], s, what) for x, s in zip(source, shapes, strict=True)
+            state.flow.along_whole(
+                x, [axis], s, what, op.name != "cumlogsumexp" and (op.name != "top_k" or i == 0)
+            )
+            for i, (x, s) in enumerate(zip(source, shapes, strict=True))
         ]
 
     return rule
@@ -364,11 +389,11 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flow.atoms.same(value.axes[a], indices.axes[b])
         d = batch_out[b]
         axes[d] = None if value.axes[a] is None else axes[d]
-        dead[d] = 0.0 if _all(value.dead[a], 0.0) else UNKNOWN
+        dead[d] = 0.0 if _all(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
     for d, a in zip(n.offset_dims, offset_axes, strict=True):
         if _same(sizes[a], value.shape[a]):
             axes[d] = value.axes[a]
-            dead[d] = value.dead[a] if _all(value.dead[a], 0.0) else UNKNOWN
+            dead[d] = 0.0 if _all(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
         else:
             flow.keep(value, "a part whose place is computed", [a])
     for a in n.collapsed_slice_dims:
@@ -382,7 +407,7 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             if (positions >= 0).all() and (positions < value.shape[a]).all():
                 d = batch_out[0]
                 axes[d] = value.axes[a][positions]
-                line = value.dead[a]
+                line = without_even(value).dead[a]
                 dead[d] = np.asarray(line)[positions] if np.ndim(line) else line
                 continue
         flow.keep(value, "looked up by index", [a])
@@ -402,6 +427,8 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     value, indices, updates = xs
     n = op.params["dimension_numbers"]
     flow = state.flow
+    if op.name == "scatter" and op.params["update_jaxpr"] is not None:
+        return None  # scatter_apply: a function of what is there
     places = written_places(state.program, op, value, updates)
     if places is not None:
         axis, along, taken = places
@@ -484,7 +511,7 @@ def _dynamic_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         else:
             state.flow.keep(value, "a part whose place is computed", [axis])
             value = state.flow.resized(value, axis, shape[axis])
-    return [value]
+    return [without_even(value)]
 
 
 def _dynamic_update_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -518,6 +545,8 @@ def known_start(program: Program, op: Op, axis: int, value: Value, update: Value
 
 
 def _source(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+    for value in xs:
+        state.flow.keep(value, "what random numbers are drawn from")
     return [state.flow.constant(state.program.avals[n].shape) for n in op.outputs]
 
 

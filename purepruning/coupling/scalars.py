@@ -55,6 +55,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "erf": np.vectorize(math.erf, otypes=[float]),
     "erfc": np.vectorize(math.erfc, otypes=[float]),
     "erf_inv": lambda x: np.where(x == 0, 0.0, np.nan),
+    "lgamma": np.vectorize(
+        lambda x: math.inf if x <= 0 and x == math.floor(x) else math.lgamma(x), otypes=[float]
+    ),
+    "digamma": lambda x: np.where(x == 0, np.nan, np.inf),
     "positive_pow": lambda x: np.where((x == 0) | (x == 1), x, np.nan),
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "identity": lambda x: x,
@@ -96,6 +100,8 @@ def breaks(name: str, operands: Sequence[Any], function: Function = None) -> np.
     if name in _NEVER_BREAK or not operands:
         return np.zeros(1, bool)
     xs = [np.atleast_1d(np.asarray(x, float)) for x in operands]
+    if name == "div" and function is None:  # whatever is divided by zero
+        return xs[1] == 0.0
     if not all(np.isfinite(x).any() for x in xs):
         return np.zeros(1, bool)
     rows = list(zip(*np.broadcast_arrays(*xs), strict=True))

@@ -14,6 +14,7 @@ from purepruning.coupling.interpret import Shrinking, run
 from purepruning.coupling.masks import Conflicts, units_of
 from purepruning.coupling.plan import Plan, plan_of
 from purepruning.coupling.program import holds_tracers
+from purepruning.coupling.report import number
 from purepruning.coupling.structure import Coupling
 from purepruning.masks import apply_masks, merge_masks
 from purepruning.namespace import flatten
@@ -65,7 +66,8 @@ class ShrinkReport:
         (p, q), (m, k) = self.params, self.macs
         lines = [
             f"parameters {p:,} -> {q:,} ({q / max(p, 1):.1%})",
-            f"multiply-adds {m:,} -> {k:,} ({k / max(m, 1):.1%})",
+            f"multiply-adds {number(m)} -> {number(k)}"
+            + (f" ({k / max(m, 1):.1%})" if isinstance(m, int) else ""),
             f"units removed: {len(self.plan.removed)}",
             f"norms: {self.norms}"
             + (f", {self.statistics} statistics corrected" if self.norms == "original" else ""),
@@ -177,12 +179,14 @@ class ShrunkFunction:
                     f"{path!r} has shape {tuple(leaf.shape)}, but the plan cuts it to "
                     f"{self.plan.shape(path)}"
                 )
-            full[path] = jax.ShapeDtypeStruct(self.plan.shapes[path], leaf.dtype)
+            full[path] = jax.ShapeDtypeStruct(
+                self.plan.shapes[path], leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
+            )
         arrays, treedef = jax.tree.flatten(inputs)
         key: Any = (
             treedef,
-            tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in arrays),
-            tuple((path, x.dtype) for path, x in full.items() if hasattr(x, "dtype")),
+            tuple(map(_kind, arrays)),
+            tuple((path, _kind(x)) for path, x in full.items()),
         )
         try:
             remembered = self._traces.get(key)
@@ -201,8 +205,11 @@ class ShrunkFunction:
 
     def _trace(self, params: Any, inputs: Any) -> tuple[Analysis, Shrinking]:
         found = analyse(self.fn, params, inputs, self.outputs)
-        if found.coupling.n_units and max(self.plan.removed, default=0) > found.coupling.n_units:
-            raise ValueError("the plan does not fit the function: it removes units there are not")
+        if max(self.plan.removed, default=0) > found.coupling.n_units:
+            raise ValueError(
+                "the plan does not fit the function for these inputs: it removes unit "
+                f"{max(self.plan.removed)}, and there are {found.coupling.n_units}"
+            )
         units = np.zeros(found.coupling.n_units + 1, bool)
         units[list(self.plan.removed)] = True
         again = plan_of(found.coupling, units)
@@ -217,6 +224,13 @@ class ShrunkFunction:
                     "differently from what the function couples"
                 )
         return found, Shrinking(found.flow, units[found.numbers], self.norms)
+
+
+def _kind(x: Any) -> Any:
+    """What a trace depends on: an array's type, anything else itself (``1`` is not ``True``)."""
+    if hasattr(x, "shape"):
+        return tuple(x.shape), getattr(x, "dtype", None), getattr(x, "weak_type", False)
+    return type(x), repr(x) if isinstance(x, float) else x
 
 
 def check_same(expected: Coupling, found: Coupling) -> None:

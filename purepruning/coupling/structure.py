@@ -160,8 +160,19 @@ class Coupling:
         Raises:
             ValueError: a number that is no unit, or a selection that is uneven where it must not be
                 or leaves nothing of an axis.
+            TypeError: what is given are no whole numbers.
         """
+        dead = self._marked(pruned)
+        self.check(dead)
+        return dead
+
+    def _marked(self, pruned: Iterable[int]) -> np.ndarray:
         given = np.asarray(list(pruned) if not isinstance(pruned, np.ndarray) else pruned)
+        if given.size and given.dtype.kind not in "iu":
+            raise TypeError(
+                f"pruned must hold unit numbers, got {given.dtype} (of booleans by unit number, "
+                "pass np.flatnonzero)"
+            )
         numbers = given.astype(np.int64).reshape(-1)
         if numbers.size and not (numbers.min() >= 1 and numbers.max() <= self.n_units):
             raise ValueError(
@@ -170,7 +181,6 @@ class Coupling:
             )
         dead = np.zeros(self.n_units + 1, bool)
         dead[numbers] = True
-        self.check(dead)
         return dead
 
     def check(self, dead: np.ndarray) -> None:
@@ -268,10 +278,15 @@ class Coupling:
 
     def cost(self, pruned: Iterable[int] | np.ndarray = ()) -> tuple[int, int]:
         """Returns the number of parameters and of multiply-adds left without these units."""
-        dead = pruned if isinstance(pruned, np.ndarray) and pruned.dtype == bool else None
-        if dead is None:
-            dead = np.zeros(self.n_units + 1, bool)
-            dead[np.asarray(list(pruned), np.int64)] = True
+        if not (isinstance(pruned, np.ndarray) and pruned.dtype == bool):
+            dead = self._marked(pruned)
+        elif pruned.shape == (self.n_units + 1,):
+            dead = pruned
+        else:
+            raise ValueError(
+                f"pruned must be {self.n_units + 1} booleans by unit number, or unit numbers; got "
+                f"booleans of shape {pruned.shape}"
+            )
         params = 0
         for leaf in self.leaves.values():
             size = 1

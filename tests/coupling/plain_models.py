@@ -178,6 +178,54 @@ def response_norm(h):
     return h * (1 + 0.1 * squares) ** -0.75
 
 
+def running_logarithm(h):
+    """Along the samples, where what is zero has logarithms of 1, 2, 3, ..."""
+    return h * jnp.sum(lax.cumlogsumexp(h, axis=0), axis=1, keepdims=True)
+
+
+def order_of_samples(h):
+    """The largest two of four zeros are the first and the second."""
+    return h * jnp.sum(lax.top_k(h.T, 2)[1]).astype(h.dtype)
+
+
+def missing_sample(h):
+    """A sample that is not there is filled with ones, whatever is pruned."""
+    filled = jnp.take(h, np.array([0, 99, 2, 3]), axis=0, mode="fill", fill_value=1.0)
+    return h * jnp.sum(filled, axis=1, keepdims=True)
+
+
+def counted(h):
+    """Sums of what is not a real number any more: of booleans, rounded ones and integers."""
+    true = (h + 1.7).astype(bool).astype(h.dtype)
+    away = lax.round(h + 2.5, lax.RoundingMethod.AWAY_FROM_ZERO)
+    inverted = (~(h >= 0).astype(jnp.int32)).astype(h.dtype)
+    return h * jnp.sum(true + away + inverted, axis=1, keepdims=True) / 12
+
+
+def centred_backwards(h):
+    """The mean is taken off, and the variance is that of the samples in reverse."""
+    h, _ = lax.optimization_barrier(((h - jnp.mean(h, axis=1, keepdims=True))[::-1], h[0, 0]))
+    return h * lax.rsqrt(jnp.mean(h**2, axis=1, keepdims=True) + 1.0)
+
+
+def centred_and_picked(h):
+    h = (h - jnp.mean(h, axis=1, keepdims=True))[:, np.array([1, 1, 4, 2])]
+    return h * lax.rsqrt(jnp.mean(h**2, axis=1, keepdims=True) + 1.0)
+
+
+def applied(h):
+    """What is written depends on what was there."""
+    return h.at[:, np.array([1, 2])].apply(lambda x: jnp.sin(x) + 1)
+
+
+def random_by_number(h):
+    """The numbers of the channels scale them, and make a random key of each."""
+    number = jnp.arange(12)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(number)
+    noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+    return h * number.astype(h.dtype)[None] * noise[None]
+
+
 def entropy(h):
     """What a softmax over channels says, as one number."""
     return jnp.concatenate([h, nn.logsumexp(h, axis=1, keepdims=True)], axis=1)
@@ -273,6 +321,16 @@ def scaled_kernel(p, x):
     kernel = jnp.abs(p["first"]["kernel"]) * p["gain_scale"][None]
     kernel = kernel * lax.rsqrt(jnp.sum(kernel**2, axis=0, keepdims=True) + 1e-6)
     return dense(p["last"], nn.relu(x @ kernel))
+
+
+def divided_by_scale(p, x):
+    """A constant divided by a scale is not finite where the scale is pruned."""
+    scale = np.linspace(1, 2, 12, dtype=np.float32) / p["scale"]
+    return dense(p["last"], dense(p["first"], x) * scale[None])
+
+
+def gamma_of_scale(p, x):
+    return dense(p["last"], dense(p["first"], x) * lax.lgamma(p["scale"])[None])
 
 
 def bilinear(p, x):
@@ -572,10 +630,12 @@ MODELS = (
     *mlps("move", scatter_constant, after=20),
     *mlps("mix", softmax_over_channels, cumsum_over_channels, sorted_channels),
     *mlps("mix", fourier_over_channels, response_norm),
+    *mlps("mix", running_logarithm, order_of_samples, missing_sample, applied, random_by_number),
     *mlps("mix", largest_channels, after=5),
     *mlps("mix", maxout, after=4),
     *mlps("mix", entropy, after=13),
-    *mlps("statistic", centred, standardised, unit_norm),
+    *mlps("statistic", centred, standardised, unit_norm, counted, centred_backwards),
+    *mlps("statistic", centred_and_picked, after=4),
     *mlps("control", conditional, switched, while_loop, rolled_in_a_loop, mapped),
     *mlps("control", straight_through, own_derivative, checkpointed, jitted_twice),
     plain("returned_hidden", "output", returned_hidden, THREE, X),
@@ -611,6 +671,8 @@ MODELS = (
         {"first": {"kernel": (7, 12)}, "gain_scale": (12,), "last": weights(12, 5)},
         X,
     ),
+    plain("divided_by_scale", "kernel", divided_by_scale, TWO | {"scale": (12,)}, X),
+    plain("gamma_of_scale", "kernel", gamma_of_scale, TWO | {"scale": (12,)}, X),
     plain(
         "bilinear",
         "kernel",

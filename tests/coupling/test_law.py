@@ -19,6 +19,13 @@ WHOLE = {
     "plain_largest_channels": "a sort",
     "plain_entropy": "a maximum over it",
     "plain_update_in_place": "a part that is written to",
+    "plain_running_logarithm": "summed, and not zero where it is masked",
+    "plain_order_of_samples": "summed, and not zero where it is masked",
+    "plain_missing_sample": "summed, and not zero where it is masked",
+    "plain_applied": "operand of scatter, for which there is no rule",
+    "plain_random_by_number": "what keys are made of",
+    "plain_divided_by_scale": "no number where it is masked",
+    "plain_gamma_of_scale": "no number where it is masked",
     "plain_fixed_point": "a maximum over it",
     "plain_channel_attention": "nothing would be left of an axis",
 }
@@ -26,8 +33,8 @@ WHOLE = {
 #: Functions whose masked model divides zero by zero: there is nothing to compare with.
 UNDEFINED = {"plain_scaled_kernel"}
 
-#: Loops that run until something holds have no reverse derivative.
-FORWARD = {"plain_while_loop", "plain_fixed_point"}
+#: Loops that run until something holds have no reverse derivative, nor has a scatter that applies.
+FORWARD = {"plain_while_loop", "plain_fixed_point", "plain_applied"}
 
 
 #: Models of the frameworks, one of every kind of structure. The population has them all.

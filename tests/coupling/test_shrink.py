@@ -456,3 +456,101 @@ def test_unknown_operations_keep_what_they_touch():
     assert {p.reason for p in coupling.pins if p.path == "one" and p.axis == 1} == {
         "operand of cholesky, for which there is no rule"
     }
+
+
+# What a shrunk function remembers, and what it must not take for something else.
+
+
+def small_function(fn, params, *inputs):
+    coupling = pp.couple(fn, params, *inputs)
+    masks = coupling.masks([1], params)
+    return pp.apply_masks(params, masks), pp.shrink(fn, params, masks, coupling, *inputs)
+
+
+def test_numbers_that_are_equal_are_not_one_input():
+    def fn(params, x, often):
+        y = (x @ params["one"]) @ params["two"]
+        return -y if often is True else y
+
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    masked, small = small_function(fn, params, X[0, 0], 1)
+    for often in (1, True, 1.0):
+        assert distance(fn(masked, X[0, 0], often), small.fn(small.params, X[0, 0], often)) < 1e-5
+
+
+def test_numbers_among_the_parameters_may_change():
+    fn = lambda params, x: (x @ params["one"]) @ params["two"] * params["rate"]  # noqa: E731
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))}) | {"rate": 2.0}
+    coupling = pp.couple(fn, params, X[0, 0])
+    masks = coupling.masks([1], params)
+    small = pp.shrink(fn, params, masks, coupling, X[0, 0])
+    for rate in (2.0, 3.0):
+        found = small.fn(small.params | {"rate": rate}, X[0, 0])
+        complete = pp.apply_masks(params, masks) | {"rate": rate}
+        assert distance(fn(complete, X[0, 0]), found) < 1e-5
+
+
+def test_weak_types_promote_as_they_did(standard_promotion):
+    fn = lambda params, x, rate: (x @ params["one"] * rate) @ params["two"]  # noqa: E731
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    half_precision = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, X[0, 0]))
+    params, x = half_precision
+    _, small = small_function(fn, params, x, jnp.asarray(2.0))
+    program = jax.make_jaxpr(small.fn)(small.params, x, jnp.asarray(2.0))
+    assert {v.aval.dtype for e in program.eqns for v in e.outvars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_inputs_for_which_nothing_may_go():
+    def fn(params, x):
+        h = x @ params["one"]
+        return (h if len(x) == 6 else jnp.sort(h)) @ params["two"]
+
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    _, small = small_function(fn, params, X[0, 0])
+    with pytest.raises(ValueError, match=r"does not fit the function for these inputs: .* are 0"):
+        small.fn(small.params, X[0, 0, :5])
+
+
+def test_counts_of_a_symbolic_batch_are_formulas():
+    (batch,) = jax.export.symbolic_shape("b")
+    fn = lambda params, x: (x @ params["one"]) @ params["two"]  # noqa: E731
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    x = jax.ShapeDtypeStruct((batch, 3), jnp.float32)
+    _, small = small_function(fn, params, x)
+    assert "20*b multiply-adds" in str(pp.couple(fn, params, x))
+    assert "multiply-adds 20*b -> 15*b\n" in str(small.report)
+    assert "20*b" in str(pp.count(fn, params, x))
+
+
+def test_what_stands_behind_a_batch_that_is_not_known_stays():
+    (batch,) = jax.export.symbolic_shape("b")
+    fn = lambda params, x: jnp.concatenate([x @ params["one"], params["two"]]) @ params["three"]  # noqa: E731
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((2, 4)), "three": jnp.ones((4, 2))})
+    coupling = pp.couple(fn, params, jax.ShapeDtypeStruct((batch, 3), jnp.float32))
+    assert coupling.n_units == 4
+    assert ("two", 0, "behind a size that is not known") in {
+        (p.path, p.axis, p.reason) for p in coupling.pins
+    }
+
+
+@pytest.mark.parametrize("pruned", [[1.5], np.ones(32, bool), ["1"], [True, False]])
+def test_units_that_are_no_numbers(coupling, pruned):
+    with pytest.raises(TypeError, match=r"pruned must hold unit numbers, got .* np\.flatnonzero"):
+        coupling.masks(pruned, VARIABLES)
+
+
+@pytest.mark.parametrize("pruned", [[0], [99], [-1]])
+def test_costs_of_units_that_are_not_there(coupling, pruned):
+    with pytest.raises(ValueError, match="pruned must hold unit numbers from 1 to"):
+        coupling.cost(pruned)
+    with pytest.raises(ValueError, match="booleans by unit number, or unit numbers; got"):
+        coupling.cost(np.ones(3, bool))
+
+
+def test_a_plan_that_is_damaged_is_refused(shrunk, tmp_path):
+    shrunk.report.plan.save(tmp_path / "plan")
+    data = (tmp_path / "plan").read_bytes()
+    for part in (data[: len(data) // 2], b"", data[:-8]):
+        (tmp_path / "part").write_bytes(part)
+        with pytest.raises(ValueError, match=r"part' holds no plan of this library: \w+"):
+            pp.Plan.load(tmp_path / "part")

@@ -955,4 +955,45 @@ def causal_sums_over_time():
     )
 
 
+@lawful
+def mean_of_rounded():
+    """Booleans, integers and half precision are not what real numbers would be."""
+
+    def mean(_, x):
+        true = (x + 1.7).bool().to(x.dtype)
+        inverted = (~(x * x >= 0).long()).to(x.dtype)
+        coarse = (x.half() + 0.1).to(x.dtype)
+        down = torch.div(torch.sigmoid(x) * 5, torch.sigmoid(x) + 1, rounding_mode="trunc")
+        return x * (true + inverted + coarse + down).mean(dim=-1, keepdim=True)
+
+    return among(mean)
+
+
+@lawful
+def gate_that_is_shut():
+    """The gate of a pruned channel is a very negative number."""
+    return among(lambda net, x: F.glu(torch.cat([x, x.masked_fill(x == 0, -1e9)], dim=-1)))
+
+
+@exact
+def tokens_that_are_chosen():
+    """As in masked autoencoders: how many there are depends on the data."""
+
+    def run(net, x):
+        return net.head(F.relu(net.stem(x[x[..., 0] > 0])))
+
+    return Net(run, stem=nn.Linear(6, 12), head=nn.Linear(12, 4)), tokens()
+
+
+@exact
+def layernorm_by_hand():
+    """As in ConvNeXt: the variance of what is left when the mean is taken off."""
+
+    def norm(net, x):
+        x = x - x.mean(dim=1, keepdim=True)
+        return x / torch.sqrt(x.pow(2).mean(dim=1, keepdim=True) + 1e-6) * net.scale
+
+    return around(norm, scale=parameter(8, 1, 1))
+
+
 TRAPS: tuple[Pattern, ...] = tuple(_table.found)

@@ -11,7 +11,7 @@ import torch
 from purepruning.coupling.flow import Flow, Value
 from purepruning.coupling.structure import Coupling, structure
 from purepruning_interop.torch.fold import fold
-from purepruning_interop.torch.program import Program, Var, leaf_names, program_of
+from purepruning_interop.torch.program import Program, Size, Var, leaf_names, program_of
 from purepruning_interop.torch.rules import known_operators, leaf_uses, walk
 
 
@@ -89,6 +89,8 @@ def trace(
             flow.keep(value, "not used")
     folded = fold(program, state)
     values, parts = walk(program, leaves, flow, leaf_uses(program), folded)
+    for product in flow.contractions.values():  # what depends on data is counted once
+        product.sizes = tuple(1 if isinstance(n, Size) else n for n in product.sizes)
     return Traced(program, leaves, values, parts, folded)
 
 

@@ -275,7 +275,7 @@ class _Emitter:
         numbers = [v.number for v in op.tensors] + [n for n in op.outputs if n is not None]
         return any(self.s.touched(self.values[n]) for n in numbers)
 
-    def as_is(self, op: Op, **changes: Any) -> fx.Node:
+    def as_is(self, op: Op, /, **changes: Any) -> fx.Node:
         args = {k: changes.get(k, self.small(v)) for k, v in op.args.items()}
         return self.graph.call_function(
             op.target,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from purepruning.coupling.flow import Flow, Value, whole
+from purepruning.coupling.flow import Flow, Value, numbers_as_even, whole
 from purepruning.coupling.scalars import UNKNOWN
 from purepruning_interop.torch.program import Op, Program, Sym, Var, numel
 
@@ -332,7 +332,8 @@ def _elementwise(s: Walk, op: Op) -> list[Value] | None:
     tensors = op.tensors
     name = NAMED.get(op.name, "")
     operands = [s.value(v) for v in tensors]
-    if len(tensors) > 1 and name:
+    whole_numbers = name == "and" and s.program.avals[tensors[0].number].dtype != torch.bool
+    if len(tensors) > 1 and name and not op.args.get("rounding_mode") and not whole_numbers:
         value = s.flow.elementwise(name, operands, s.shape(op), s.where())
     else:
         value = s.flow.elementwise(
@@ -342,7 +343,7 @@ def _elementwise(s: Walk, op: Op) -> list[Value] | None:
             s.where(),
             _function(s, op),
         )
-    if name in ("mul", "div"):
+    if name in ("mul", "div") and not op.args.get("rounding_mode"):
         _note_mean(s, op, name)
     return [value]
 
@@ -350,25 +351,26 @@ def _elementwise(s: Walk, op: Op) -> list[Value] | None:
 def _function(s: Walk, op: Op) -> Callable[..., float]:
     """Returns the operator as a function of numbers, one for each tensor it reads."""
     rest = {k: "x" if isinstance(v, Var) else repr(v) for k, v in op.args.items()}
-    memory = s.memory.setdefault((op.target, tuple(rest.items())), {})
+    dtypes = tuple(s.program.avals[v.number].dtype for v in op.tensors)
+    memory = s.memory.setdefault((op.target, tuple(rest.items()), dtypes), {})
 
     def function(*numbers: Any) -> float:
         key = tuple(repr(float(n)) for n in numbers)
         if key not in memory:
-            memory[key] = _run_on_numbers(op, [float(n) for n in numbers])
+            memory[key] = _run_on_numbers(op, [float(n) for n in numbers], dtypes)
         return memory[key]
 
     return function
 
 
-def _run_on_numbers(op: Op, numbers: Sequence[float]) -> float:
-    rest = iter(numbers)
-    for dtype in (torch.float64, torch.bool, torch.int64):
-        rest = iter(numbers)
+def _run_on_numbers(op: Op, numbers: Sequence[float], dtypes: Sequence[torch.dtype] = ()) -> float:
+    own = [torch.float64 if d == torch.float32 else d for d in dtypes]
+    for kinds in (own, *([d] * len(numbers) for d in (torch.float64, torch.bool, torch.int64))):
+        if len(kinds) != len(numbers):
+            continue
+        rest = iter(zip(numbers, kinds, strict=True))
         args = {
-            k: torch.tensor(next(rest), dtype=dtype)
-            if isinstance(v, Var)
-            else (v.hint if isinstance(v, Sym) else v)
+            k: _scalar(*next(rest)) if isinstance(v, Var) else (v.hint if isinstance(v, Sym) else v)
             for k, v in op.args.items()
         }
         try:
@@ -379,6 +381,10 @@ def _run_on_numbers(op: Op, numbers: Sequence[float]) -> float:
         except (RuntimeError, TypeError, NotImplementedError, ValueError):
             continue
     return UNKNOWN
+
+
+def _scalar(number: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(number, dtype=torch.float64).to(dtype)
 
 
 def _call(op: Op, args: Mapping[str, Any]) -> Any:
@@ -408,6 +414,11 @@ def _identity(s: Walk, op: Op) -> list[Value] | None:
         return None
     leaf = source.leaf if op.name in PASSING else None
     value = dataclasses.replace(source, leaf=leaf)
+    result = op.outputs[0]
+    assert result is not None
+    before, after = s.program.avals[first.number].dtype, s.program.avals[result].dtype
+    if torch.promote_types(before, after) != after:  # what is rounded, the program computes
+        value = dataclasses.replace(numbers_as_even(value), known=None)
     return [value, *(whole(s.shape(op, i)) for i in range(1, len(op.outputs)))]
 
 
@@ -1394,7 +1405,7 @@ def _glu(s: Walk, op: Op) -> list[Value] | None:
     axis = op.args.get("dim", -1) % value.ndim
     n = value.shape[axis] // 2
     one, other = (s.flow.part(value, axis, i * n, n) for i in range(2))
-    gate = _number(s, lambda x: 1 / (1 + math.exp(-x)), other, "sigmoid")
+    gate = _number(s, lambda x: 0.5 + 0.5 * math.tanh(x / 2), other, "sigmoid")
     return [s.flow.elementwise("mul", [one, gate], s.shape(op))]
 
 
