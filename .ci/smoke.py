@@ -29,4 +29,17 @@ config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
 masks = pp.level(params, None, config)
 assert masks["hidden"]["b"] is None
 assert int(masks["hidden"]["w"].sum()) == 24, masks
+
+params["out"] = jax.random.normal(key, (8, 2))
+
+
+def fn(params, x):
+    return jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"][None]) @ params["out"]
+
+
+x = jnp.ones((1, 6))
+coupling = pp.couple(fn, params, x)
+small = pp.shrink(fn, params, coupling.masks([1, 2, 3], params), coupling, x)
+assert small.params["out"].shape == (5, 2)
+assert small.fn(small.params, x).shape == (1, 2)
 print(f"purepruning {pp.__version__} from the wheel: density {pp.density(masks, params)}")
