@@ -115,3 +115,4 @@ MODES = {
 }
 #: Modes that map over counts: not for N:M, whose counts are fixed.
 OVER_COUNTS = ("jax_vmap_counts", "torch_vmap_counts")
+OVER_PARAMS = ("jax_vmap_params", "torch_vmap")

@@ -574,27 +574,22 @@ def test_n_of_m_hand_example():
 # As large as real layers.
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_more_weights_than_float32_can_count(scope):
+def test_more_weights_than_float32_can_count():
     rng = np.random.default_rng(7)
     layers = (vector(17_000_003, "a"), vector(1_900_000, "b"))
     params = {x.weight: rng.integers(0, 1000, x.shape).astype(np.float32) for x in layers}
-    config = pp.resolve([{"op_types": ["default"], "sparsity": 0.501}], layers, scope=scope)
-    if scope == "layer":
-        problems = [([x.weight], config.counts[x.name]) for x in layers]
-    else:
-        problems = [([x.weight for x in layers], config.counts["rule 0"])]
+    config = pp.resolve([{"op_types": ["default"], "sparsity": 0.501}], layers, scope="global")
+    paths, count = [x.weight for x in layers], config.counts["rule 0"]
     by_jax = as_numpy(pp.level(as_jax(params), None, config))
     by_torch = as_numpy(pp.level(as_torch(params), None, config))
-    for paths, count in problems:
-        together = np.concatenate([params[path] for path in paths])
-        cut = np.partition(together, count - 1)[count - 1]
-        pruned = together < cut
-        pruned[np.flatnonzero(together == cut)[: count - pruned.sum()]] = True
-        assert pruned.sum() == count
-        for masks in (by_jax, by_torch):
-            got = np.concatenate([masks[path] for path in paths])
-            assert np.array_equal(got, ~pruned)
+    together = np.concatenate([params[path] for path in paths])
+    cut = np.partition(together, count - 1)[count - 1]
+    pruned = together < cut
+    pruned[np.flatnonzero(together == cut)[: count - pruned.sum()]] = True
+    assert pruned.sum() == count
+    for masks in (by_jax, by_torch):
+        got = np.concatenate([masks[path] for path in paths])
+        assert np.array_equal(got, ~pruned)
 
 
 def test_layers_of_one_table_may_have_different_dtypes():

@@ -53,7 +53,7 @@ def test_masked_and_shrunk_are_one_function(name):
 
 
 @pytest.mark.usefixtures("only_graphs")
-@pytest.mark.parametrize("name", [p.name for p in PATTERNS])
+@pytest.mark.parametrize("name", [p.name for p in PATTERNS[::2]])
 def test_masked_and_graph_are_one_function_for_another_batch(name):
     model, inputs = built(name, seed=1)
     masks, small, report = shrunk(model, inputs)
