@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from measure import at_least, at_most, in_turns, one_torch_thread, report
+from measure import at_least, at_most, in_turns, one_torch_thread
 from nets import linen_net, nnx_net, torch_net
 
 import purepruning as pp
@@ -33,9 +33,6 @@ def couple(sizes: dict[str, Any], run: Callable[..., Any]) -> dict[str, Any]:
         later = mine["time"]["cpu_s"] / peer[name]["time"]["cpu_s"]
         checks.append(at_most(f"{name}, {way} / Torch-Pruning", later, 1.0))
         checks.append(at_most(f"{name}, {way} / Torch-Pruning, first call", first, 1.0))
-        if "trace_cpu_s" in mine:
-            share = mine["trace_cpu_s"] / mine["time"]["cpu_s"]
-            checks.append(report(f"{name}, {way}: share of the framework's own tracing", share))
     return {
         "title": "from a model to its coupled channels",
         "ours": {f"{name}, {way}": x for (name, way), x in ours.items()},
