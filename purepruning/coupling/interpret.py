@@ -21,6 +21,9 @@ from purepruning.coupling.primitives import ELEMENTWISE, SOURCES
 from purepruning.coupling.program import Op, Program, derivative, is_floating
 from purepruning.coupling.rules import Trace, concrete, known_start, walk, written_places
 
+#: What to do about a statistic that cannot be corrected.
+WITHOUT = 'norms="kept" needs none'
+
 
 @dataclasses.dataclass
 class Shrinking:
@@ -203,7 +206,7 @@ class _Run:
             return self._ghost_product(op, axis)
         if op.name in ELEMENTWISE or op.name == "integer_pow" or op.inner:
             return self._ghost_elementwise(op, axis, op.outputs.index(n))
-        raise NotImplementedError(f"no value at removed positions through {op.name}")
+        raise NotImplementedError(f"no value at removed positions through {op.name}; {WITHOUT}")
 
     def _ghost_product(self, op: Op, axis: int) -> Any:
         (left, right), (batch_left, batch_right) = op.params["dimension_numbers"]
@@ -274,7 +277,7 @@ def _same_place(old: Sequence[int], new: Sequence[int], axis: int) -> int:
     for left, right in blocks(old, new):
         if right == [axis] and len(left) == 1:
             return left[0]
-    raise NotImplementedError("a statistic over an axis that a reshape made")
+    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")
 
 
 def _with_divisor(

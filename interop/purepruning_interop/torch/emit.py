@@ -18,7 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from purepruning.coupling.atoms import Axis
 from purepruning.coupling.flow import Value, blocks
-from purepruning.coupling.interpret import Shrinking
+from purepruning.coupling.interpret import WITHOUT, Shrinking
 from purepruning.coupling.plan import Plan
 from purepruning_interop.torch.coupling import Analysis
 from purepruning_interop.torch.program import Op, Sym, Var
@@ -346,7 +346,9 @@ class _Emitter:
         if op.name in _MOVED:
             order = _order(op, old, value)
             if order is None:
-                raise NotImplementedError(f"no value at removed positions through {op.name}")
+                raise NotImplementedError(
+                    f"no value at removed positions through {op.name}; {WITHOUT}"
+                )
             return self.call(aten.permute.default, self.ghost(source.number, order[axis]), order)
         if op.name in ("expand", "expand_as", "broadcast_to", "copy"):
             return self._ghost_spread(op, value, axis)
@@ -500,7 +502,7 @@ def _same_place(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:
     for left, right in blocks(old, new):
         if right == [axis] and len(left) == 1:
             return left[0]
-    raise NotImplementedError("a statistic over an axis that a reshape made")
+    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")
 
 
 # Operations that hold sizes. Each returns a node, a list of nodes, or None for as it is.
