@@ -64,15 +64,12 @@ def linen_seconds(name: str, size: Any) -> dict[str, Any]:
 
 
 def torch_seconds(name: str, size: Any) -> dict[str, Any]:
-    import torch
 
     from purepruning_interop import torch as ppt
 
     one_torch_thread()
     net, given = torch_net(name, size)
-    return _seconds(
-        lambda: ppt.couple(net, given), lambda: torch.export.export(net, (given,), strict=False)
-    )
+    return _seconds(lambda: ppt.couple(net, given))
 
 
 def _seconds(call: Callable[[], Any], part: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import purepruning as pp
+from purepruning.coupling.shrink import check_same
 from purepruning_interop import torch as ppt
+from purepruning_interop.torch.coupling import analyse
 from tests.coupling.torch_patterns import PATTERNS, Net, cast, conv, fill, image, parameter, tokens
 from tests.coupling.torch_traps import TRAPS
 from tests.interop.torch_law import half, state_of
@@ -30,6 +32,9 @@ def test_every_pattern_has_units_or_none_as_expected(pattern):
         assert coupling.n_units > 0
     elif pattern.expect.startswith("frozen"):
         assert coupling.n_units == 0
+    exported = analyse(model, inputs, {}, "exported").coupling  # by another tracer
+    check_same(exported, coupling)
+    assert pinned(exported).keys() == pinned(coupling).keys()
 
 
 def test_a_model_comes_back_as_it_was():

@@ -16,7 +16,7 @@ from purepruning_interop.torch.program import Op, Program, leaf_names
 def count(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Counts:
     """Returns parameters, multiply-adds and activation bytes of ``model(*inputs, **kwargs)``.
 
-    Read off the exported program. Products of two activations (attention scores) count as well,
+    Products of two activations (attention scores) count as well,
     under the name of their module. Buffers are no parameters; a parameter under several names
     counts once.
 

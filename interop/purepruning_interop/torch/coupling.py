@@ -1,4 +1,4 @@
-"""The coupling of any torch module, read off its exported program."""
+"""The coupling of any torch module, read off the operations that it calls."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from purepruning.coupling.flow import Flow, Value
 from purepruning.coupling.structure import Coupling, structure
 from purepruning_interop.torch.fold import fold
-from purepruning_interop.torch.program import Program, Size, Var, leaf_names, program_of
+from purepruning_interop.torch.program import Program, Size, Var, leaf_names
 from purepruning_interop.torch.rules import known_operators, leaf_uses, walk
+from purepruning_interop.torch.tracing import How, program_of
 
 
 class Analysis(NamedTuple):
-    """What is known of an exported module: its program, and the value of every tensor."""
+    """What is known of a module: its program, and the value of every tensor."""
 
     program: Program
     values: dict[int, Value]
@@ -30,17 +31,20 @@ class Analysis(NamedTuple):
 def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
     """Returns which channels of which parameters and buffers of a module are coupled.
 
-    The module is exported in eval mode by ``torch.export``; it comes back as it was. Every position
-    of every axis of a floating-point parameter or buffer starts as a unit of its own, and each ATen
-    operation says which of them coincide, come apart into factors, or must stay. An operation
-    without a rule keeps what it touches and is reported; it costs coverage, not correctness.
+    The module is called once, in eval mode and on tensors without values, and its ATen operations
+    are recorded; where that cannot be done for certain (writes to memory that has other names,
+    attributes that the forward pass changes), ``torch.export`` reads it. It comes back as it was.
+    Every position of every axis of a floating-point parameter or buffer starts as a unit of its
+    own, and each operation says which of them coincide, come apart into factors, or must stay. An
+    operation without a rule keeps what it touches and is reported; it costs coverage, not
+    correctness.
 
     Leaves go by their names in the state dict. A tensor under several names (tied weights, shared
     modules) is one leaf under the first of them. Statistics of batch norms are leaves as well.
     Buffers of whole numbers are never cut; where one is an index, its values are used.
 
     Args:
-        model: any module that ``torch.export`` reads.
+        model: any module whose control flow does not depend on data.
         *inputs, **kwargs: example inputs, as for the module.
 
     Raises:
@@ -74,10 +78,10 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     flow: Flow,
-    dynamic: bool = False,
+    how: How = "recorded",
 ) -> Traced:
     """Returns the program of ``model(*args, **kwargs)``, walked through with a flow."""
-    program = program_of(model, args, kwargs, known_operators(), dynamic)
+    program = program_of(model, args, kwargs, known_operators(), how)
     state = model.state_dict(keep_vars=True)
     leaves: dict[str, Value] = {}
     for path in sorted(set(leaf_names(model).values())):
@@ -95,11 +99,11 @@ def trace(
 
 
 def analyse(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool = False
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: How = "recorded"
 ) -> Analysis:
     """Returns the program of ``model(*args, **kwargs)`` with the atoms of every tensor."""
     flow = Flow()
-    program, leaves, values, parts, folded = trace(model, args, kwargs, flow, dynamic)
+    program, leaves, values, parts, folded = trace(model, args, kwargs, flow, how)
     for out in program.outputs:
         if isinstance(out, Var):
             flow.keep(values[out.number], "an output")

@@ -19,7 +19,8 @@ from purepruning.coupling.structure import Coupling
 from purepruning.masks import apply_masks, merge_masks
 from purepruning_interop.torch.coupling import Analysis, analyse
 from purepruning_interop.torch.emit import OpenSize, emit
-from purepruning_interop.torch.program import Refused, leaf_names
+from purepruning_interop.torch.exporting import Refused
+from purepruning_interop.torch.program import leaf_names
 from purepruning_interop.torch.surgery import cut_modules
 
 #: How far two models of one function may differ in float64, relative to the largest output.
@@ -320,7 +321,7 @@ def _graph(
     args, kwargs = given
     try:
         doubled, keywords = _doubled(args, kwargs)
-        found = analyse(model, doubled, keywords, dynamic=True)
+        found = analyse(model, doubled, keywords, "open")
         check_same(coupling, found.coupling)
         graph = emit(found, dead, plan, state, names, norms)
         with torch.no_grad(), warnings.catch_warnings():
@@ -339,7 +340,7 @@ def _graph(
         NotImplementedError,
     ):
         pass
-    found = analyse(model, args, kwargs)
+    found = analyse(model, args, kwargs, "exported")
     check_same(coupling, found.coupling)
     return emit(found, dead, plan, state, names, norms), False
 

@@ -1,0 +1,202 @@
+"""A module is read by recording one call; what is out of the ordinary is left to export."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as hooks
+
+from purepruning_interop import torch as ppt
+from purepruning_interop.torch.program import base_name
+from purepruning_interop.torch.recording import record
+from purepruning_interop.torch.rules import known_operators
+from tests.coupling.torch_patterns import Net, conv, image
+
+
+def recorded(model, *inputs, **kwargs):
+    return record(model.eval(), inputs, kwargs, known_operators())
+
+
+def operations(source):
+    return [base_name(n.target) for n in source.root.graph.nodes if n.op == "call_function"]
+
+
+def two_layers(forward):
+    return Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 2))
+
+
+def test_operations_are_those_that_the_module_calls():
+    model = Net(
+        lambda net, x: net.head(F.relu(net.norm(net.a(x))).mean((2, 3))),
+        a=conv(3, 8),
+        norm=nn.BatchNorm2d(8),
+        head=nn.Linear(8, 2),
+    )
+    source = recorded(model, *image())
+    assert operations(source) == ["conv2d", "batch_norm", "relu", "mean", "linear"]
+    assert sorted(source.state.values()) == sorted(
+        k for k in model.state_dict() if "batches" not in k
+    )
+    assert not source.constants
+
+
+def test_scopes_are_the_modules_that_call():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2)))
+    source = recorded(model, torch.ones(1, 4))
+    calls = [n for n in source.root.graph.nodes if n.op == "call_function"]
+    assert [n.meta["nn_module_stack"][""][0] for n in calls] == ["0", "1.0", "1.1"]
+
+
+def test_an_operation_without_a_rule_is_recorded_in_parts():
+    model = two_layers(lambda net, x: net.b(net.a(x)) * F.cosine_similarity(x, x)[:, None])
+    assert "cosine_similarity" not in operations(recorded(model, torch.ones(2, 4)))
+
+
+def test_tensors_that_belong_to_nobody_are_constants():
+    table = torch.arange(8.0)
+    model = two_layers(lambda net, x: net.b(net.a(x) * table))
+    (found,) = recorded(model, torch.ones(2, 4)).constants.values()
+    assert found is table
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3), (2, 4, 9)),
+        (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3, groups=2, padding="same", bias=False), (2, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3), (4, 9, 8)),
+        (nn.Conv3d(4, 8, 2, groups=4, padding=1, stride=2), (1, 4, 5, 6, 7)),
+        (nn.BatchNorm2d(4), (2, 4, 3, 3)),
+        (nn.LayerNorm((4, 3)), (2, 4, 3)),
+        (nn.GroupNorm(2, 4), (2, 4, 3)),
+        (nn.Hardswish(), (2, 4)),
+    ],
+    ids=str,
+)
+def test_shapes_are_those_that_torch_computes(layer, shape):
+    x = torch.ones(shape)
+    expected = layer.eval()(x)
+    found = [n for n in recorded(layer, x).root.graph.nodes if n.op == "call_function"][-1]
+    value = found.meta["val"]
+    assert (value.shape, value.stride()) == (expected.shape, expected.stride())
+    assert value.dtype is expected.dtype
+
+
+def test_a_convolution_of_other_channels_is_refused():
+    assert recorded(nn.Conv2d(4, 6, 3), torch.ones(1, 3, 8, 8)) is None
+
+
+def test_new_tensors_are_on_the_device_of_the_inputs():
+    model = two_layers(lambda net, x: net.b(net.a(x)) * torch.arange(2, device=x.device))
+    (made,) = [n for n in recorded(model, torch.ones(1, 4)).root.graph.nodes if "arange" in n.name]
+    assert made.kwargs["device"] == torch.device("cpu")
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, *, more):
+        return {"y": self.b(self.a(x["x"]) + more[0])}
+
+
+def test_arguments_of_any_nesting():
+    inputs, more = {"x": torch.ones(2, 4)}, (torch.ones(2, 1), None)
+    source = recorded(Nested(), inputs, more=more)
+    assert len(source.given) == 3
+    assert len(source.outputs) == 1
+    assert ppt.couple(Nested(), inputs, more=more).n_units == 8
+
+
+def stores_a_tensor(net, x):
+    net.seen = net.a(x)
+    return net.b(net.seen)
+
+
+def fills_a_list(net, x):
+    net.seen.append(net.a(x))
+    return net.b(net.seen[-1])
+
+
+def replaces_a_buffer(net, x):
+    net.seen = net.seen + 1
+    return net.b(net.a(x)) * net.seen
+
+
+def counts_calls(net, x):
+    net.seen += 1
+    return net.b(net.a(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "seen"),
+    [(stores_a_tensor, None), (fills_a_list, []), (counts_calls, 0)],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_a_forward_leaves_behind_is_undone(forward, seen):
+    model = two_layers(forward)
+    model.seen = seen
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert model.seen is seen
+    assert not seen
+    assert ppt.couple(model, torch.ones(2, 4)).n_units == 8
+
+
+def test_a_buffer_that_is_replaced_comes_back():
+    model = two_layers(replaces_a_buffer)
+    buffer = torch.zeros(2)
+    model.register_buffer("seen", buffer)
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert model.seen is buffer
+    assert torch.equal(buffer, torch.zeros(2))
+
+
+def test_a_buffer_that_is_written_to_comes_back():
+    def forward(net, x):
+        net.seen.add_(1)
+        return net.b(net.a(x)) * net.seen
+
+    model = two_layers(forward)
+    model.register_buffer("seen", torch.zeros(2))
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert torch.equal(model.seen, torch.zeros(2))
+
+
+def test_the_memory_of_a_parameter_under_another_name_is_no_constant():
+    model = two_layers(lambda net, x: net.b(F.linear(x, net.a.weight.data, net.a.bias)))
+    assert sorted(recorded(model, torch.ones(2, 4)).state.values())[0] == "a.bias"
+    assert ppt.couple(model, torch.ones(2, 4)).n_units == 8
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.b(net.a(x) if x.sum() > 0 else -net.a(x)),
+        lambda net, x: net.b(net.a(x)) * float(net.a.bias.max()),
+        lambda net, x: net.b(net.a(x))[x[:, 0].nonzero()],
+        lambda net, x: net.b(net.a(x)) + torch.from_numpy(net.a.bias.detach().numpy())[:2],
+    ],
+)
+def test_values_cannot_be_asked_for(forward):
+    assert recorded(two_layers(forward), torch.ones(2, 4)) is None
+
+
+def test_nothing_stays_switched_on():
+    before = len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)
+    for width in (4, 5):  # the second fails
+        found = recorded(two_layers(lambda net, x: net.b(net.a(x))), torch.ones(2, width))
+        assert (found is None) == (width == 5)
+    assert (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)) == before
+    assert not torch.is_inference_mode_enabled()
+    assert torch.ones(1).item() == 1
+
+
+def test_random_numbers_are_not_drawn():
+    model = two_layers(lambda net, x: net.b(net.a(x) + torch.rand(8)))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    ppt.couple(model, torch.ones(2, 4))
+    assert torch.equal(torch.rand(3), expected)
