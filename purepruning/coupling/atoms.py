@@ -117,6 +117,8 @@ class Atoms:
         if x is None or y is None:
             self.keep(x if y is None else y, reason)
             return
+        if self._plainly_same(x, y):
+            return
         for _ in range(8):
             a, b = self.resolve(x), self.resolve(y)
             if a is None or b is None:
@@ -130,6 +132,20 @@ class Atoms:
         # Sets that no rule brought together: both stay, which is always right.
         self.keep(x, f"{reason}: axes factored in different ways")
         self.keep(y, f"{reason}: axes factored in different ways")
+
+    def _plainly_same(self, x: np.ndarray, y: np.ndarray) -> bool:
+        """Does what :meth:`same` does if neither axis has sets or anything kept; says whether."""
+        if not x.shape[1] == y.shape[1] == 1:
+            return False
+        one, two = self._roots(x), self._roots(y)
+        for roots in (one, two):
+            if self._reason[roots].any():
+                return False
+            if len(self._sets) and self._definition[roots].max() >= 0:
+                return False
+        self._parent[np.maximum(one, two)] = np.minimum(one, two)
+        # An atom that had to coincide with several coincides with one of them now.
+        return bool((self._roots(one) == self._roots(two)).all())
 
     def _why(self, axis: np.ndarray, reason: str) -> str:
         known = [r for r in self.reason(axis[:1, :1]) if r]
@@ -290,9 +306,10 @@ class Atoms:
         index = tuple(slice(None) if d in varies else slice(0, 1) for d in range(len(sizes)))
         core = grid[index]
         repeats = not (np.broadcast_to(core, grid.shape) == grid).all()
-        for d in varies:  # what is alike, as the samples of a batch are, is one position
-            lines = np.moveaxis(core, d, 0).reshape(core.shape[d], -1)
-            core = np.take(core, np.sort(np.unique(lines, axis=0, return_index=True)[1]), d)
+        if len(np.unique(core)) < core.size:
+            for d in varies:  # what is alike, as the samples of a batch are, is one position
+                lines = np.moveaxis(core, d, 0).reshape(core.shape[d], -1)
+                core = np.take(core, np.sort(np.unique(lines, axis=0, return_index=True)[1]), d)
         cell = core.reshape(-1)
         free = cell[cell != KEPT]
         if repeats or (len(np.unique(free)) != len(free)):

@@ -543,10 +543,13 @@ def _families(
                 continue
             columns = []
             for column in units.reshape(-1, units.shape[-1]).T:
-                count = np.bincount(column)
-                count[KEPT] = 0
+                lowest = column.min(initial=n_units)
+                count = np.bincount(column - lowest)
+                if lowest == KEPT:
+                    count[KEPT] = 0
                 found = np.flatnonzero(count)
                 counts = count[found]
+                found += lowest
                 token = random.integers(1, 2**63, dtype=np.uint64)
                 key[found] += token * counts.astype(np.uint64)
                 _geometry(column, found[counts > 1], kinds)
