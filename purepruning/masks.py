@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from purepruning.layers import missing
-from purepruning.namespace import flatten, is_concrete, is_torch, namespace
+from purepruning.namespace import by_numpy, flatten, is_concrete, is_on_host, is_torch, namespace
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -293,6 +293,8 @@ def _merge(path: str, group: list[Any], op: Any) -> Any:
     except ValueError:
         listed = " and ".join(map(str, shapes))
         raise ValueError(f"masks: the masks of {path!r} do not broadcast: {listed}") from None
+    if all(map(is_on_host, group)):
+        return by_numpy(lambda *found: np.array(functools.reduce(op, found)), *group)
     xp = namespace(group[0])
     whole = [xp.broadcast_to(mask, shape) for mask in group]
     return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)

@@ -67,6 +67,26 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def is_on_host(x: Any) -> bool:
+    """Whether NumPy can see ``x`` where it lies: a JAX array of numbers on one CPU device."""
+    if not isinstance(x, jax.Array) or not is_concrete(x):
+        return False
+    devices = x.devices()
+    plain = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return plain and len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def by_numpy(function: Callable[..., np.ndarray], x: jax.Array, *more: jax.Array) -> jax.Array:
+    """Returns what NumPy computes, laid out as ``x`` is; all :func:`is_on_host`.
+
+    For what is done once: XLA would compile a kernel for every shape.
+    """
+    # A step whose first call gets some committed arrays and others is compiled a second time.
+    with jax.default_device(next(iter(x.devices()))):
+        place = x.sharding if x.committed else None
+        return jax.device_put(function(*map(np.asarray, (x, *more))), place)
+
+
 def is_batched(x: Any) -> bool:
     """Whether ``x`` is under ``torch.func.vmap``, where shapes cannot depend on data."""
     if not is_torch(x):

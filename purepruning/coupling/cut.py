@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from purepruning.namespace import array_like, is_concrete, namespace
+from purepruning.namespace import array_like, by_numpy, is_on_host, namespace
 
 
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
     """Returns what stays of an array; a new array wherever something goes."""
-    if _on_host(array):  # XLA would compile a kernel for every shape
-        # A step whose first call gets some committed arrays and others is compiled a second time.
-        with jax.default_device(next(iter(array.devices()))):
-            place = array.sharding if array.committed else None
-            return jax.device_put(cut_array(np.asarray(array), cuts), place)
+    if is_on_host(array):
+        return by_numpy(lambda x: cut_array(x, cuts), array)
     # What differs from block to block is cut first, while the blocks still lie where they were.
     for cut in sorted(cuts, key=lambda c: c.by is None):
         if cut.by is None:
@@ -44,11 +39,3 @@ def _cut_blocks(array: Any, positions: np.ndarray, axis: int, by: int) -> Any:
         index[by] = slice(block * size, (block + 1) * size)
         parts.append(take(array[tuple(index)], rows, axis))
     return np.concatenate(parts, by) if xp is np else xp.concat(parts, axis=by)
-
-
-def _on_host(array: Any) -> bool:
-    if not isinstance(array, jax.Array) or not is_concrete(array):
-        return False
-    devices = array.devices()
-    plain = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
-    return plain and len(devices) == 1 and next(iter(devices)).platform == "cpu"

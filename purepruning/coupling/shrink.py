@@ -16,8 +16,8 @@ from purepruning.coupling.plan import Plan, plan_of
 from purepruning.coupling.program import holds_tracers
 from purepruning.coupling.report import number
 from purepruning.coupling.structure import Coupling
-from purepruning.masks import apply_masks, merge_masks
-from purepruning.namespace import flatten
+from purepruning.masks import by_path, merge_masks, zero_pruned
+from purepruning.namespace import by_numpy, flatten, is_on_host
 
 Norms = Literal["original", "kept"]
 
@@ -130,7 +130,8 @@ def shrink(
     found = analyse(fn, params, inputs, coupling.outputs)
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.dead), params), masks)
-    small = plan.apply(apply_masks(params, masks))
+    masked = {p: _masked(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
+    small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
     function = ShrunkFunction(fn, plan, norms, coupling.outputs)
     before, after = found.coupling.cost(), found.coupling.cost(chosen.dead)
     report = ShrinkReport(
@@ -144,6 +145,12 @@ def shrink(
         chosen.extended,
     )
     return Shrunk(function, small, report)
+
+
+def _masked(x: Any, mask: Any) -> Any:
+    if not (is_on_host(x) and is_on_host(mask)):
+        return zero_pruned(x, mask)
+    return by_numpy(lambda x, mask: np.where(mask, x, np.zeros_like(x)), x, mask)
 
 
 class ShrunkFunction:

@@ -10,7 +10,7 @@ import purepruning as pp
 from purepruning.namespace import flatten
 
 #: Every program runs once, so compiling fast matters more than running fast.
-FAST = {"xla_llvm_disable_expensive_passes": True}
+FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 class Found(NamedTuple):
