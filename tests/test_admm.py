@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 import purepruning as pp
 from purepruning import NM, Block, Layer, admm
 from tests import oracle
+from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 
@@ -380,7 +381,7 @@ def test_sparse_least_squares_finds_the_best_of_all_subsets(name):
     def loss(p):
         return jnp.mean((x @ p["w"][0] - y) ** 2)
 
-    run = jax.jit(lambda p: scanned(OPTIMIZERS[name], loss, p, config, pp.level, 0.5, 40, 50))
+    run = jit_once(lambda p: scanned(OPTIMIZERS[name], loss, p, config, pp.level, 0.5, 40, 50))
     params, state, residuals = run(params)
     masks = admm.masks(params, state, config, pruner=pp.level)
     assert np.flatnonzero(masks["w"]).tolist() == np.flatnonzero(state.z["w"]).tolist() == support

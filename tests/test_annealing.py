@@ -14,6 +14,7 @@ import torch
 
 import purepruning as pp
 from purepruning import NM, Block, Layer
+from tests.fast import jit_once
 from tests.messages import raises
 
 
@@ -51,7 +52,7 @@ def chains(sparsity, sizes=SIZES, granularity="element", n=64, steps=3):
 
         return jax.lax.scan(step, state, length=steps)[1]
 
-    counts = jax.jit(jax.vmap(chain))(jax.random.split(jax.random.key(1), n))
+    counts = jit_once(jax.vmap(chain))(jax.random.split(jax.random.key(1), n))
     return np.stack([counts[f"l{i}"] for i in range(len(sizes))], axis=-1)
 
 
@@ -193,7 +194,7 @@ def accepted(scale=None, n=4000):
         return jax.lax.scan(step, search.init(key), scores)[1]
 
     keys = jax.random.split(jax.random.key(2), n)
-    return jax.jit(lambda scores: jax.vmap(chain, in_axes=(0, None))(keys, scores))
+    return jit_once(lambda scores: jax.vmap(chain, in_axes=(0, None))(keys, scores))
 
 
 def acceptance(scores, scale=None):
@@ -240,12 +241,12 @@ def test_it_finds_a_better_division_than_the_first():
 
         return jax.lax.scan(step, search.init(key), length=60)
 
-    states, best = jax.jit(jax.vmap(chain))(jax.random.split(jax.random.key(0), 32))
+    states, best = jit_once(jax.vmap(chain))(jax.random.split(jax.random.key(0), 32))
     assert states.key.shape == (32,)
     assert (np.diff(np.asarray(best)[:, 1:]) >= 0).all()
     assert float(jnp.median(-best[:, -1])) < 0.5 * float(jnp.median(-best[:, 1]))
     # A row of many chains is the chain alone.
-    alone, _ = jax.jit(chain)(jax.random.split(jax.random.key(0), 32)[5])
+    alone, _ = jit_once(chain)(jax.random.split(jax.random.key(0), 32)[5])
     row = jax.tree.map(lambda x: x[5], states)
     assert alone.key == row.key
     jax.tree.map(np.testing.assert_array_equal, alone[2:3] + alone[6:8], row[2:3] + row[6:8])

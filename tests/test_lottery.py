@@ -12,6 +12,7 @@ import torch
 
 import purepruning as pp
 from purepruning import NM, Layer
+from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 
@@ -150,8 +151,8 @@ def imp(key, rewind_at=0, rounds=3, steps=6, tickets=None):
 
 def test_many_tickets_are_one_call():
     keys = jax.random.split(jax.random.key(0), 3)
-    many = jax.jit(jax.vmap(imp))(keys)
-    alone = jax.jit(imp)(keys[1])
+    many = jit_once(jax.vmap(imp))(keys)
+    alone = jit_once(imp)(keys[1])
     for name in ("a", "b"):
         np.testing.assert_array_equal(many[0].masks[name][1], alone[0].masks[name])
         assert (np.asarray(many[1]["params"][name])[~np.asarray(many[0].masks[name])] == 0).all()
@@ -165,12 +166,12 @@ def test_many_tickets_are_one_call():
 
 
 def test_rewinding_to_an_iteration_takes_the_learning_rate_along():
-    state, run, _ = jax.jit(functools.partial(imp, rewind_at=4, steps=6))(jax.random.key(1))
+    state, run, _ = jit_once(functools.partial(imp, rewind_at=4, steps=6))(jax.random.key(1))
     # Training begins at step 4 in every round, and ends at step 10.
     assert int(optax.tree_utils.tree_get(state.start["opt_state"], "count")) == 4
     assert int(optax.tree_utils.tree_get(run["opt_state"], "count")) == 10
     went_on = functools.partial(imp, tickets=pp.lottery(pp.level, CONFIG, rounds=3, rewind=[]))
-    _, run, _ = jax.jit(went_on)(jax.random.key(1))
+    _, run, _ = jit_once(went_on)(jax.random.key(1))
     assert int(optax.tree_utils.tree_get(run["opt_state"], "count")) == 24
 
 

@@ -13,6 +13,7 @@ import torch
 import purepruning as pp
 from purepruning import NM, Block, Layer, movement
 from tests import oracle
+from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 
@@ -412,7 +413,7 @@ def test_training_finds_what_matters_and_magnitude_does_not():
 
     params = {"w": jnp.asarray(start)}
     trained = params, movement.init(params, config)
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, configs))
+    run = jit_once(lambda carry: jax.lax.scan(step, carry, configs))
     ((params, scores), _), losses = run((trained, optimizer.init(trained)))
     masks = movement.masks(params, scores, config)
     assert np.flatnonzero(masks["w"]).tolist() == important.tolist()

@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 import purepruning as pp
 from purepruning import Layer
 from purepruning_interop import nnx as interop_nnx
+from tests.fast import jit_once, some_key
 from tests.messages import raises
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -89,7 +90,7 @@ forms = pytest.mark.parametrize("form", [chain, inside])
 @functools.cache
 def whole(form):
     """The usual run in one scan, compiled once for all tests that look at it."""
-    return jax.jit(lambda p: run(form(), p))(start())
+    return jit_once(lambda p: run(form(), p))(start())
 
 
 # In the chain.
@@ -143,7 +144,7 @@ def test_pruning_beside_the_step_gives_the_same_bits():
 
 def test_without_jit_nothing_is_different():
     tx = chain(pp.agp(begin=1, end=2))
-    expected, _ = jax.jit(lambda p: run(tx, p, steps=3))(start())
+    expected, _ = jit_once(lambda p: run(tx, p, steps=3))(start())
     params, state = start(), tx.init(start())
     for t, x in enumerate(batches(3)):
         params, state = update(tx, params, state, x)
@@ -155,7 +156,7 @@ def test_without_jit_nothing_is_different():
 def test_a_pool_keeps_its_masks_until_its_turn():
     config = pp.resolve(UNEVEN, LAYERS)
     # a at 0, 4, 8; b at 3, 5, 7.
-    history, state = jax.jit(lambda p: run(chain(pp.linear(), config), p))(start())
+    history, state = jit_once(lambda p: run(chain(pp.linear(), config), p))(start())
     assert [zeros(x) for x in history["a"]] == [0] * 4 + [15] * 4 + [30] * 6
     assert [zeros(x) for x in history["b"]] == [0] * 5 + [18] * 2 + [36] * 7
     np.testing.assert_array_equal(pp.get_masks(state)["b"], history["b"][-1] != 0)
@@ -166,7 +167,7 @@ def test_a_pool_keeps_its_masks_until_its_turn():
         seed = jnp.sum(jnp.abs(params["b"]))
         return {"a": (order + seed.astype(jnp.int32) * 7) % 60 >= config.counts["a"], "b": None}
 
-    history, _ = jax.jit(lambda p: run(chain(pp.linear(), config, restless), p))(start())
+    history, _ = jit_once(lambda p: run(chain(pp.linear(), config, restless), p))(start())
     kept = np.asarray(history["a"]) != 0
     for t in (1, 2, 3, 5, 6, 7, 9, 10):
         np.testing.assert_array_equal(kept[t], kept[t - 1])
@@ -198,7 +199,7 @@ def test_the_optimizer_inside_forgets_what_is_pruned():
 def test_only_the_steps_of_multi_steps_count():
     """Three micro-batches to a step: the parameters, and what is pruned, change at every third."""
     tx = optax.MultiSteps(chain(pp.linear(end=3)), 3)
-    history, state = jax.jit(lambda p: run(tx, p, steps=14))(start())
+    history, state = jit_once(lambda p: run(tx, p, steps=14))(start())
     counts = [zeros(x) for x in history["a"]]
     assert counts == [0] * 5 + [16] * 3 + [32] * 3 + [48] * 3
     assert int(state.inner_opt_state[1].schedule.step) == 4
@@ -208,14 +209,14 @@ def test_only_the_steps_of_multi_steps_count():
         optax.MultiSteps(momentum(), 3).gradient_transformation(),
         pp.prune_on_schedule(pp.level, pp.linear(end=3), CONFIG),
     )
-    history, state = jax.jit(lambda p: run(tx, p, steps=6))(start())
+    history, state = jit_once(lambda p: run(tx, p, steps=6))(start())
     assert [zeros(x) for x in history["a"]] == [0, 16, 32, 48, 48, 48]
 
 
 def test_masks_to_begin_with():
     begin = {"a": jnp.arange(60).reshape(6, 10) >= 6, "b": None}
     tx = chain(pp.linear(begin=3, end=4, initial=0.5), masks=begin)
-    history, _ = jax.jit(lambda p: run(tx, p, steps=6))(start())
+    history, _ = jit_once(lambda p: run(tx, p, steps=6))(start())
     assert [zeros(x) for x in history["a"]] == [6, 6, 6, 30, 48, 48]
     assert not np.asarray(history["a"])[:, 0, :6].any()
 
@@ -240,7 +241,9 @@ def test_statistics_are_an_extra_argument():
 def test_channels_and_global_scope():
     rules = [{"total_sparsity": 0.5, "op_types": ["Linear"]}]
     config = pp.resolve(rules, LAYERS, scope="global", granularity="output_channel")
-    history, state = jax.jit(lambda p: run(chain(pp.linear(end=4), config, pp.l2_norm), p))(start())
+    history, state = jit_once(lambda p: run(chain(pp.linear(end=4), config, pp.l2_norm), p))(
+        start()
+    )
     for t, share in enumerate([0, 12, 25, 37, 50]):
         columns = (
             (np.asarray(history["a"][t]) != 0).any(0),
@@ -257,7 +260,7 @@ def test_channels_and_global_scope():
 
 def test_seeds_under_vmap_prune_in_a_branch():
     params = jax.vmap(lambda key: jax.tree.map(lambda x: jax.random.normal(key, x.shape), start()))(
-        jax.random.split(jax.random.key(0), 3)
+        jax.random.split(some_key(), 3)
     )
     tx = chain()
     axes = pp.vmap_axes(jax.eval_shape(tx.init, start()))
@@ -271,7 +274,7 @@ def test_seeds_under_vmap_prune_in_a_branch():
     many, step = params, jax.jit(step)
     for x in batches():
         many, state = step(many, state, x)
-    run_alone = jax.jit(lambda p: run(tx, p)[0])
+    run_alone = jit_once(lambda p: run(tx, p)[0])
     for i in range(3):
         alone = run_alone(jax.tree.map(lambda x, i=i: x[i], params))
         for name in ("a", "b"):
@@ -290,8 +293,8 @@ def test_many_sparsities_are_one_call():
     def train(counts, params):
         return run(chain(clock._replace(counts=counts)), params)[0]
 
-    many = jax.jit(jax.vmap(train, in_axes=(0, None)))(clock.counts, start())
-    alone_with = jax.jit(lambda state, p: run(chain(state), p)[0])
+    many = jit_once(jax.vmap(train, in_axes=(0, None)))(clock.counts, start())
+    alone_with = jit_once(lambda state, p: run(chain(state), p)[0])
     for i, share in enumerate(shares):
         alone = alone_with(SCHEDULE.init(CONFIG.with_sparsity(share)), start())
         for name, n in (("a", 60), ("b", 40)):
@@ -304,7 +307,7 @@ def test_many_sparsities_are_one_call():
 
 def test_flax_train_state():
     model, x = linen.Dense(5), jnp.ones((4, 20))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = model.init(some_key(), x)["params"]
     layer = pp.make_layer(params, "kernel", "Linear", out_axes=1, in_axes=0, bias="bias")
     config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], [layer])
     state = TrainState.create(
@@ -332,7 +335,7 @@ def test_nnx_optimizer(form):
         def __call__(self, x):
             return self.out(nnx.tanh(self.hidden(x)))
 
-    model = Net(nnx.Rngs(0))
+    model = Net(nnx.Rngs(some_key()))
     x = batches(1)[0]
     config = pp.resolve(
         [{"sparsity": 0.5, "op_names": ["hidden"]}, {"sparsity": 0.75, "op_names": ["out"]}],

@@ -15,6 +15,7 @@ from flax import linen, nnx
 import purepruning as pp
 from purepruning.namespace import flatten
 from purepruning.storage import load_masks, save_masks
+from tests.fast import some_key
 
 rng = np.random.default_rng(0)
 SHAPES = {"a.w": (5, 7), "a.b": (7,), "c.w": (3, 4, 5), "s": (), "d": (4,)}
@@ -90,11 +91,11 @@ def test_a_bit_per_element(file):
 
 
 def trees():
-    dense = linen.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+    dense = linen.Dense(3).init(some_key(), jnp.ones((1, 2)))
     return {
         "linen": (dense, "params.kernel"),
-        "nnx": (nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param), "kernel"),
-        "equinox": (eqx.nn.Linear(2, 3, key=jax.random.key(0)), "weight"),
+        "nnx": (nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(some_key())), nnx.Param), "kernel"),
+        "equinox": (eqx.nn.Linear(2, 3, key=some_key()), "weight"),
         "nested": ({"a": [jnp.zeros((2, 3)), (jnp.zeros(3),)]}, "a.0"),
     }
 
@@ -113,7 +114,7 @@ def test_trees_come_back_as_trees(file, kind):
 
 def test_a_torch_mask_loads_into_nnx_of_the_same_names_and_shapes(file):
     save_masks(file, {"kernel": torch.tensor([[True, False]])}, {"kernel": torch.zeros(2, 2)})
-    params = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    params = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(some_key())), nnx.Param)
     loaded = load_masks(file, params)
     assert pp.leaf_paths(loaded) == ("kernel",)
     assert jax.tree.leaves(loaded)[0].tolist() == [[True, False]]

@@ -17,6 +17,7 @@ from flax.training.train_state import TrainState
 from purepruning.masks import apply_masks, expand
 from purepruning.namespace import flatten
 from purepruning.transform import KeepPrunedState, keep_pruned, set_masks
+from tests.fast import jit_once, some_key
 
 T, F = True, False
 rng = np.random.default_rng(0)
@@ -81,7 +82,7 @@ def train(tx, params, steps=50):
         path: jnp.asarray(np.random.default_rng(1).normal(size=(steps, *SHAPES[path])), x.dtype)
         for path, x in params.items()
     }
-    return jax.jit(lambda c: jax.lax.scan(step, c, noise))((params, tx.init(params)))[1]
+    return jit_once(lambda c: jax.lax.scan(step, c, noise))((params, tx.init(params)))[1]
 
 
 def assert_pruned(history, params, *, after=0):
@@ -376,7 +377,7 @@ def test_stacked_models_with_masks_of_their_own():
 @pytest.mark.usefixtures("standard_promotion")
 def test_flax_train_state():
     model, x = linen.Dense(3), jnp.ones((4, 5))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = model.init(some_key(), x)["params"]
     masks = {"kernel": jnp.array([[T, F, T]]), "bias": jnp.array([T, F, T])}
     state = TrainState.create(
         apply_fn=model.apply, params=params, tx=optax.chain(adamw(), keep_pruned(masks))
@@ -408,14 +409,14 @@ class Net(nnx.Module):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("standard_promotion")
 def test_nnx_optimizer(form):
-    model = Net(nnx.Rngs(0))
+    model = Net(nnx.Rngs(some_key()))
     keep = {"conv.kernel": jnp.array([T, F, T, F]), "out.kernel": jnp.arange(8).reshape(4, 2) > 2}
     masks = flatten(nnx.state(model, nnx.Param)).rebuild(keep)  # a State, with None
     tx = keep_pruned(masks, adamw())
     if form == "last":
         tx = optax.chain(adamw(), keep_pruned(masks))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 1))
+    x = jax.random.normal(some_key(), (8, 6, 6, 1))
     mean = model.norm.mean[...]
 
     @nnx.jit

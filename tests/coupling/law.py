@@ -8,9 +8,7 @@ import numpy as np
 
 import purepruning as pp
 from purepruning.namespace import flatten
-
-#: Every program runs once, so compiling fast matters more than running fast.
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+from tests.fast import jit_once
 
 
 class Found(NamedTuple):
@@ -42,7 +40,7 @@ def compare(
             return out, None
         return out, (_gradient(fn, full, inputs), _gradient(small.fn, less, inputs))
 
-    out, slopes = jax.jit(both, compiler_options=FAST)(masked, small.params)
+    out, slopes = jit_once(both)(masked, small.params)
     apart = distance(*out)
     along = 0.0
     if gradients:

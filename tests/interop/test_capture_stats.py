@@ -12,6 +12,7 @@ import purepruning as pp
 from purepruning.stats import activations
 from purepruning_interop import equinox, linen
 from purepruning_interop import torch as interop
+from tests.fast import some_key
 
 
 def mean(stats, name):
@@ -42,8 +43,8 @@ class Model(nn.Module):
 
 
 def test_linen():
-    model, x = Model(), jax.random.normal(jax.random.key(0), (8, 5, 5, 3))
-    params = model.init(jax.random.key(1), x)["params"]
+    model, x = Model(), jax.random.normal(some_key(0), (8, 5, 5, 3))
+    params = model.init(some_key(1), x)["params"]
     config = config_of(linen.layers(model, params, x))
 
     @jax.jit
@@ -68,7 +69,7 @@ def test_linen():
 
 
 def test_equinox():
-    keys = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(some_key(0))
     model = eqx.nn.Sequential(
         [
             eqx.nn.Conv2d(3, 4, 3, key=keys[0]),
@@ -76,7 +77,7 @@ def test_equinox():
             eqx.nn.Linear(4, 6, key=keys[1]),
         ]
     )
-    x = jax.random.normal(jax.random.key(2), (8, 3, 5, 5))
+    x = jax.random.normal(some_key(2), (8, 3, 5, 5))
     params = eqx.filter(model, eqx.is_inexact_array)
     config = config_of(equinox.layers(model))
     _, outputs = jax.vmap(lambda x: equinox.capture(model, x, layers=config.layers))(x)

@@ -8,9 +8,10 @@ import pytest
 from equinox import nn
 
 from purepruning_interop import equinox as adapter
+from tests.fast import some_key
 from tests.interop.capture import assert_outputs
 
-KEY = jax.random.key(0)
+KEY = some_key(0)
 X = jnp.array([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
 
 
@@ -61,8 +62,8 @@ def test_over_a_batch_and_over_models():
     _, inside = adapter.capture(net, X, layers=names, method=lambda net, x: jax.vmap(net)(x))
     assert_outputs(inside, expected)
 
-    nets = [Net(k) for k in jax.random.split(KEY, 3)]
-    stacked = eqx.filter_vmap(Net)(jax.random.split(KEY, 3))
+    keys = jax.random.split(jax.random.key(0), 3)  # of a kind that vmap does not change
+    nets, stacked = [Net(k) for k in keys], eqx.filter_vmap(Net)(keys)
     found = eqx.filter_vmap(lambda n: adapter.capture(n, X[0], layers=["first"])[1])(stacked)
     assert_outputs(found, {"first": jnp.stack([dense(n.first, X[0]) for n in nets])})
 

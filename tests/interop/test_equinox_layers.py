@@ -9,10 +9,11 @@ import pytest
 
 from purepruning.namespace import leaf_paths
 from purepruning_interop import equinox as adapter
+from tests.fast import some_key
 from tests.interop.table import assert_table, row
 
 nn = eqx.nn
-KEY = jax.random.key(0)
+KEY = some_key()
 
 
 def one(make, type, leaf="weight", out=(0,), in_=(1,), bias="bias", **kwargs):

@@ -8,13 +8,14 @@ from flax import linen as nn
 from flax.core import freeze
 
 from purepruning_interop import linen
+from tests.fast import some_key
 from tests.interop.capture import assert_outputs
 
 X = jnp.array([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
 
 
 def init(module, *inputs):
-    return module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *inputs)
+    return module.init({"params": some_key(0), "dropout": some_key(1)}, *inputs)
 
 
 def dense(params, x):
@@ -72,7 +73,7 @@ def test_updated_collections_are_returned_and_arguments_left_alone():
         train=True,
         layers=["norm", "first"],
         mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(7)},
+        rngs={"dropout": some_key(7)},
     )
     x = np.maximum(dense(variables["params"]["first"], X), 0)
     mean, var = x.mean(0), x.var(0)
@@ -82,7 +83,7 @@ def test_updated_collections_are_returned_and_arguments_left_alone():
     np.testing.assert_allclose(stats["mean"], 0.01 * mean, rtol=1e-5)
     np.testing.assert_allclose(stats["var"], 0.99 + 0.01 * var, rtol=1e-5)
     expected, _ = net.apply(
-        variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(7)}
+        variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": some_key(7)}
     )
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, before, variables)

@@ -11,8 +11,9 @@ import purepruning as pp
 from purepruning_interop import equinox as ppe
 from purepruning_interop import nnx as ppn
 from tests.coupling.law import distance, half
+from tests.fast import some_key
 
-KEY = jax.random.key(0, impl="rbg")  # which compiles faster than the default
+KEY = some_key()
 IMAGE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from purepruning_interop import nnx as adapter
+from tests.fast import some_key
 from tests.interop.capture import assert_outputs
 
 X = jnp.array([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
@@ -18,7 +19,7 @@ def dense(layer, x):
 
 class Net(nnx.Module):
     def __init__(self, seed=0):
-        rngs = nnx.Rngs(seed)
+        rngs = nnx.Rngs(some_key(seed))
         self.first = nnx.Linear(4, 3, rngs=rngs)
         self.norm = nnx.BatchNorm(3, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
@@ -113,7 +114,7 @@ class Scanned(nnx.Module):
         def make(rngs):
             return nnx.Linear(4, 4, rngs=rngs)
 
-        self.steps = make(nnx.Rngs(0))
+        self.steps = make(nnx.Rngs(some_key()))
 
     def __call__(self, x):
         def step(x, layer):
@@ -141,7 +142,7 @@ def test_scan_and_remat_stack_the_outputs(jit, remat):
 
 class Shared(nnx.Module):
     def __init__(self):
-        self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(some_key()))
         self.b = self.a
 
     def __call__(self, x):
@@ -160,7 +161,7 @@ class Jitted(nnx.Module):
     """Two layers that the same jitted function calls."""
 
     def __init__(self):
-        self.a, self.b = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+        self.a, self.b = (nnx.Linear(4, 4, rngs=nnx.Rngs(some_key(i))) for i in range(2))
 
     def __call__(self, x):
         return self.apply(self.b, self.apply(self.a, x))
@@ -183,7 +184,7 @@ def test_modules_under_one_jitted_function_are_told_apart():
 
 class NoPytree(nnx.Module, pytree=False):
     def __init__(self):
-        self.layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(0))]
+        self.layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(some_key()))]
 
     def __call__(self, x):
         return self.layers[0](x)
@@ -207,7 +208,7 @@ def test_method_and_what_it_does_not_reach(method):
 
 class Branches(nnx.Module):
     def __init__(self):
-        self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(some_key()))
 
     def __call__(self, x):
         return nnx.cond(x.sum() > 0, lambda m, x: m.layer(x), lambda m, x: x, self, x)

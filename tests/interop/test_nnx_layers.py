@@ -8,11 +8,12 @@ from flax import nnx
 
 from purepruning.namespace import leaf_paths
 from purepruning_interop import nnx as adapter
+from tests.fast import some_key
 from tests.interop.table import assert_table, row
 
 
 def rngs():
-    return nnx.Rngs(0)
+    return nnx.Rngs(some_key())
 
 
 def linear(name, bias=True, aliases=()):

@@ -13,6 +13,7 @@ from purepruning.layers import Layer
 from purepruning_interop import equinox, haiku, linen
 from purepruning_interop import nnx as nnx_adapter
 from purepruning_interop import torch as torch_adapter
+from tests.fast import some_key
 
 
 def axes_of(table):
@@ -63,7 +64,7 @@ def test_linen_scan_stacks_outputs_on_their_first_axis(axis):
 
     stack = nn.scan(Step, variable_axes={"params": axis}, split_rngs={"params": True}, length=2)
     x = jnp.zeros((4, 3))
-    params = stack().init(jax.random.key(0), x, None)["params"]
+    params = stack().init(some_key(), x, None)["params"]
     (layer,) = linen.layers(stack(), params, x, None)
     assert (layer.stack_axes, layer.output_axes) == ((axis,), (0, -1))
 
@@ -76,13 +77,13 @@ def test_linen_scan_leads_the_batch_axes_of_a_layer():
 
     stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     x = jnp.zeros((4, 5, 3))
-    params = stack().init(jax.random.key(0), x, None)["params"]
+    params = stack().init(some_key(), x, None)["params"]
     (layer,) = linen.layers(stack(), params, x, None)
     assert (layer.shape, layer.stack_axes, layer.output_axes) == ((2, 4, 3, 3), (0, 1), (0, 1, -1))
 
 
 def test_nnx():
-    rngs = nnx.Rngs(0)
+    rngs = nnx.Rngs(some_key())
     model = nnx.Dict(
         conv=nnx.Conv(3, 4, (3, 3), rngs=rngs),
         heads=nnx.LinearGeneral(4, (2, 3), rngs=rngs),
@@ -103,7 +104,7 @@ def test_nnx():
 
 
 def test_equinox():
-    key = jax.random.key(0)
+    key = some_key()
     model = [
         eqx.nn.Conv1d(3, 4, 3, key=key),
         eqx.nn.Conv2d(3, 4, 3, key=key),

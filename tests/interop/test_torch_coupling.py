@@ -13,6 +13,7 @@ from purepruning_interop import torch as ppt
 from purepruning_interop.torch.coupling import analyse
 from tests.coupling.torch_patterns import PATTERNS, Net, cast, conv, fill, image, parameter, tokens
 from tests.coupling.torch_traps import TRAPS
+from tests.fast import some_key
 from tests.interop.torch_law import half, state_of
 
 
@@ -229,7 +230,7 @@ def twins():
             feature_group_count=groups,
         )  # fmt: skip
 
-    key = jax.random.key(0)
+    key = some_key()
     w = lambda *shape: jax.random.normal(key, shape)  # noqa: E731
 
     def chain(p, x):
