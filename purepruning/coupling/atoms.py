@@ -10,6 +10,7 @@ kept), so their order does not matter for soundness, and an axis read earlier st
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -38,6 +39,21 @@ class Atoms:
     def size(self) -> int:
         """One more than the largest atom."""
         return self._size
+
+    def copy(self) -> Atoms:
+        """Returns a copy that later operations do not touch."""
+        found = copy.copy(self)
+        for name in ("_parent", "_definition", "_reason", "_sets"):
+            setattr(found, name, getattr(self, name).copy())
+        found._reasons, found._numbers = list(self._reasons), dict(self._numbers)
+        return found
+
+    def is_as(self, earlier: Atoms, axis: Axis) -> bool:
+        """Whether the same of an axis can be pruned as earlier."""
+        now, then = self.resolve(axis), earlier.resolve(axis)
+        if now is None or then is None:
+            return now is then
+        return bool(_alike(now, then).all())
 
     def fresh(self, n: int) -> np.ndarray:
         """Returns an axis of ``n`` new atoms."""
@@ -124,9 +140,10 @@ class Atoms:
             if a is None or b is None:
                 self.keep(a if b is None else b, self._why(x if a is None else y, reason))
                 return
-            if a.shape == b.shape and (a == b).all():
+            apart = ~_alike(a, b)
+            if not apart.any():
                 return
-            self._step(a, b)
+            self._step(a[apart], b[apart])
             if a.shape[1] == b.shape[1] == 1:
                 return
         # Sets that no rule brought together: both stay, which is always right.
@@ -318,3 +335,10 @@ class Atoms:
         fresh = [self.fresh(core.shape[d]) for d in varies]
         product = self.merge(fresh, [core.shape[d] for d in varies])
         self.same(cell[:, None], product, reason)
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns where two resolved axes have the same sets, in whatever order their atoms are."""
+    width = max(a.shape[1], b.shape[1])
+    one, two = (np.sort(np.pad(x, ((0, 0), (0, width - x.shape[1]))), 1) for x in (a, b))
+    return np.asarray((one == two).all(1))

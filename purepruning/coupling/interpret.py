@@ -547,7 +547,19 @@ def _derivative(r: _Run, op: Op, operands: Sequence[Value]) -> Callable[..., lis
         v for n, v in zip(op.inputs, operands, strict=True) if is_floating(r.program.avals[n])
     ]
     slopes = [dataclasses.replace(v, leaf=None, known=None) for v in floating]
-    _, trace = walk(program, [*operands, *slopes], r.s.flow, {}, r.s.later)
+    flow, before = r.s.flow, r.s.flow.atoms.copy()
+    _, trace = walk(program, [*operands, *slopes], flow, {}, r.s.later)
+    after, flow.atoms = flow.atoms, before
+    if any(not after.is_as(before, axis) for v in operands for axis in v.axes):
+
+        def refuse(*_: Any) -> list[Any]:
+            raise NotImplementedError(
+                f"the derivative that {op.params['call_jaxpr'].jaxpr.debug_info.func_name} defines "
+                "moves positions from one place to another, and some of them are removed here"
+            )
+
+        return refuse
+    flow.atoms = after
     return lambda *arguments: run(program, trace, arguments, r.s)
 
 

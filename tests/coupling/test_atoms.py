@@ -148,3 +148,29 @@ def test_two_ways_to_factor_one_axis_keep_it():
     outer, inner = atoms.split(x, [2, 2, 3])[::2]
     assert loose(atoms, inner) == [[0], [1], [2]]
     assert loose(atoms, outer) in (None, [[0], [1]])
+
+
+def test_sets_are_alike_in_any_order():
+    atoms = Atoms()
+    one, two, mixed = atoms.fresh(3), atoms.fresh(3), atoms.fresh(3)
+    # A product that is read from behind: the same two atoms, the other first.
+    there, back = np.concatenate([one, two], 1), np.concatenate([two, one], 1)
+    atoms.same(there, back)
+    atoms.same(np.where([[True], [False], [False]], 0, there), mixed)
+    for axis in (one[1:], two[1:]):
+        assert atoms.resolve(axis).shape == (2, 1)
+    assert atoms.resolve(mixed)[0].tolist() == [0, 0]
+    assert sorted(atoms.resolve(mixed)[1].tolist()) == sorted(there[1].tolist())
+
+
+def test_a_copy_is_not_touched_by_what_comes_later():
+    atoms = Atoms()
+    axis, other = atoms.fresh(3), atoms.fresh(3)
+    before = atoms.copy()
+    assert atoms.is_as(before, axis)
+    atoms.same(axis, other)
+    assert atoms.is_as(before, axis)
+    assert not atoms.is_as(before, other)
+    atoms.keep(axis, "for a test")
+    assert not atoms.is_as(before, axis)
+    assert before.resolve(axis).tolist() == axis.tolist()

@@ -42,6 +42,8 @@ SAMPLE = {
     "linen_mobilenet_v2",
     "linen_cbam",
     "linen_shufflenet_v1",
+    "linen_shufflenet_v2",
+    "linen_diffusion",
     "linen_weight_norm",
     "linen_llama",
     "linen_lstm",

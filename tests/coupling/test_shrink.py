@@ -554,3 +554,28 @@ def test_a_plan_that_is_damaged_is_refused(shrunk, tmp_path):
         (tmp_path / "part").write_bytes(part)
         with pytest.raises(ValueError, match=r"part' holds no plan of this library: \w+"):
             pp.Plan.load(tmp_path / "part")
+
+
+def test_a_derivative_that_moves_positions_is_refused_when_it_is_asked_for():
+    """Its program is walked through only then, when the units are known."""
+
+    @jax.custom_jvp
+    def bent(x):
+        return jnp.sin(x)
+
+    bent.defjvp(lambda x, t: (bent(x[0]), t[0] * jnp.cos(x[0]) + t[0][:, ::-1]))
+
+    def fn(params, x):
+        return bent(x @ params["one"]) @ params["two"]
+
+    rng = np.random.default_rng(4)
+    params = {"one": jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)}
+    params["two"] = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    x = jnp.ones((2, 3))
+    coupling = pp.couple(fn, params, x)
+    small = pp.shrink(fn, params, coupling.masks([1, 2], params), coupling, x)
+    expected = fn(pp.apply_masks(params, small.report.masks), x)
+    for _ in range(2):  # nothing is remembered of the first attempt
+        with pytest.raises(NotImplementedError, match="derivative that bent defines moves"):
+            jax.grad(lambda p: small.fn(p, x).sum())(small.params)
+        np.testing.assert_allclose(small.fn(small.params, x), expected, rtol=1e-5)
