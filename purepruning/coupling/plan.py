@@ -155,6 +155,14 @@ class Plan:
             }
             removed = tuple(int(i) for i in file.get_tensor(":removed"))
         shapes = {name: tuple(shape) for name, shape in words["shapes"].items()}
+        for name, found in cuts.items():
+            for cut in found:
+                size, kept = shapes[name][cut.axis], cut.positions
+                if kept.size and not 0 <= kept.min() <= kept.max() < size:
+                    raise ValueError(
+                        f"{str(path)!r} holds no plan: axis {cut.axis} of {name!r} has {size} "
+                        f"positions, and would keep {kept.max()}"
+                    )
         return cls(shapes, cuts, removed)
 
 

@@ -16,6 +16,7 @@ from purepruning.coupling.plan import Plan, plan_of
 from purepruning.coupling.program import holds_tracers
 from purepruning.coupling.report import number
 from purepruning.coupling.structure import Coupling
+from purepruning.layers import missing
 from purepruning.masks import by_path, merge_masks, zero_pruned
 from purepruning.namespace import by_numpy, flatten, is_on_host
 
@@ -124,7 +125,11 @@ def shrink(
     """
     one_of("norms", norms, ("original", "kept"))
     one_of("conflicts", conflicts, ("refuse", "keep", "remove"))
+    check_coupling(coupling)
     tree = flatten(params)
+    for path, leaf in tree.leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"params: {path!r} is a shape; to be cut it must be an array")
     chosen = units_of(coupling, masks, tree.leaves, conflicts)
     plan = plan_of(coupling, chosen.dead)
     found = analyse(fn, params, inputs, coupling.outputs)
@@ -174,6 +179,9 @@ class ShrunkFunction:
     def __call__(self, params: Any, *inputs: Any) -> Any:
         """Returns ``fn`` of the smaller parameters."""
         tree = flatten(params)
+        for path in self.plan.shapes:
+            if path not in tree.leaves:
+                raise ValueError(missing(f"params have no {path!r}", path, tree.leaves))
         full = {}
         for path, leaf in tree.leaves.items():
             if not hasattr(leaf, "shape"):
@@ -257,6 +265,12 @@ def check_same(expected: Coupling, found: Coupling) -> None:
             raise ValueError(
                 f"coupling does not belong to this function and these parameters: {path!r} differs"
             )
+
+
+def check_coupling(coupling: Any) -> None:
+    """Raises TypeError for what is no coupling."""
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"coupling must be what couple() returns, got {type(coupling).__name__}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import purepruning as pp
+from purepruning.coupling.plan import Cut, Plan
 from purepruning.coupling.shrink import ShrunkFunction
 from purepruning.namespace import flatten
 from tests.coupling.law import distance, half
@@ -579,3 +580,19 @@ def test_a_derivative_that_moves_positions_is_refused_when_it_is_asked_for():
         with pytest.raises(NotImplementedError, match="derivative that bent defines moves"):
             jax.grad(lambda p: small.fn(p, x).sum())(small.params)
         np.testing.assert_allclose(small.fn(small.params, x), expected, rtol=1e-5)
+
+
+def test_wrong_arguments_say_what_they_are(shrunk, coupling, tmp_path):
+    masks = shrunk.report.masks
+    with pytest.raises(TypeError, match=r"coupling must be what couple\(\) returns, got NoneType"):
+        pp.shrink(NET.apply, VARIABLES, masks, None, X)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), VARIABLES)
+    with pytest.raises(TypeError, match="is a shape; to be cut it must be an array"):
+        pp.shrink(NET.apply, shapes, masks, coupling, X)
+    less = {**shrunk.params, "params": {**shrunk.params["params"]}}
+    del less["params"]["stem"]
+    with pytest.raises(ValueError, match=r"params have no 'params.stem.bias'"):
+        shrunk.fn(less, X)
+    Plan({"a": (8,)}, {"a": (Cut(0, np.array([0, 9])),)}, (1,)).save(tmp_path / "plan")
+    with pytest.raises(ValueError, match="axis 0 of 'a' has 8 positions, and would keep 9"):
+        Plan.load(tmp_path / "plan")

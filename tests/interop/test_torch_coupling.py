@@ -324,3 +324,22 @@ def test_counts_are_those_of_a_hand_calculation():
         "norm": (16, 0, 0),
     }
     assert found.params == sum(p.numel() for p in model.parameters())
+
+
+def test_what_torch_cannot_take_apart_is_refused():
+    """It writes into tensors that it passes by keyword."""
+    model = nn.Sequential(conv(3, 8), nn.CrossMapLRN2d(3), conv(8, 4))
+    with pytest.raises(ValueError, match=r"torch.export cannot read Sequential"):
+        ppt.couple(model, *image())
+
+
+def test_a_result_that_is_passed_by_keyword_is_written_to():
+
+    def forward(net, x):
+        hidden = net.a(x)
+        with torch.no_grad():
+            doubled = torch.mul(hidden, 2.0, out=torch.zeros_like(hidden))
+        return net.b(doubled + hidden)
+
+    model = Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    assert ppt.couple(model, *tokens()).n_units == 8

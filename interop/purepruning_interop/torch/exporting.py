@@ -39,7 +39,10 @@ def export(
     """
     exported = _export(model, args, kwargs, dynamic)
     if _needs_decomposition(exported, known):
-        exported = _decompose(exported, known)
+        try:
+            exported = _decompose(exported, known)
+        except Exception as error:
+            raise _refusal(model, error) from error
     return _source(model, exported)
 
 

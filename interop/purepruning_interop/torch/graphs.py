@@ -108,8 +108,9 @@ def hidden_writes(graph: Any) -> bool:
         name = base_name(node.target)
         if isinstance(node.target, torch._ops.OpOverload):
             schema = node.target._schema
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                alias = argument.alias_info
+            given = _named(node)
+            for argument in schema.arguments:
+                alias, value = argument.alias_info, given[argument.name]
                 if alias is None or not isinstance(value, torch.fx.Node):
                     continue
                 if alias.is_write:

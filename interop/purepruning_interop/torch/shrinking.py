@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from purepruning.coupling.masks import Conflicts, units_of
 from purepruning.coupling.plan import Plan, plan_of
-from purepruning.coupling.shrink import Norms, ShrinkReport, check_same, one_of
+from purepruning.coupling.shrink import Norms, ShrinkReport, check_coupling, check_same, one_of
 from purepruning.coupling.structure import Coupling
 from purepruning.masks import apply_masks, merge_masks
 from purepruning_interop.torch.coupling import Analysis, analyse
@@ -119,6 +119,7 @@ def shrink(
     """
     one_of("norms", norms, ("original", "kept"))
     one_of("conflicts", conflicts, ("refuse", "keep", "remove"))
+    check_coupling(coupling)
     names = leaf_names(model)
     leaves = _leaves(model, names)
     masks = _canonical(masks, names)
