@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 import warnings
@@ -64,12 +65,17 @@ def linen_seconds(name: str, size: Any) -> dict[str, Any]:
 
 
 def torch_seconds(name: str, size: Any) -> dict[str, Any]:
-
     from purepruning_interop import torch as ppt
 
-    one_torch_thread()
+    _with_compiler()
     net, given = torch_net(name, size)
     return _seconds(lambda: ppt.couple(net, given))
+
+
+def _with_compiler() -> None:
+    """One thread, and torch's compiler imported, as it is once there is an optimizer."""
+    importlib.import_module("torch._dynamo")
+    one_torch_thread()
 
 
 def _seconds(call: Callable[[], Any], part: Callable[[], Any] | None = None) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def peer_seconds(name: str, size: Any) -> dict[str, Any]:
     """Seconds of Torch-Pruning: its dependency graph, and the groups of all layers in it."""
     import torch_pruning as tp
 
-    one_torch_thread()
+    _with_compiler()
     warnings.simplefilter("ignore")  # parameters outside of layers
     net, given = torch_net(name, size)
     return _seconds(
