@@ -428,3 +428,22 @@ def test_masks_of_weights_one_by_one_are_zeros_in_the_result():
     assert 0.3 < float((small.head.weight == 0).double().mean()) < 0.7
     check_law(model, inputs, report.masks, small, report.plan)
     assert math.isfinite(report.deviation)
+
+
+class OnlyInSingle(nn.Module):
+    """As operations are that have no kernel for float64."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError(f"expected float32, got {x.dtype}")
+        return F.relu(x)
+
+
+def test_a_model_that_does_not_run_in_double_precision_is_compared_as_it_is():
+    model = nn.Sequential(nn.Linear(6, 16), OnlyInSingle(), nn.Linear(16, 3))
+    inputs = tokens()
+    masks, small, report = shrunk(model, inputs)
+    assert report.kind == "module"
+    assert 0 < small[0].out_features < 16
+    assert 0 <= report.deviation <= 1e-5
+    assert distance(masked(model, masks)(*inputs), small(*inputs)) <= 1e-5

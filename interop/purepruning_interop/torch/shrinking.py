@@ -41,7 +41,8 @@ class TorchShrinkReport(ShrinkReport):
         kind: ``"module"``, the user's own class with smaller layers, or ``"graph"``, its exported
             program with other sizes.
         why: why it is a graph, or how well the module agrees.
-        deviation: largest difference to the reference in float64, relative to its largest output.
+        deviation: largest difference to the reference in float64 (in the model's own dtype if it
+            does not run in float64), relative to its largest output.
         names: the leaf that every name of the state dict stands for.
         dynamic: whether the batch size of a graph is open; modules are as open as they were.
     """
@@ -364,7 +365,10 @@ def _doubled(args: Any, kwargs: Any) -> Any:
 
 
 class _Reference:
-    """The masked model in float64, for some inputs: what a result is compared with."""
+    """The masked model, for some inputs: what a result is compared with.
+
+    In float64, unless the model has operations that are not made for it.
+    """
 
     def __init__(
         self,
@@ -374,7 +378,17 @@ class _Reference:
         given: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> None:
         self.model, self.names, self.masks = model, names, masks
+        self.wide = True
         self.inputs = [_double(given), _double(_random(given))]
+        try:
+            self.masked = self.expected(None)
+        except Exception:
+            self.wide, self.inputs = False, [given, _random(given)]
+            self.masked = self.expected(None)
+
+    def _copy(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = copy.deepcopy(model)
+        return model.double() if self.wide else model
 
     def _run(self, model: torch.nn.Module) -> list[list[torch.Tensor]]:
         model = model.eval()
@@ -383,7 +397,7 @@ class _Reference:
             return [_floats(model(*args, **kwargs)) for args, kwargs in self.inputs]
 
     def expected(self, values: Mapping[str, torch.Tensor] | None) -> list[list[torch.Tensor]]:
-        masked = copy.deepcopy(self.model)
+        masked = self._copy(self.model)
         state = masked.state_dict(keep_vars=True)
         with torch.no_grad():
             for path in dict.fromkeys(self.names.values()):
@@ -392,27 +406,23 @@ class _Reference:
                 mask = self.masks.get(path)
                 if mask is not None:
                     state[path].masked_fill_(~mask, 0)
-        return self._run(_to_double(masked))
+        return self._run(masked)
 
     def steady(self) -> bool:
         """Whether the masked model gives the same twice, and numbers."""
-        one, other = self.expected(None), self.expected(None)
-        return _distance(one, other) == 0.0
+        return _distance(self.masked, self.expected(None)) == 0.0
 
     def compare(
         self, small: torch.nn.Module, plan: Plan, other: torch.nn.Module | None = None
     ) -> tuple[float | None, str]:
         """Returns how far a small model is off, or None and why it is not the same function."""
         try:
-            found = self._run(_to_double(copy.deepcopy(small)))
+            found = self._run(self._copy(small))
         except Exception as error:
             line = str(error).strip().splitlines()
             reason = line[0] if line else type(error).__name__
             return None, f"its forward does not run with smaller layers: {reason}"
-        if other is None:
-            expected = self.expected(None)
-        else:
-            expected = self._run(_to_double(copy.deepcopy(other)))
+        expected = self.masked if other is None else self._run(self._copy(other))
         distance = _distance(expected, found)
         if distance <= EXACT:
             return distance, ""
@@ -420,15 +430,15 @@ class _Reference:
             return None, f"its forward gives something else ({distance:.0e} off)"
         # Parts in float32, or a model too small to tell: other values, as large as each other.
         values = self._other_values()
-        loud = copy.deepcopy(small)
+        loud = self._copy(small)
         _load(loud, plan.apply(apply_masks(values, self.masks)), self.names)
         if other is None:
             expected = self.expected(values)
         else:
-            reference = copy.deepcopy(other)
+            reference = self._copy(other)
             _load(reference, plan.apply(apply_masks(values, self.masks)), self.names)
-            expected = self._run(_to_double(reference))
-        louder = _distance(expected, self._run(_to_double(loud)))
+            expected = self._run(reference)
+        louder = _distance(expected, self._run(loud))
         if louder <= ROUNDED:
             return max(distance, louder), ""
         return None, f"its forward gives something else ({louder:.0e} off)"
@@ -456,10 +466,6 @@ def _load(
             state[path].copy_(values[path])
 
 
-def _to_double(model: torch.nn.Module) -> torch.nn.Module:
-    return model.double()
-
-
 def _double(given: Any) -> Any:
     def double(x: Any) -> Any:
         wide = isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -473,8 +479,7 @@ def _random(given: Any) -> Any:
 
     def random(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            return noise.to(x.device)
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         return x
 
     return pytree.tree_map(random, given)
