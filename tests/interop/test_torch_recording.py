@@ -318,6 +318,20 @@ def test_a_module_that_asks_where_it_is_goes_the_way_it_goes(right):
     assert operations(source)[-2:] == ["linear", "linear"]
 
 
+def test_types_that_depend_on_the_device_are_left_to_export():
+    def forward(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net.a(x)
+        return net.b(y.float() if y.dtype == torch.bfloat16 else y.flip(1))
+
+    assert recorded(two_layers(forward), torch.ones(2, 4)) is None
+
+
+def test_views_cannot_be_asked_what_they_are_of():
+    model = two_layers(lambda net, x: net.b(net.a(x)[:1] if net.a(x)[:1]._is_view() else x))
+    assert recorded(model, torch.ones(2, 4)) is None
+
+
 def test_an_argument_that_is_given_twice_is_one_tensor():
     model = two_layers(lambda net, x, y: net.b(net.a(x)) if x is y else x)
     x = torch.ones(2, 4)

@@ -148,7 +148,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls an operation, and records it if it returns tensors."""
         try:
-            return self.record(func, args, kwargs or {})
+            with torch._C.DisableTorchFunction():  # the questions here are no module's
+                return self.record(func, args, kwargs or {})
         except Exception:
             self.failed = True
             raise
@@ -229,11 +230,15 @@ class _Questions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls a function."""
+        recorder = self.recorder
         if func in _PAST_THE_OPERATIONS or (func in _OF_GRADIENTS and args[0].is_meta):
-            self.recorder.failed = True
+            recorder.failed = True
             raise _Unusual(f"{func} is no operation")
+        if torch.is_autocast_enabled(recorder.device.type):
+            recorder.failed = True
+            raise _Unusual("types that depend on the device")
         if func in _PLACES and args[0].is_meta:
-            return _PLACES[func](self.recorder.device)
+            return _PLACES[func](recorder.device)
         return func(*args, **(kwargs or {}))
 
 
@@ -251,6 +256,8 @@ _OF_GRADIENTS = {
     _Tensor.is_inference,
 }
 _PAST_THE_OPERATIONS = {
+    _Tensor._base.__get__,
+    _Tensor._is_view,
     _Tensor.__array__,
     _Tensor.__dlpack__,
     _Tensor.data.__set__,
@@ -259,7 +266,10 @@ _PAST_THE_OPERATIONS = {
     _Tensor.numpy,
     _Tensor.requires_grad.__set__,
     _Tensor.requires_grad_,
+    _Tensor.storage,
     _Tensor.tolist,
+    _Tensor.type,
+    _Tensor.untyped_storage,
 }
 
 
