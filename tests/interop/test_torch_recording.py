@@ -1,5 +1,10 @@
 """A module is read by recording one call; what is out of the ordinary is left to export."""
 
+import copy
+import random
+from collections import OrderedDict, deque
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -200,3 +205,173 @@ def test_random_numbers_are_not_drawn():
     torch.manual_seed(0)
     ppt.couple(model, torch.ones(2, 4))
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "seen", [{"k": []}, OrderedDict(), deque(), SimpleNamespace(x=None)], ids=str
+)
+def test_containers_and_objects_come_back(seen):
+    def forward(net, x):
+        y = net.a(x)
+        if isinstance(net.seen, deque):
+            net.seen.append(y)
+        elif isinstance(net.seen, OrderedDict):
+            net.seen["y"] = y
+        elif isinstance(net.seen, dict):
+            net.seen["k"].append(y)
+        else:
+            net.seen.x = y
+        return net.b(y)
+
+    model = two_layers(forward)
+    model.seen, before = seen, copy.deepcopy(seen)
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert model.seen is seen
+    assert seen == before
+
+
+def test_a_hook_that_removes_itself_comes_back():
+    model = two_layers(lambda net, x: net.b(net.a(x)))
+    handle = model.a.register_forward_pre_hook(lambda *_: handle.remove())
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert len(model.a._forward_pre_hooks) == 1
+
+
+def freezes(net, x):
+    net.a.weight.requires_grad_(False)
+    return net.b(net.a(x))
+
+
+def replaces_the_data(net, x):
+    net.b.bias.data = net.seen
+    return net.b(net.a(x))
+
+
+def drops_gradients(net, x):
+    net.zero_grad()
+    return net.b(net.a(x))
+
+
+@pytest.mark.parametrize("forward", [freezes, replaces_the_data, drops_gradients])
+def test_parameters_stay_as_they_are(forward):
+    model = two_layers(forward)
+    model.register_buffer("seen", torch.ones(2))
+    gradient = model.a.weight.grad = torch.ones(8, 4)
+    memory = model.b.bias.data_ptr()
+    assert recorded(model, torch.ones(2, 4)) is None
+    assert model.a.weight.requires_grad
+    assert model.a.weight.grad is gradient
+    assert model.b.bias.data_ptr() == memory
+
+
+def catches(ask):
+    def forward(net, x):
+        try:
+            ask(net, x)
+        except Exception:
+            return net.b(net.a(x).flip(1))
+        return net.b(net.a(x))
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda net, x: int(x.sum()),
+        lambda net, x: x.numpy(),
+        lambda net, x: net.seen.add_(1),
+        lambda net, x: x.tolist(),
+    ],
+)
+def test_a_module_cannot_hide_what_it_asked(ask):
+    model = two_layers(catches(ask))
+    model.register_buffer("seen", torch.ones(2))
+    assert recorded(model, torch.ones(2, 4)) is None
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.b(net.a(x)) * torch.from_numpy(net.seen.numpy()),
+        lambda net, x: net.b(net.a(x)) * (x.data_ptr() == net.a(x).data_ptr()),
+        lambda net, x: net.b(net.a(x) if net.a(x).requires_grad else net.a(x).flip(1)),
+    ],
+)
+def test_memory_and_gradients_cannot_be_asked_for(forward):
+    model = two_layers(forward)
+    model.register_buffer("seen", torch.ones(2))
+    assert recorded(model, torch.ones(2, 4)) is None
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda x: x.device.type == "cpu",
+        lambda x: x.is_cpu and not x.is_meta and not x.is_cuda,
+        lambda x: torch.is_grad_enabled(),
+    ],
+)
+def test_a_module_that_asks_where_it_is_goes_the_way_it_goes(right):
+    model = two_layers(lambda net, x: net.b(net.a(x) if right(x) and right(net.a(x)) else x))
+    source = recorded(model, torch.ones(2, 4))
+    assert operations(source)[-2:] == ["linear", "linear"]
+
+
+def test_types_that_depend_on_the_device_are_left_to_export():
+    def forward(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net.a(x)
+        return net.b(y.float() if y.dtype == torch.bfloat16 else y.flip(1))
+
+    assert recorded(two_layers(forward), torch.ones(2, 4)) is None
+
+
+def test_views_cannot_be_asked_what_they_are_of():
+    model = two_layers(lambda net, x: net.b(net.a(x)[:1] if net.a(x)[:1]._is_view() else x))
+    assert recorded(model, torch.ones(2, 4)) is None
+
+
+def test_an_argument_that_is_given_twice_is_one_tensor():
+    model = two_layers(lambda net, x, y: net.b(net.a(x)) if x is y else x)
+    x = torch.ones(2, 4)
+    assert operations(recorded(model, x, x)) == ["linear", "linear"]
+
+
+def test_tensors_in_objects_that_nobody_knows_are_left_to_export():
+    x = torch.ones(2, 4)
+    given = two_layers(lambda net, x: net.b(net.a(x.x)))
+    returned = two_layers(lambda net, x: SimpleNamespace(y=net.b(net.a(x))))
+    assert recorded(given, SimpleNamespace(x=x)) is None
+    assert recorded(returned, x) is None
+
+
+def test_a_sparse_buffer_is_left_to_export():
+    model = two_layers(lambda net, x: net.b(net.a(x)))
+    model.register_buffer("seen", torch.eye(3).to_sparse())
+    assert recorded(model, torch.ones(2, 4)) is None
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(4), nn.LayerNorm(4), nn.GroupNorm(3, 9), nn.GroupNorm(2, 4)], ids=str
+)
+def test_a_norm_of_other_channels_is_refused(layer):
+    assert recorded(layer, torch.ones(2, 8)) is None
+
+
+def test_a_bias_of_other_channels_is_refused():
+    model = Net(lambda net, x: F.conv2d(x, net.a, net.b), a=torch.ones(8, 3, 3, 3), b=torch.ones(4))
+    assert recorded(model, *image()) is None
+
+
+def test_random_numbers_continue_where_they_were():
+    def forward(net, x):
+        torch.manual_seed(0)
+        random.seed(0)
+        return net.b(net.a(x))
+
+    model = two_layers(forward)
+    states = torch.get_rng_state(), random.getstate()
+    ppt.couple(model, torch.ones(2, 4))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]

@@ -8,15 +8,18 @@ out of the ordinary is left to export: nothing is guessed.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import operator
+import types
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch._decomp import decomposition_table
 from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,23 +44,26 @@ def record(
         known: names of the operators that have rules.
     """
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if any(type(x) not in _PLAIN for x in [*given, *model.state_dict(keep_vars=True).values()]):
+    tensors = [*given, *model.state_dict(keep_vars=True).values()]
+    if any(type(x) not in _PLAIN or x.layout is not torch.strided for x in tensors):
         return None
-    kept = {module: _contents(module) for module in model.modules()}
+    gradients = torch.is_grad_enabled()  # a module may ask
+    kept: dict[int, tuple[Any, list[Any]]] = {}
+    _keep(model, kept)
     recorder = _Recorder(model, known, given[0].device if given else torch.device("cpu"))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.set_grad_enabled(gradients):
             args, kwargs = recorder.give((args, kwargs))
-            with _scopes(model, recorder), recorder:
+            with _scopes(model, recorder), _Questions(recorder), recorder:
                 found = model(*args, **kwargs)
         recorder.take(found)
     except Exception:  # whatever it is: export says what, if it is an error
         return None
     finally:
-        changed = [m for m, contents in kept.items() if not _same(_contents(m), contents)]
-        for module in changed:
-            _restore(module, kept[module])
-    if changed or hidden_writes(recorder.graph):
+        changed = [(x, before) for x, before in kept.values() if not _same(_items(x), before)]
+        for x, before in changed:
+            _restore(x, before)
+    if changed or recorder.failed or hidden_writes(recorder.graph):
         return None
     return recorder.source()
 
@@ -76,6 +82,7 @@ class _Recorder(TorchDispatchMode):
         self.known = known
         self.device = device
         self.scope = ""
+        self.failed = False  # a module may catch what is raised, and go on
         self.graph = torch.fx.Graph()
         self.nodes: dict[int, Any] = {}
         self.given: list[Any] = []
@@ -93,13 +100,15 @@ class _Recorder(TorchDispatchMode):
     def give(self, given: Any) -> Any:
         """Returns the arguments without values, and makes placeholders of them."""
         leaves, spec = pytree.tree_flatten(given)
-        leaves = [_empty(_shape(x)) if isinstance(x, torch.Tensor) else x for x in leaves]
+        empty = {id(x): _empty(_shape(x)) for x in leaves if _is_tensor(x)}
+        leaves = [empty.get(id(x), x) for x in leaves]
         self.given = [self.placeholder(f"given_{i}", x) for i, x in enumerate(leaves)]
         return pytree.tree_unflatten(leaves, spec)
 
     def take(self, found: Any) -> None:
         """Makes the results the output."""
-        self.results = [self.lookup(x) for x in pytree.tree_leaves(found)]
+        leaves = pytree.tree_leaves(found)
+        self.results = [self.lookup(x) if _is_tensor(x) else x for x in leaves]
         self.graph.output(tuple(self.results))
 
     def source(self) -> Source:
@@ -138,7 +147,14 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls an operation, and records it if it returns tensors."""
-        kwargs = kwargs or {}
+        try:
+            with torch._C.DisableTorchFunction():  # the questions here are no module's
+                return self.record(func, args, kwargs or {})
+        except Exception:
+            self.failed = True
+            raise
+
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not readable(func, self.known) and (parts := _parts(func)) is not None:
             with self:
                 return parts(*args, **kwargs)
@@ -205,6 +221,75 @@ class _Recorder(TorchDispatchMode):
         return self.empty[id(x)]
 
 
+class _Questions(TorchFunctionMode):
+    """Answers where tensors are; refuses what is asked or done past the operations."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function."""
+        recorder = self.recorder
+        if func in _PAST_THE_OPERATIONS or (func in _OF_GRADIENTS and args[0].is_meta):
+            recorder.failed = True
+            raise _Unusual(f"{func} is no operation")
+        if torch.is_autocast_enabled(recorder.device.type):
+            recorder.failed = True
+            raise _Unusual("types that depend on the device")
+        if func in _PLACES and args[0].is_meta:
+            return _PLACES[func](recorder.device)
+        return func(*args, **(kwargs or {}))
+
+
+_Tensor: Any = torch.Tensor  # its attributes are descriptors, which type checkers do not know
+_PLACES: dict[Any, Any] = {
+    _Tensor.device.__get__: lambda device: device,
+    _Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
+    _Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
+    _Tensor.is_meta.__get__: lambda device: device.type == "meta",
+}
+_OF_GRADIENTS = {
+    _Tensor.requires_grad.__get__,
+    _Tensor.grad_fn.__get__,
+    _Tensor.is_leaf.__get__,
+    _Tensor.is_inference,
+}
+_PAST_THE_OPERATIONS = {
+    _Tensor._base.__get__,
+    _Tensor._is_view,
+    _Tensor.__array__,
+    _Tensor.__dlpack__,
+    _Tensor.data.__set__,
+    _Tensor.data_ptr,
+    _Tensor.grad.__set__,
+    _Tensor.numpy,
+    _Tensor.requires_grad.__set__,
+    _Tensor.requires_grad_,
+    _Tensor.storage,
+    _Tensor.tolist,
+    _Tensor.type,
+    _Tensor.untyped_storage,
+}
+
+
+def _is_tensor(x: Any) -> bool:
+    """Whether a leaf of arguments or results is a tensor.
+
+    Raises:
+        _Unusual: it may hold tensors, and nobody knows where.
+    """
+    if not isinstance(x, (torch.Tensor, *_VALUES)):
+        raise _Unusual(f"{type(x)} among the arguments or the results")
+    return isinstance(x, torch.Tensor)
+
+
+_VALUES = (
+    *(int, float, complex, bool, str, bytes, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
 def _shape(x: torch.Tensor) -> tuple[Any, ...]:
     if x.layout is not torch.strided:
         raise _Unusual("a sparse tensor")
@@ -226,6 +311,8 @@ def _obvious(func: Any, args: Any) -> tuple[Any, ...] | None:
         return None
     if not tensors or not tensors[0].is_floating_point():
         return None
+    if func in _NORMS and not _NORMS[func](*args):
+        return None
     if func in _LIKE_THE_FIRST:
         return _shape(tensors[0])
     if func not in _CONVOLUTIONS or tensors[0].ndim != tensors[1].ndim:
@@ -235,6 +322,8 @@ def _obvious(func: Any, args: Any) -> tuple[Any, ...] | None:
     strides, paddings, dilations, groups = (*args, *defaults[len(args) :])[3:]
     if x[1] != kernel[1] * groups or kernel[0] % groups:
         return None
+    if not _fit(kernel[:1], args[2:3]):
+        raise _Unusual("a bias of other channels")  # which torch overlooks without values
     sizes = [x[0], kernel[0]]
     for i, (size, taps) in enumerate(zip(x[2:], kernel[2:], strict=True)):
         stride, padding, dilation = (n[i % len(n)] for n in (strides, paddings, dilations))
@@ -245,11 +334,32 @@ def _obvious(func: Any, args: Any) -> tuple[Any, ...] | None:
     return tuple(sizes), steps, tensors[0].dtype
 
 
+def _fit(shape: Any, parameters: Any) -> bool:
+    """Whether the parameters that are there have a shape."""
+    return all(x is None or x.shape == shape for x in parameters)
+
+
+def _batch_norm_fits(x: Any, *rest: Any) -> bool:
+    return x.ndim > 1 and x.shape[0] > 0 and _fit(x.shape[1:2], rest[:4])
+
+
+def _layer_norm_fits(x: Any, shape: Any, *rest: Any) -> bool:
+    last = x.shape[-len(shape) :]
+    return len(shape) > 0 and list(last) == list(shape) and _fit(last, rest[:2])
+
+
+def _group_norm_fits(x: Any, groups: int, *rest: Any) -> bool:
+    return x.ndim > 1 and groups > 0 and x.shape[1] % groups == 0 and _fit(x.shape[1:2], rest[:2])
+
+
 _aten = torch.ops.aten
+_NORMS: dict[Any, Any] = {
+    _aten.batch_norm.default: _batch_norm_fits,
+    _aten.layer_norm.default: _layer_norm_fits,
+    _aten.group_norm.default: _group_norm_fits,
+}
 _LIKE_THE_FIRST = {
-    _aten.batch_norm.default,
-    _aten.layer_norm.default,
-    _aten.group_norm.default,
+    *_NORMS,
     _aten.dropout.default,
     _aten.gelu.default,
     _aten.hardswish.default,
@@ -349,37 +459,41 @@ def _scopes(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
 # What the forward of a module may have changed about it.
 
 
-def _contents(module: torch.nn.Module) -> dict[str, Any]:
-    return {k: _copied(v) for k, v in vars(module).items()}
+def _keep(value: Any, kept: dict[int, tuple[Any, list[Any]]], objects: bool = True) -> None:
+    """Takes down what is in a container, or the attributes of an object, and in those in it.
+
+    Not what objects hold that are held by objects that are no modules: that may be anything.
+    """
+    if not isinstance(value, _CONTAINERS):
+        inside = isinstance(value, torch.nn.Module)
+        if not (inside or objects) or isinstance(value, _WHOLE) or not hasattr(value, "__dict__"):
+            return
+        value, objects = vars(value), inside
+    if id(value) not in kept:
+        kept[id(value)] = value, _items(value)
+        for x in value.values() if isinstance(value, dict) else value:
+            _keep(x, kept, objects)
 
 
-def _copied(value: Any) -> Any:
-    return (value, value.copy()) if type(value) in (dict, list, set) else (value, None)
+_CONTAINERS = (dict, list, tuple, set, collections.deque)
+_WHOLE = (torch.Tensor, type, types.ModuleType, types.FunctionType)
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(one) == list(other) and all(
-        x is y and _identical(one[k][1], other[k][1])
-        for k, (x, _) in one.items()
-        for y in (other[k][0],)
-    )
+def _items(value: Any) -> list[Any]:
+    """Returns what is in a container: the keys and then the values, if it has both."""
+    return [*value, *value.values()] if isinstance(value, dict) else [*value]
 
 
-def _identical(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(one[k] is other[k] for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))
-    return bool(one == other)
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _restore(module: torch.nn.Module, contents: dict[str, Any]) -> None:
-    attributes = vars(module)
-    attributes.clear()
-    for name, (value, before) in contents.items():
-        if isinstance(value, list):
-            value[:] = before
-        elif before is not None:
-            value.clear()
-            value.update(before)
-        attributes[name] = value
+def _restore(value: Any, before: list[Any]) -> None:
+    value.clear()
+    if isinstance(value, dict):
+        n = len(before) // 2
+        value.update(zip(before[:n], before[n:], strict=True))
+    elif isinstance(value, set):
+        value.update(before)
+    else:
+        value.extend(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
@@ -49,16 +50,18 @@ def program_of(
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Everything in eval mode, and no fused kernels that hide what attention does."""
+    """Eval mode, no fused kernels that hide what attention does, random numbers as they were."""
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
+    drawn = random.getstate()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of torch about itself, such as assigned attributes
             yield
     finally:
+        random.setstate(drawn)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
