@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
+from purepruning.coupling.shrink import check_same
 from purepruning_interop import torch as ppt
+from purepruning_interop.torch.coupling import analyse
 from purepruning_interop.torch.program import base_name
 from purepruning_interop.torch.recording import record
 from purepruning_interop.torch.rules import known_operators
@@ -375,3 +377,12 @@ def test_random_numbers_continue_where_they_were():
     ppt.couple(model, torch.ones(2, 4))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_a_parameter_that_is_not_read_is_the_same_to_both():
+    model = two_layers(lambda net, x: net.b(net.a(x)))
+    model.spare = nn.Linear(5, 6)
+    inputs = (torch.ones(2, 4),)
+    coupling = ppt.couple(model, *inputs)
+    assert {p.path: p.reason for p in coupling.pins}["spare.weight"] == "not used"
+    check_same(analyse(model, inputs, {}, "exported").coupling, coupling)

@@ -87,7 +87,10 @@ def trace(
     for path in sorted(set(leaf_names(model).values())):
         tensor = state[path]
         leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
-    used = set(program.leaves.values())
+    read = {v.number for op in program.ops for v in op.tensors}
+    read.update(v.number for v in program.outputs if isinstance(v, Var))
+    read.update(program.mutations)
+    used = {path for number, path in program.leaves.items() if number in read}
     for path, value in leaves.items():
         if path not in used:
             flow.keep(value, "not used")
