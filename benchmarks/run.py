@@ -48,6 +48,7 @@ ROWS = {
     "layer": Row(selection.layer_masks, (12, 768, 20_000), (1, 64, 1000)),
     "two-of-four": Row(selection.two_of_four, (4096, 4096), (64, 256)),
     "train-step": Row(training.train_step, (2048, (32, 256)), (32, (4,))),
+    "torch-step": Row(training.torch_step, (1024, (32, 256)), (16, (4,))),
     "admm-step": Row(training.admm_step, (2048, (32, 256)), (32, (4,))),
     "first-call": Row(training.first_call, ((3, 9, 36, 3), 64), ((1, 1), 4)),
     "fpgm": Row(channels.fpgm, (512, 4608), (16, 90)),

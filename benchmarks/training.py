@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from data import convolution_layers, linear_layers, nbytes, normal, residual_network, to_jax
-from measure import at_most, in_turns, report
+from measure import at_most, in_turns, one_torch_thread, report
 
 import purepruning as pp
 
@@ -60,6 +60,73 @@ def step_timing(width: int, batch: int, how: Literal["masked", "scheduled"]) -> 
     for name, mask in masks.items():
         assert not jnp.any(jnp.where(mask, 0.0, after[name])), f"{name}: pruned weights came back"
         assert jnp.any(after[name] != start[name]), f"{name} was not trained"
+    return times
+
+
+def torch_step(shape: tuple[int, tuple[int, ...]], run: Callable[..., Any]) -> dict[str, Any]:
+    width, batches = shape
+    times = {batch: run(_torch_step_timing, width, batch) for batch in batches}
+    instead = ("dense", "torch.nn.utils.prune")
+    return {
+        "title": f"training step with masks kept, torch, {LAYERS} x Linear({width}), Adam",
+        "ours": {f"batch {b}": {"time": t["masked"]} for b, t in times.items()},
+        "instead": {f"{n}, batch {b}": {"time": t[n]} for b, t in times.items() for n in instead},
+        "checks": [
+            check
+            for b, t in times.items()
+            for check in (
+                at_most(
+                    f"batch {b}: CPU time / dense step",
+                    t["masked"]["cpu_s"] / t["dense"]["cpu_s"],
+                    1.05,
+                ),
+                report(
+                    f"batch {b}: torch.nn.utils.prune / dense step",
+                    t["torch.nn.utils.prune"]["cpu_s"] / t["dense"]["cpu_s"],
+                ),
+            )
+        ],
+    }
+
+
+def _torch_step_timing(width: int, batch: int) -> dict[str, Any]:
+    import torch
+    from torch.nn.utils import prune
+
+    from purepruning_interop.torch import apply_, keep_pruned
+
+    one_torch_thread()
+    x = torch.from_numpy(normal((batch, width), 97))
+    masks = {f"{i}.weight": torch.from_numpy(normal((width, width), i) > 0) for i in range(LAYERS)}
+
+    def stepper(how: str) -> Callable[[], Any]:
+        model = torch.nn.Sequential(
+            *(torch.nn.Linear(width, width, bias=False) for _ in range(LAYERS))
+        )
+        if how == "torch.nn.utils.prune":
+            for i in range(LAYERS):
+                prune.custom_from_mask(model[i], "weight", masks[f"{i}.weight"])
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        if how == "masked":
+            apply_(model, masks)
+            keep_pruned(model, masks, optimizer)
+
+        def step() -> Any:
+            optimizer.zero_grad()
+            h = x
+            for layer in model:
+                h = torch.relu(layer(h))
+            h.square().mean().backward()
+            optimizer.step()
+            return model
+
+        return step
+
+    steps = {how: stepper(how) for how in ("dense", "masked", "torch.nn.utils.prune")}
+    times = in_turns(steps, least=5, most=60)
+    for i, layer in enumerate(steps["masked"]()):
+        zero = layer.weight == 0
+        assert torch.equal(zero, ~masks[f"{i}.weight"]), f"layer {i}: pruned weights came back"
     return times
 
 

@@ -255,6 +255,37 @@ def test_not_even_nan_survives_a_step():
     assert optimizer.state[model.weight]["momentum_buffer"].tolist() == [[1, 0]]
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex128])
+def test_kept_weights_keep_every_bit(dtype):
+    kept = [1.0, -0.0, torch.nan, -torch.inf, 1e-40]
+    params = {"w": torch.tensor([kept, [torch.nan, -0.0, torch.inf, 5, 0]], dtype=dtype)}
+    before = params["w"].view(torch.uint8).clone()
+    optimizer = torch.optim.SGD(params.values())
+    for mask in (torch.tensor([[T], [F]]), torch.tensor([[T] * 5, [F] * 5])):
+        with keep_pruned(params, {"w": mask}, optimizer):
+            optimizer.step()  # there are no gradients, so that only the hook writes
+        after = params["w"].view(torch.uint8)
+        assert torch.equal(after[0], before[0])
+        assert not after[1].any()  # +0.0
+
+
+def test_a_model_in_another_layout_or_dtype():
+    model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    mask = torch.rand(4, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with keep_pruned(model, {"weight": mask}, optimizer, zero_moments=True):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            model.to(dtype)
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+            moments = optimizer.state[model.weight]["momentum_buffer"]  # stay float32
+            for values in (model.weight, moments):
+                assert torch.equal(values != 0, mask)
+
+
 def test_several_groups_and_several_optimizers():
     model = make()
     both = torch.optim.SGD(
@@ -284,6 +315,45 @@ def test_schedulers_and_clipping_go_on_around_it():
         scheduler.step()
         assert_pruned(model)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate wraps optimizers: the base class is never initialised."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.optimizer.step()
+
+
+class PlainWrapper:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, PlainWrapper, lambda o: PlainWrapper(Wrapper(o))])
+def test_wrapped_optimizers(wrap):
+    model = make()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = wrap(inner)
+    with keep_pruned(model, MASKS, optimizer, zero_moments=True):
+        for _ in range(3):
+            step(model, optimizer)
+            assert_pruned(model)
+    assert not inner._optimizer_step_post_hooks
+    with pytest.raises(TypeError, match=r"optimizer must be .*got int; pass the torch optimizer"):
+        keep_pruned(model, MASKS, 5)
 
 
 def test_removing_the_hook():

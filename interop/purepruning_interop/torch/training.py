@@ -99,6 +99,9 @@ def keep_pruned(
     :func:`apply_` to begin with pruned weights. Gradients are not masked; use :func:`masked_call`
     where that matters (a clipped global norm).
 
+    A step costs one pass over the masked weights; for it the masks are held as integers, as many
+    bytes as the weights have (where a mask broadcasts, as many as it has elements).
+
     A copied or unpickled optimizer has no hook, as torch copies none; call this again for it. The
     parameters are those that ``model`` has now; where the optimizer must be made anew (after
     ``load_state_dict(assign=True)``), so must this. Several optimizers need one call each.
@@ -106,13 +109,15 @@ def keep_pruned(
     Args:
         model: the module whose names the masks use, or a dict of (stacked) tensors by name.
         masks: boolean tensors by parameter name.
-        optimizer: it must hold at least one masked parameter.
+        optimizer: it must hold at least one masked parameter. A wrapper (Accelerate's, say) that
+            has the torch optimizer as its attribute ``optimizer`` may stand for it.
         zero_moments: also set the optimizer's state of pruned weights to zero, in every state
             tensor of the parameter's shape, so that a weight that comes back starts anew.
 
     Raises:
         KeyError, ValueError, TypeError: as :func:`masked_call`.
         ValueError: the optimizer holds no masked parameter; it belongs to another model.
+        TypeError: ``optimizer`` is none, nor holds one.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -139,12 +144,11 @@ class KeepPruned:
         optimizer: torch.optim.Optimizer,
         zero_moments: bool,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"keep_pruned needs a torch optimizer, got {type(optimizer).__name__}")
+        inner = _innermost(optimizer)
         self._model, self._zero_moments = model, zero_moments
-        self._held = {p for group in optimizer.param_groups for p in group["params"]}
+        self._held = {p for group in inner.param_groups for p in group["params"]}
         self.set_masks(masks)
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._hook = inner.register_step_post_hook(self._after_step)
 
     def set_masks(self, masks: Masks) -> None:
         """Takes other masks from the next step on.
@@ -158,7 +162,7 @@ class KeepPruned:
                 "keep_pruned: the optimizer holds none of the masked parameters; was it made for "
                 "another model, or for a copy?"
             )
-        self._pairs = pairs
+        self._pairs = [(parameter, _bits(mask, parameter)) for parameter, mask in pairs]
 
     def remove(self) -> None:
         """Removes the hook; removing it again does nothing."""
@@ -172,16 +176,62 @@ class KeepPruned:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, mask in self._pairs:
-            pruned = ~mask.to(parameter.device)  # the model may have moved since
-            parameter.masked_fill_(pruned, 0)
+        for i, (parameter, bits) in enumerate(self._pairs):
+            if not _fits(bits, parameter):  # the model may have moved since, or has another dtype
+                bits = _bits(bits.to(parameter.device) != 0, parameter)
+                self._pairs[i] = parameter, bits
+            _clear(parameter, bits)
             if self._zero_moments:
                 for value in optimizer.state.get(parameter, {}).values():
                     # A scalar of the state is a step count, even if the parameter is one too.
                     if torch.is_tensor(value) and value.ndim and value.shape == parameter.shape:
-                        value.masked_fill_(pruned, 0)
+                        _clear(value, bits)
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer itself, or the one inside of wrappers, whose steps theirs end in.
+
+    A wrapper (Accelerate's, say) may be a subclass of torch's that was never initialised as one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not (isinstance(inner, torch.optim.Optimizer) and "param_groups" in vars(inner)):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                "keep_pruned: optimizer must be a torch.optim.Optimizer, or hold one as its "
+                f"attribute 'optimizer', got {type(optimizer).__name__}; pass the torch optimizer "
+                "that takes the steps"
+            )
+        inner = inner.optimizer
+    return inner
+
+
+# Masks as integers of the weight's width, all ones where kept and zero where pruned: "and" writes
+# +0.0 over NaN and -0.0 too, and takes a twentieth of the time of `masked_fill_` on a CPU.
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns what to combine the bits of ``parameter`` with, so that pruned ones are zero."""
+    # There is no integer as wide as complex128; such weights are filled.
+    return mask.to(_INTEGERS.get(parameter.element_size(), torch.int8)).neg()
+
+
+def _fits(bits: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return bits.device == tensor.device and bits.element_size() == tensor.element_size()
+
+
+def _clear(tensor: torch.Tensor, bits: torch.Tensor) -> None:
+    """Writes zeros into ``tensor`` where ``bits`` are zero."""
+    if _fits(bits, tensor):
+        tensor.detach().view(bits.dtype).bitwise_and_(bits)
+    else:
+        tensor.masked_fill_(bits.to(tensor.device) == 0, 0)
 
 
 def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
     params = dict(model if isinstance(model, Mapping) else model.named_parameters())
-    return [(params[name], mask.clone()) for name, mask in by_path(masks, params).items()]
+    return [(params[name], mask) for name, mask in by_path(masks, params).items()]
