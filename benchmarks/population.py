@@ -270,7 +270,7 @@ def _other_values(params: Any, masks: Any, small: Any) -> list[str]:
     import numpy as np
 
     from purepruning.masks import by_path
-    from purepruning.namespace import flatten
+    from purepruning.trees import flatten
 
     found = []
     before, after = flatten(params).leaves, flatten(small).leaves

@@ -44,11 +44,11 @@ def kth(size: int, run: Callable[..., Any]) -> dict[str, Any]:
 def _cut(values: Any, k: Any) -> Any:
     import jax.numpy as jnp
 
-    from purepruning import counting
-    from purepruning.pieces import Piece
     from purepruning.pruners.magnitude import _magnitude
+    from purepruning.selection import kth_jax
+    from purepruning.selection.keys import Piece
 
-    cut, _ = counting.local_cuts([Piece((values,), _magnitude)], jnp.stack([k]), False)
+    cut, _ = kth_jax.local_cuts([Piece((values,), _magnitude)], jnp.stack([k]), False)
     return cut
 
 

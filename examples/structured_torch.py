@@ -181,8 +181,8 @@ def main() -> None:
     files = {name: f"structured_{end}" for name, end in ends.items()}
     sessions = {name: export(model, images, files[name]) for name, model in exported.items()}
     # The small model again, from files.
-    report.plan.save("structured_half.safetensors")
-    plan, state = pp.Plan.load("structured_half.safetensors"), torch.load("structured_half.pt")
+    pp.save_plan("structured_half.safetensors", report.plan)
+    plan, state = pp.load_plan("structured_half.safetensors"), torch.load("structured_half.pt")
     again = interop.rebuild(ResNet().eval(), plan, state, x)
 
     models = {"dense": dense, "masked": masked, "shrunk": shrunk, **exported}

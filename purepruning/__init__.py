@@ -7,43 +7,44 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
-from purepruning import admm, movement, stats
-from purepruning.config import Config, Pool, count_of, resolve
-from purepruning.coupling.allocation import Allocation, KeptWhole
-from purepruning.coupling.costs import Counts, LayerCount, count
-from purepruning.coupling.couple import couple
-from purepruning.coupling.importance import group_norm, prune_units, unit_scores
+from purepruning.config.allocation import Allocation, KeptWhole
+from purepruning.config.config import Config, Pool
+from purepruning.config.resolve import resolve
+from purepruning.config.rules import Gradual
+from purepruning.counts import count_of
+from purepruning.coupling.cost import LayerCost, ModelCost
+from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.draw import draw as draw_coupling
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.report import draw as draw_coupling
-from purepruning.coupling.shrink import ShrinkReport, Shrunk, ShrunkFunction, shrink
-from purepruning.coupling.structure import Coupling, Family, Member, Pin
+from purepruning.coupling.shrink_report import ShrinkReport
+from purepruning.coupling.units import Family, Member, Pin
+from purepruning.granularity import NM, Block
+from purepruning.jaxpr.count import count
+from purepruning.jaxpr.couple import couple
+from purepruning.jaxpr.shrink import Shrunk, ShrunkFunction, shrink
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
-from purepruning.namespace import leaf_paths
 from purepruning.nni import Recipe, from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
+from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
-from purepruning.rules import Gradual
-from purepruning.schedules.ablations import invert_scores, reinitialize, shuffle_masks
-from purepruning.schedules.annealing import Annealing, AnnealingState, annealing
-from purepruning.schedules.gradual import agp, cosine, exponential, linear, one_shot
-from purepruning.schedules.lottery import Lottery, LotteryState, lottery
-from purepruning.schedules.schedule import (
-    Event,
-    Schedule,
-    ScheduleState,
-    check_resumed,
-    vmap_axes,
-)
-from purepruning.select import Criterion, prune
-from purepruning.states import load_state, save_state
-from purepruning.storage import load_masks, save_masks
+from purepruning.saving.masks import load_masks, save_masks
+from purepruning.saving.plans import load_plan, save_plan
+from purepruning.saving.states import load_state, save_state
+from purepruning.schedules.curves import agp, cosine, exponential, linear, one_shot
+from purepruning.schedules.schedule import Event, Schedule, ScheduleState, check_resumed, vmap_axes
+from purepruning.search.annealing import Annealing, AnnealingState, annealing
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.prune import prune
 from purepruning.summary import LayerSummary, Summary, summarize
-from purepruning.transform import (
+from purepruning.training import admm, movement
+from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
+from purepruning.training.lottery import Lottery, LotteryState, lottery
+from purepruning.training.transforms import (
     KeepPrunedState,
     PruneOnScheduleState,
     get_masks,
@@ -51,9 +52,10 @@ from purepruning.transform import (
     prune_on_schedule,
     set_masks,
 )
-from purepruning.units import NM, Block
+from purepruning.trees import leaf_paths
 
 __version__ = importlib.metadata.version("purepruning")
+
 
 __all__ = [
     # Layers: what the weights of a model are.
@@ -127,9 +129,11 @@ __all__ = [
     "ShrunkFunction",
     "ShrinkReport",
     "Plan",
+    "save_plan",
+    "load_plan",
     "count",
-    "Counts",
-    "LayerCount",
+    "ModelCost",
+    "LayerCost",
     # Masks.
     "apply_masks",
     "merge_masks",

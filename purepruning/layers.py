@@ -12,7 +12,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from purepruning.namespace import flatten
+from purepruning.arguments import missing
+from purepruning.trees import flatten
 
 #: Canonical op types: PyTorch's class names, which NNI-style rules are written in.
 #: A normalisation whose spatial rank the model does not reveal is plain ``"BatchNorm"`` or
@@ -37,6 +38,7 @@ OP_TYPES = (
     "GroupNorm",
     "RMSNorm",
 )
+
 
 #: What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without
 # norms.
@@ -241,21 +243,6 @@ def _default_output_axes(layer: Layer) -> tuple[int, ...]:
     behind = len(taps) if taps and taps[-1] > max(layer.out_axes) else 0
     n = len(layer.out_axes)
     return (*range(len(layer.stack_axes)), *range(-n - behind, -behind))
-
-
-def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5) -> str:
-    """Returns ``message`` followed by the known names nearest to ``name``."""
-    import difflib
-
-    known = list(dict.fromkeys(known))
-    # Matched without case, which is often all that is wrong.
-    spelled = {k.lower(): k for k in reversed(known)}
-    close = difflib.get_close_matches(str(name).lower(), spelled, n=limit, cutoff=0.5)
-    near = [spelled[k] for k in close]
-    if near:
-        return f"{message}; nearest: {', '.join(map(repr, near))}"
-    listed = ", ".join(map(repr, known[:limit])) + (", ..." if len(known) > limit else "")
-    return f"{message}; known: {listed or 'none'}"
 
 
 def _as_tuple(axes: int | Iterable[int]) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from purepruning.layers import missing
-from purepruning.namespace import by_numpy, flatten, is_concrete, is_on_host, is_torch, namespace
+from purepruning.arguments import missing
+from purepruning.arrays import by_numpy, is_concrete, is_on_host, is_torch, namespace
+from purepruning.trees import flatten
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -156,8 +157,6 @@ def density(masks: Any, params: Any) -> Any:
 
 
 # For the other modules: masks by path, and one mask.
-
-
 def by_path(masks: Any, params: Any) -> dict[str, Any]:
     """Returns the masks by path, each checked against its parameter; no array is touched.
 

@@ -6,19 +6,21 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
-from purepruning import admm
-from purepruning.config import Config, resolve
-from purepruning.coupling.structure import Coupling
-from purepruning.layers import Layer, missing
+from purepruning.arguments import missing
+from purepruning.config.config import Config
+from purepruning.config.resolve import resolve
+from purepruning.config.rules import Rule, Scope
+from purepruning.coupling.coupling import Coupling
+from purepruning.granularity import Granularity
+from purepruning.layers import Layer
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.slimming import slim
 from purepruning.pruners.taylor import taylor_fo
-from purepruning.rules import Rule, Scope
-from purepruning.schedules.gradual import agp, exponential, linear, one_shot
+from purepruning.schedules.curves import agp, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule
-from purepruning.units import Granularity
+from purepruning.training import admm
 
 Pruner = Callable[[Any, Any, Config], Any]
 
@@ -44,6 +46,8 @@ _BASES = {
     "meanactivation": _Base(mean_activation_rank),
     "admm": _Base(functools.partial(admm.masks, pruner=level), "element"),
 }
+
+
 _BASES |= {
     "l1norm": _BASES["l1"],
     "l2norm": _BASES["l2"],
@@ -52,6 +56,8 @@ _BASES |= {
     "activationapozrank": _BASES["apoz"],
     "activationmeanrank": _BASES["meanactivation"],
 }
+
+
 _SCHEDULED = ("linear", "agp", "lotteryticket")
 
 
@@ -96,7 +102,7 @@ def from_nni(
 
     Level and ADMM prune single weights, the others output channels; Slim ranks the channels of all
     layers together. Those that need statistics take them as ever, when they prune; ADMM takes what
-    :func:`purepruning.admm.step` returned last.
+    :func:`purepruning.training.admm.step` returned last.
 
     Args:
         name: NNI's name.

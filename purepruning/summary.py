@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.layers import Layer, missing
+from purepruning.arguments import missing
+from purepruning.granularity import fold, grid
+from purepruning.layers import Layer
 from purepruning.masks import by_path, count_kept, to_numpy
-from purepruning.namespace import flatten
-from purepruning.units import fold, grid
+from purepruning.trees import flatten
 
 
 class LayerSummary(NamedTuple):
@@ -211,6 +212,8 @@ def _channels(layer: Layer, mask: Any) -> tuple[int | None, int | None]:
 
 
 _COLUMNS = ("layer", "type", "shape", "channels", "weights", "density")
+
+
 _RIGHT = (False, False, False, True, True, True)
 
 

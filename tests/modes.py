@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from purepruning.namespace import flatten
+from purepruning.trees import flatten
 
 
 def as_jax(params):

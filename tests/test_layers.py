@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from purepruning import Layer, leaf_paths, make_layer
-from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, missing
+from purepruning.arguments import missing
+from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES
 from tests.messages import raises
 
 PARAMS = {"conv": {"w": jnp.zeros((3, 3, 4, 8)), "b": jnp.zeros(8)}, "scale": jnp.zeros(4)}

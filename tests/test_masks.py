@@ -12,7 +12,7 @@ from flax import nnx
 
 import purepruning as pp
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
-from purepruning.namespace import flatten
+from purepruning.trees import flatten
 
 LIBS = {
     "jax": lambda tree: {k: None if x is None else jnp.asarray(x) for k, x in tree.items()},

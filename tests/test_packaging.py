@@ -34,12 +34,13 @@ ADAPTERS = {
 
 # What one file of the library may import beside the standard library, jax and numpy.
 ALSO = {
-    "coupling/plan.py": {"safetensors"},
-    "coupling/report.py": {"matplotlib", "networkx"},
-    "namespace.py": {"array_api_compat"},
-    "transform.py": {"optax"},
-    "states.py": {"safetensors"},
-    "storage.py": {"safetensors"},
+    "arrays.py": {"array_api_compat"},
+    "coupling/draw.py": {"matplotlib", "networkx"},
+    "saving/files.py": {"safetensors"},
+    "saving/masks.py": {"safetensors"},
+    "saving/plans.py": {"safetensors"},
+    "saving/states.py": {"safetensors"},
+    "training/transforms.py": {"optax"},
     "summary.py": {"rich"},
 }
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from purepruning.layers import Layer, missing
+from purepruning.arguments import missing
+from purepruning.layers import Layer
 
 Key = TypeVar("Key")
 

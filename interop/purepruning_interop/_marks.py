@@ -27,9 +27,17 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from purepruning_interop._table import split_static
 
 _mark = core.Primitive("purepruning_mark")
+
+
 _mark.multiple_results = True
+
+
 _mark.def_impl(lambda *arrays, key, put: list(arrays))
+
+
 _mark.def_abstract_eval(lambda *avals, key, put: list(avals))
+
+
 mlir.register_lowering(_mark, lambda ctx, *values, key, put: values)
 
 
@@ -51,8 +59,13 @@ def _partial_eval(trace: Any, *arrays: Any, **params: Any) -> Any:
 
 
 ad.primitive_jvps[_mark] = _jvp
+
+
 batching.primitive_batchers[_mark] = _batch
+
+
 partial_eval.custom_partial_eval_rules[_mark] = _partial_eval
+
 
 # JAX keeps the traces of inner jitted functions. A trace with marks must serve no other call, nor
 # one without marks this one: what is marked is part of the key they are kept under.
@@ -275,6 +288,8 @@ _RULES: dict[str, Callable[[str, core.JaxprEqn, Sequence[Any]], Any]] = {
     "remat2": _checkpoint,
     "scan": _scan,
 }
+
+
 _REFUSED = {
     "cond": "jax.lax.cond or switch, where only one branch runs: it has an output or has none",
     "while": "jax.lax.while_loop (or a fori_loop of that kind), whose number of steps, and so of "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.shrink import ShrinkReport
+from purepruning.coupling.shrink_report import ShrinkReport
 
 #: How far the outputs of a native module and of the function may be apart, relative to the largest.
 TOLERANCE = 1e-5

@@ -18,6 +18,8 @@ import numpy as np
 from purepruning.layers import Layer
 
 Shape = tuple[int, ...]
+
+
 #: Sizes of one copy of a weight, as the module's own attributes tell them; None where they do not.
 Sizes = tuple[int | None, ...]
 

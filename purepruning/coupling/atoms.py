@@ -19,6 +19,7 @@ import numpy as np
 #: The atom of what is never removed.
 KEPT = 0
 
+
 Axis = np.ndarray | None
 
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from purepruning.coupling.cut import cut_array
-from purepruning.coupling.structure import Coupling
-from purepruning.namespace import flatten
-
-_FORMAT = "purepruning plan 1"
+from purepruning.arrays import array_like, by_numpy, is_on_host, namespace
+from purepruning.coupling.coupling import Coupling
+from purepruning.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,54 +111,6 @@ class Plan:
                 tail = tail.partition(".")[2]
         return {tail: tuple(names) for tail, names in found.items()}
 
-    def save(self, path: str | Path) -> None:
-        """Writes the plan to a safetensors file: index arrays, and JSON in its metadata."""
-        arrays, entries = {}, {}
-        for name, cuts in self.cuts.items():
-            entries[name] = [{"axis": c.axis, "by": c.by} for c in cuts]
-            for c in cuts:
-                arrays[f"{name}:{c.axis}"] = np.ascontiguousarray(c.positions, np.int64)
-        arrays[":removed"] = np.asarray(self.removed, np.int64)
-        words = {"shapes": self.shapes, "cuts": entries}
-        save_file(arrays, path, {"format": _FORMAT, "plan": json.dumps(words)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Returns a plan that was saved.
-
-        Raises:
-            ValueError: the file holds no plan.
-        """
-        try:
-            return cls._read(path)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} holds no plan of this library: {error}") from None
-
-    @classmethod
-    def _read(cls, path: str | Path) -> Plan:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{str(path)!r} holds no plan of this library")
-            words = json.loads(metadata["plan"])
-            cuts = {
-                name: tuple(
-                    Cut(e["axis"], file.get_tensor(f"{name}:{e['axis']}"), e["by"]) for e in entries
-                )
-                for name, entries in words["cuts"].items()
-            }
-            removed = tuple(int(i) for i in file.get_tensor(":removed"))
-        shapes = {name: tuple(shape) for name, shape in words["shapes"].items()}
-        for name, found in cuts.items():
-            for cut in found:
-                size, kept = shapes[name][cut.axis], cut.positions
-                if kept.size and not 0 <= kept.min() <= kept.max() < size:
-                    raise ValueError(
-                        f"{str(path)!r} holds no plan: axis {cut.axis} of {name!r} has {size} "
-                        f"positions, and would keep {kept.max()}"
-                    )
-        return cls(shapes, cuts, removed)
-
 
 def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
     """Returns the plan that removes the units marked in ``dead``, a boolean by unit number."""
@@ -172,7 +118,7 @@ def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
     for path, leaf in coupling.leaves.items():
         found = []
         for axis in range(len(leaf.shape)):
-            keep = coupling.kept(path, axis, dead)
+            keep = leaf.kept(axis, dead)
             if keep is None:
                 continue
             if keep.ndim == 1:
@@ -189,3 +135,34 @@ def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
             cuts[path] = tuple(found)
     shapes = {path: leaf.shape for path, leaf in coupling.leaves.items()}
     return Plan(shapes, cuts, tuple(np.flatnonzero(dead).tolist()))
+
+
+def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
+    """Returns what stays of an array; a new array wherever something goes."""
+    if is_on_host(array):
+        return by_numpy(lambda x: cut_array(x, cuts), array)
+    # What differs from block to block is cut first, while the blocks still lie where they were.
+    for cut in sorted(cuts, key=lambda c: c.by is None):
+        if cut.by is None:
+            array = take(array, cut.positions, cut.axis)
+        else:
+            array = _cut_blocks(array, cut.positions, cut.axis, cut.by)
+    return array
+
+
+def take(array: Any, positions: np.ndarray, axis: int) -> Any:
+    """Returns the given positions of an axis."""
+    if isinstance(array, np.ndarray):
+        return np.take(array, positions, axis)
+    return namespace(array).take(array, array_like(array, positions), axis=axis)
+
+
+def _cut_blocks(array: Any, positions: np.ndarray, axis: int, by: int) -> Any:
+    size = array.shape[by] // len(positions)
+    parts = []
+    xp = np if isinstance(array, np.ndarray) else namespace(array)
+    for block, rows in enumerate(positions):
+        index = [slice(None)] * len(array.shape)
+        index[by] = slice(block * size, (block + 1) * size)
+        parts.append(take(array[tuple(index)], rows, axis))
+    return np.concatenate(parts, by) if xp is np else xp.concat(parts, axis=by)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.config import Config
+from purepruning.config.config import Config
+from purepruning.granularity import Grid
 from purepruning.layers import Layer
-from purepruning.namespace import flatten
-from purepruning.select import Criterion, prune
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import Count, Sum, value
 from purepruning.stats.activations import ActivationStats, channels
 from purepruning.stats.checks import match, placed, refuse_empty
-from purepruning.units import Grid
+from purepruning.trees import flatten
 
 
 def apoz_rank(params: Any, stats: ActivationStats, config: Config) -> Any:
@@ -106,4 +107,6 @@ def _mean(weight: Any, own: tuple[Count, Count, Sum], g: Grid) -> Any:
 
 
 _APOZ = Criterion("apoz_rank", channel=_apoz, of=_of)
+
+
 _MEAN = Criterion("mean_activation_rank", channel=_mean, of=_of)

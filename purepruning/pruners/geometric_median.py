@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.config import Config
-from purepruning.namespace import iota, is_torch, matmul, namespace
-from purepruning.select import Criterion, prune
-from purepruning.sums import exact_sum, power_of_two_scale
-from purepruning.units import Grid, cut
+from purepruning.arrays import iota, is_torch, matmul, namespace
+from purepruning.config.config import Config
+from purepruning.exact_sum import exact_sum, power_of_two_scale
+from purepruning.granularity import Grid, by_unit
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.prune import prune
 
 # A layer's units, in this many blocks: distances of one block are held at a time. XLA's kernels
 # lose more by a third block than its symmetry saves.
 JAX_BLOCKS, TORCH_BLOCKS = 2, 4
+
+
 LEAST_ROWS = 64  # of a block
 
 
@@ -36,7 +39,7 @@ def fpgm(params: Any, stats: None, config: Config) -> Any:
 
 def _distances(weight: Any, own: None, g: Grid) -> Any:
     xp = namespace(weight)
-    units = cut(xp, xp.astype(weight, xp.float32), g)
+    units = by_unit(xp, xp.astype(weight, xp.float32), g)
     # Distances do not change when all units move together; near the origin their products cancel
     # least. The middle is rounded to a coarse grid, so that products of integers stay exact.
     top = xp.maximum(

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.config import Config
-from purepruning.namespace import is_torch, namespace
-from purepruning.pieces import Piece
-from purepruning.select import Criterion, prune
-from purepruning.sums import exact_sum, power_of_two_scale
-from purepruning.units import Grid, fold
+from purepruning.arrays import is_torch, namespace
+from purepruning.config.config import Config
+from purepruning.exact_sum import exact_sum, power_of_two_scale
+from purepruning.granularity import Grid, fold
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.keys import Piece
+from purepruning.selection.prune import prune
 
 
 def level(params: Any, stats: None, config: Config) -> Any:
@@ -41,8 +42,8 @@ def l1_norm(params: Any, stats: None, config: Config) -> Any:
     $$s_u = \sum_{i \in u} |w_i|$$
 
     For configs of output channels, input channels or blocks; a block cut off at the edge is scaled
-    up to the size of a whole one. Norms are summed exactly (:mod:`purepruning.sums`), so that the
-    same weights give the same masks in every framework, layout and device count. See
+    up to the size of a whole one. Norms are summed exactly (:mod:`purepruning.exact_sum`), so that
+    the same weights give the same masks in every framework, layout and device count. See
     :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     Li et al. 2016, arXiv:1608.08710; NNI's L1 norm (L1 filter) pruner.
@@ -98,5 +99,9 @@ def _edge_scale(norm: Any, g: Grid) -> Any:
 
 
 _LEVEL = Criterion("level", element=element)
+
+
 _L1 = Criterion("l1_norm", channel=l1, block=l1)
+
+
 _L2 = Criterion("l2_norm", channel=_l2, block=_l2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
-from purepruning.config import Config
+from purepruning.arrays import iota, namespace
+from purepruning.config.config import Config
+from purepruning.granularity import Grid
 from purepruning.layers import Layer
-from purepruning.namespace import bits_float, int32, iota, key_words, namespace
-from purepruning.pieces import Piece
-from purepruning.select import Criterion, prune
-from purepruning.units import Grid
+from purepruning.random_bits import key_words, noise, own_words
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.keys import Piece
+from purepruning.selection.prune import prune
 
 
 def random_pruning(params: Any, stats: Any, config: Config) -> Any:
@@ -30,35 +31,8 @@ def random_pruning(params: Any, stats: Any, config: Config) -> Any:
     return prune(_RANDOM, params, key_words(stats), config)
 
 
-def _mix(x: Any) -> Any:
-    """Returns a well-mixed 32-bit word; the constants are Chris Wellons's lowbias32."""
-    x = (x ^ _shift(x, 16)) * 0x7FEB352D
-    x = (x ^ _shift(x, 15)) * (0x846CA68B - 2**32)
-    return x ^ _shift(x, 16)
-
-
-def _shift(x: Any, by: int) -> Any:
-    return (x >> by) & ((1 << (32 - by)) - 1)
-
-
-def own_words(words: tuple[Any, Any], name: str) -> tuple[Any, Any, int]:
-    """Returns what :func:`noise` hashes: the words of a key, and one of a name."""
-    return *words, zlib.crc32(name.encode()) & 0x7FFFFFFF
-
-
 def _of(words: tuple[Any, Any], layer: Layer) -> tuple[Any, Any, int]:
     return own_words(words, layer.name)
-
-
-def noise(index: Any, own: tuple[Any, Any, Any]) -> Any:
-    """Returns random positive float32, a hash of int32 positions and of words."""
-    xp = namespace(index)
-    high, low, name = (int32(xp, word, index) for word in own)
-    first = _mix(high ^ name)
-    second = _mix(low ^ first)
-    bits = _mix(_mix(index ^ first) + second)
-    # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
-    return bits_float(xp, bits & 0x3FFFFFFF)
 
 
 def _element(weight: Any, own: tuple[Any, Any, Any]) -> Piece:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from purepruning.config import Config
-from purepruning.layers import Layer, missing
-from purepruning.namespace import flatten, namespace
+from purepruning.arguments import missing
+from purepruning.arrays import namespace
+from purepruning.config.config import Config
+from purepruning.granularity import any_of, fold, grid, spread
+from purepruning.layers import Layer
 from purepruning.pruners import magnitude
-from purepruning.select import Criterion, prune
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.prune import prune
 from purepruning.stats.checks import watched
-from purepruning.units import any_of, fold, grid, spread
+from purepruning.trees import flatten
 
 
 def slim(

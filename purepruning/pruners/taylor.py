@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.config import Config
+from purepruning.arrays import namespace
+from purepruning.config.config import Config
+from purepruning.exact_sum import exact_sum
+from purepruning.granularity import Grid, fold
 from purepruning.layers import Layer
-from purepruning.namespace import flatten, namespace
-from purepruning.pieces import Piece
-from purepruning.select import Criterion, prune
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.keys import Piece
+from purepruning.selection.prune import prune
 from purepruning.stats import gradients
 from purepruning.stats.accumulate import Sum, value
 from purepruning.stats.checks import match, placed, refuse_empty
-from purepruning.sums import exact_sum
-from purepruning.units import Grid, fold
+from purepruning.trees import flatten
 
 
 def taylor_fo(

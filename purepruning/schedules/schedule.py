@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from purepruning.config import Config, Pool
-from purepruning.namespace import host_namespace, is_concrete
-from purepruning.rules import fraction
-from purepruning.units import NM
+from purepruning.arguments import fraction
+from purepruning.arrays import host_namespace, is_concrete
+from purepruning.config.config import Config, Pool
+from purepruning.granularity import NM
 
 #: Steps up to which a state counts; the counter then stays.
 LAST_STEP = 2**31 - 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from purepruning.namespace import namespace
+from purepruning.arrays import namespace
 
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.config import Config
-from purepruning.layers import Layer, missing
-from purepruning.namespace import compiled, erfc, flatten, namespace, stop_gradient, zeros
-from purepruning.stats import chunks
+from purepruning.arguments import missing
+from purepruning.arrays import compiled, erfc, namespace, stop_gradient, zeros
+from purepruning.config.config import Config
+from purepruning.layers import Layer
+from purepruning.stats import chunked_sums
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
 from purepruning.stats.checks import match, refuse_non_finite, refuse_others, watched
+from purepruning.trees import flatten
 
 Activation = Literal["relu", "gelu", "relu6", "identity"] | Callable[[Any], Any]
+
 
 _LIMIT = 2**31  # positions in one output, which are counted in int32
 
@@ -253,8 +256,8 @@ def _totals(x: Any, *, axes: tuple[int, ...], activation: str) -> tuple[Any, ...
 
     if len(axes) == x.ndim:
         x, axes = x[None], tuple(a + 1 for a in axes)
-    if chunks.pays_off(x):
-        totals = chunks.sums(x, axes, terms)
+    if chunked_sums.pays_off(x):
+        totals = chunked_sums.sums(x, axes, terms)
     else:
         rest = tuple(a for a in range(x.ndim) if a not in axes)
         totals = tuple(xp.sum(t, axis=rest, dtype=t.dtype) for t in terms(x))
@@ -263,8 +266,6 @@ def _totals(x: Any, *, axes: tuple[int, ...], activation: str) -> tuple[Any, ...
 
 
 # Written with comparisons that NaN fails, so that it stays.
-
-
 def _relu(x: Any) -> Any:
     return namespace(x).where(x <= 0, 0.0, x)
 

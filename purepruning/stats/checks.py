@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from purepruning.config import Config
-from purepruning.layers import Layer, missing
-from purepruning.namespace import array_like, compiled, is_concrete, is_torch, namespace
+from purepruning.arguments import missing
+from purepruning.arrays import array_like, compiled, is_concrete, is_torch, namespace
+from purepruning.config.config import Config
+from purepruning.layers import Layer
 from purepruning.stats.accumulate import Count, Sum
 
 

@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.config import Config
-from purepruning.layers import Layer, missing
-from purepruning.namespace import compiled, flatten, is_torch, namespace, stop_gradient, zeros
+from purepruning.arguments import missing
+from purepruning.arrays import compiled, is_torch, namespace, stop_gradient, zeros
+from purepruning.config.config import Config
+from purepruning.exact_sum import exact_sum
+from purepruning.granularity import NM, Granularity, Grid, fold, grid
+from purepruning.layers import Layer
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
 from purepruning.stats.checks import match, refuse_non_finite, refuse_others
-from purepruning.sums import exact_sum
-from purepruning.units import NM, Granularity, Grid, fold, grid
+from purepruning.trees import flatten
 
 Kept = Literal["squares", "grouped", "signed"]
+
 
 KEPT: tuple[Kept, ...] = ("squares", "grouped", "signed")
 
@@ -85,8 +88,8 @@ def update(stats: GradientStats, params: Any, grads: Any, config: Config) -> Gra
     """Returns the statistics with one step added: gradients, and the weights they were taken at.
 
     Runs under ``jit``, ``vmap`` and ``jax.lax.scan``. Products are of float32 and sums within a
-    unit exact (:mod:`purepruning.sums`), whatever the precision of weights and gradients; sums over
-    steps do not drift. Squares of products below 1e-19 vanish in float32.
+    unit exact (:mod:`purepruning.exact_sum`), whatever the precision of weights and gradients; sums
+    over steps do not drift. Squares of products below 1e-19 vanish in float32.
 
     A step is one gradient: those of single examples, micro-batches or devices count for themselves,
     and give other squares than their mean.

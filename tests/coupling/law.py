@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import purepruning as pp
-from purepruning.namespace import flatten
+from purepruning.trees import flatten
 from tests.fast import jit_once
 
 

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import purepruning as pp
-from purepruning.coupling.budget import carried, limbs
+from purepruning.config.budget import carried, limbs
 from tests import nni
 from tests.coupling import models
 from tests.messages import raises

@@ -3,7 +3,7 @@
 import math
 
 from purepruning.layers import Layer
-from purepruning.namespace import flatten
+from purepruning.trees import flatten
 
 
 def row(type, weight, out=(), in_=(), *, bias=None, stack=(), groups=1, grouped="in", aliases=()):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from purepruning.namespace import leaf_paths
+from purepruning.trees import leaf_paths
 from purepruning_interop import equinox as adapter
 from tests.fast import some_key
 from tests.interop.table import assert_table, row

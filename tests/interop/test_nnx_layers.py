@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from purepruning.namespace import leaf_paths
+from purepruning.trees import leaf_paths
 from purepruning_interop import nnx as adapter
 from tests.fast import some_key
 from tests.interop.table import assert_table, row

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import purepruning as pp
-from purepruning.coupling.shrink import check_same
+from purepruning.coupling.shrink_report import check_same
 from purepruning_interop import torch as ppt
-from purepruning_interop.torch.coupling import analyse
+from purepruning_interop.torch.couple import analyse
 from tests.coupling.torch_patterns import PATTERNS, Net, cast, conv, fill, image, parameter, tokens
 from tests.coupling.torch_traps import TRAPS
 from tests.fast import some_key

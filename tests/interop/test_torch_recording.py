@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
-from purepruning.coupling.shrink import check_same
+from purepruning.coupling.shrink_report import check_same
 from purepruning_interop import torch as ppt
-from purepruning_interop.torch.coupling import analyse
+from purepruning_interop.torch.couple import analyse
 from purepruning_interop.torch.program import base_name
-from purepruning_interop.torch.recording import record
-from purepruning_interop.torch.rules import known_operators
+from purepruning_interop.torch.rules.table import known_operators
+from purepruning_interop.torch.tracing.record import record
 from tests.coupling.torch_patterns import Net, conv, image
 
 

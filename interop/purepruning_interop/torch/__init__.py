@@ -1,10 +1,10 @@
 """The adapter for PyTorch."""
 
 from purepruning_interop.torch.capture import capture
-from purepruning_interop.torch.counting import count
-from purepruning_interop.torch.coupling import couple
+from purepruning_interop.torch.count import count
+from purepruning_interop.torch.couple import couple
 from purepruning_interop.torch.layers import layers
-from purepruning_interop.torch.shrinking import ShrunkModule, TorchShrinkReport, rebuild, shrink
+from purepruning_interop.torch.shrink import ShrunkModule, TorchShrinkReport, rebuild, shrink
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
 
 __all__ = [

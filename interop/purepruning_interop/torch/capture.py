@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from purepruning.layers import Layer, missing
+from purepruning.arguments import missing
+from purepruning.layers import Layer
 from purepruning_interop import _capture
 
 

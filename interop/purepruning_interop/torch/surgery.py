@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.structure import Coupling
 
 #: Attributes by which classes remember what they are made of, for modules torch does not define.
 _HEADS = frozenset(
@@ -30,6 +30,8 @@ _HEADS = frozenset(
         "n_kv_head",
     ]
 )
+
+
 _HEAD_SIZES = frozenset(
     [
         "head_dim",
@@ -43,6 +45,8 @@ _HEAD_SIZES = frozenset(
         "qkv_head_dim",
     ]
 )
+
+
 _WIDTHS = frozenset(
     [
         "embed_dim",

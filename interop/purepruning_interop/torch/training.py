@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from purepruning.layers import missing
+from purepruning.arguments import missing
 from purepruning.masks import apply_masks, by_path
 
 Masks = Mapping[str, torch.Tensor]
+
+
 #: A module, or the tensors themselves by name, as the functional style holds them.
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 

@@ -1,0 +1,124 @@
+"""The coupling of any torch module, read off the operations that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from purepruning.coupling.build import build
+from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.flow import Flow
+from purepruning.coupling.value import Value
+from purepruning_interop.torch.program import Program, Size, Var, leaf_names
+from purepruning_interop.torch.rules.table import RULES, known_operators
+from purepruning_interop.torch.tracing.fold_constants import fold
+from purepruning_interop.torch.tracing.trace import How, program_of
+from purepruning_interop.torch.walk import leaf_uses, walk
+
+
+class Analysis(NamedTuple):
+    """What is known of a module: its program, and the value of every tensor."""
+
+    program: Program
+    values: dict[int, Value]
+    parts: dict[int, Value]
+    flow: Flow
+    folded: Mapping[int, np.ndarray]
+    coupling: Coupling
+    numbers: np.ndarray  # unit of every atom
+
+
+def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
+    """Returns which channels of which parameters and buffers of a module are coupled.
+
+    The module is called once, in eval mode and on tensors without values, and its ATen operations
+    are recorded; where that cannot be done for certain (writes to memory that has other names,
+    attributes that the forward pass changes), ``torch.export`` reads it. It comes back as it was.
+    Every position of every axis of a floating-point parameter or buffer starts as a unit of its
+    own, and each operation says which of them coincide, come apart into factors, or must stay. An
+    operation without a rule keeps what it touches and is reported; it costs coverage, not
+    correctness.
+
+    Leaves go by their names in the state dict. A tensor under several names (tied weights, shared
+    modules) is one leaf under the first of them. Statistics of batch norms are leaves as well.
+    Buffers of whole numbers are never cut; where one is an index, its values are used.
+
+    Args:
+        model: any module whose control flow does not depend on data.
+        *inputs, **kwargs: example inputs, as for the module.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``torch.export`` refuses the model, for instance where its control flow depends
+            on data; the message names the line.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    ... )
+    >>> coupling = couple(model, torch.ones(1, 3))
+    >>> [(f.name, len(f), [m.path for m in f.members]) for f in coupling.families]
+    [('0.weight[0]', 8, ['0.bias', '0.weight', '2.weight'])]
+    """
+    return analyse(model, inputs, kwargs).coupling
+
+
+class Traced(NamedTuple):
+    """A program that was walked through: its leaves, and the value of every tensor."""
+
+    program: Program
+    leaves: dict[str, Value]
+    values: dict[int, Value]
+    parts: dict[int, Value]
+    folded: Mapping[int, np.ndarray]
+
+
+def trace(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flow: Flow,
+    how: How = "recorded",
+) -> Traced:
+    """Returns the program of ``model(*args, **kwargs)``, walked through with a flow."""
+    program = program_of(model, args, kwargs, known_operators(), how)
+    state = model.state_dict(keep_vars=True)
+    leaves: dict[str, Value] = {}
+    for path in sorted(set(leaf_names(model).values())):
+        tensor = state[path]
+        leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
+    read = {v.number for op in program.ops for v in op.tensors}
+    read.update(v.number for v in program.outputs if isinstance(v, Var))
+    read.update(program.mutations)
+    used = {path for number, path in program.leaves.items() if number in read}
+    for path, value in leaves.items():
+        if path not in used:
+            flow.keep(value, "not used")
+    folded = fold(program, state)
+    values, parts = walk(program, leaves, flow, leaf_uses(program), folded, RULES)
+    for product in flow.contractions.values():  # what depends on data is counted once
+        product.sizes = tuple(1 if isinstance(n, Size) else n for n in product.sizes)
+    return Traced(program, leaves, values, parts, folded)
+
+
+def analyse(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: How = "recorded"
+) -> Analysis:
+    """Returns the program of ``model(*args, **kwargs)`` with the atoms of every tensor."""
+    flow = Flow()
+    program, leaves, values, parts, folded = trace(model, args, kwargs, flow, how)
+    for out in program.outputs:
+        if isinstance(out, Var):
+            flow.keep(values[out.number], "an output")
+    for number, out in program.mutations.items():
+        flow.unify([values[number], values[out.number]], "overwritten")
+    coupling, numbers = build(
+        flow,
+        {path: v.shape for path, v in leaves.items()},
+        {path: v.axes for path, v in leaves.items()},
+        times=dict.fromkeys([*flow.contractions, *flow.statistics], 1),
+    )
+    return Analysis(program, values, parts, flow, folded, coupling, numbers)

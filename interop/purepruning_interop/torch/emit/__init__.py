@@ -1,0 +1,1 @@
+"""A program with other sizes, as a graph module."""

@@ -1,0 +1,1 @@
+"""How atoms flow through ATen operators, one module for each kind."""

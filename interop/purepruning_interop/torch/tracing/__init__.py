@@ -1,0 +1,1 @@
+"""From a module to its ATen operations: recorded, or exported where that is not enough."""

@@ -1,0 +1,67 @@
+"""A torch module becomes a program: recorded where that can be, else exported."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
+
+import torch
+
+from purepruning_interop.torch.program import Program
+from purepruning_interop.torch.tracing.export import export
+from purepruning_interop.torch.tracing.read_graph import read
+from purepruning_interop.torch.tracing.record import record
+
+How = Literal["recorded", "exported", "open"]
+
+
+def program_of(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Collection[str],
+    how: How = "recorded",
+) -> Program:
+    """Returns the program of ``model(*args, **kwargs)`` in eval mode.
+
+    Args:
+        model: any module; its mode comes back as it was.
+        args, kwargs: example inputs.
+        known: names of the operators that have rules; others are decomposed.
+        how: ``"recorded"`` reads the module as fast as can be; ``"exported"`` and ``"open"`` give a
+            program that can be made a module of: with these sizes, or with the first axis of the
+            inputs open where they agree on it.
+
+    Raises:
+        Refused: the model cannot be exported; names the line of its source.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module instance, got {type(model).__name__}")
+    with _evaluating(model):
+        source = record(model, args, kwargs, known) if how == "recorded" else None
+        if source is None:
+            source = export(model, args, kwargs, known, how == "open")
+        return read(source, how == "open")
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, no fused kernels that hide what attention does, random numbers as they were."""
+    modes = {m: m.training for m in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    drawn = random.getstate()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # of torch about itself, such as assigned attributes
+            yield
+    finally:
+        random.setstate(drawn)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,70 @@
+"""Checks of what users pass in: numbers, choices, and names with the nearest valid ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def one_of(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    """Raises ValueError if an option has no allowed value."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5) -> str:
+    """Returns ``message`` followed by the known names nearest to ``name``."""
+    import difflib
+
+    known = list(dict.fromkeys(known))
+    # Matched without case, which is often all that is wrong.
+    spelled = {k.lower(): k for k in reversed(known)}
+    close = difflib.get_close_matches(str(name).lower(), spelled, n=limit, cutoff=0.5)
+    near = [spelled[k] for k in close]
+    if near:
+        return f"{message}; nearest: {', '.join(map(repr, near))}"
+    listed = ", ".join(map(repr, known[:limit])) + (", ..." if len(known) > limit else "")
+    return f"{message}; known: {listed or 'none'}"
+
+
+def fraction(value: Any, where: str) -> float:
+    """Returns a number in [0, 1]; ``where`` names it in messages.
+
+    A number of lower precision stands for the simplest fraction within its noise: float32
+    0.39999998 is 2/5, and 0.6666666 is 2/3.
+    """
+    dtype = getattr(value, "dtype", None)
+    number = isinstance(value, int | float) or (
+        dtype is not None and np.ndim(value) == 0 and jnp.issubdtype(dtype, jnp.number)
+    )
+    if not number or isinstance(value, bool) or dtype == np.bool_:
+        raise TypeError(f"{where} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
+        near = Fraction(float(value))
+        noise = near * 2 * Fraction(float(jnp.finfo(dtype).eps))
+        return float(_simplest(near - noise, min(near + noise, Fraction(1))))
+    return float(value)
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """Returns the fraction of smallest denominator in ``[low, high]``, both at least 0."""
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
+
+
+def whole_number(value: Any, where: str, lowest: int) -> int:
+    """Returns an integer that is at least ``lowest``; ``where`` names it in messages."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{where} must be an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{where} must be at least {lowest}, got {value!r}")
+    return int(value)

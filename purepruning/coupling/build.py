@@ -1,0 +1,345 @@
+"""From atoms to a coupling: what a front end calls once its program is walked through."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from purepruning.coupling.atoms import KEPT, Axis
+from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.flow import Flow
+from purepruning.coupling.units import Coupled, Family, Member, Pin, Product
+from purepruning.coupling.value import COMPANION, SINK, SOURCE
+
+
+def build(
+    flow: Flow,
+    leaves: Mapping[str, Sequence[int]],
+    axes: Mapping[str, Any],
+    *,
+    times: Mapping[Any, int],
+    outputs: Any = True,
+) -> tuple[Coupling, np.ndarray]:
+    """Returns the coupling that a flow found, and the unit of every atom (0 for none).
+
+    Args:
+        flow: after all operations.
+        leaves: shape of every parameter by path.
+        axes: their axes as :meth:`Flow.leaf` gave them.
+        times: how often the program runs each operation, by what the front end calls it.
+        outputs: which outputs stay whole.
+    """
+    paths = sorted(leaves)
+    resolved, by, even = _settle(flow, paths, leaves, axes)
+    atoms, first = _order(resolved, paths)
+    numbers = np.zeros(flow.atoms.size, np.int64)
+    numbers[atoms[np.argsort(first, kind="stable")]] = 1 + np.arange(len(atoms))
+    roles = {
+        (path, a): _role(flow, path, a, len(leaves[path]))
+        for path in paths
+        for a in range(len(leaves[path]))
+    }
+    coupled = {
+        path: Coupled(
+            tuple(leaves[path]),
+            tuple(None if x is None else numbers[x] for x in resolved[path]),
+            by[path],
+            tuple(roles[path, a] for a in range(len(leaves[path]))),
+        )
+        for path in paths
+    }
+    n_units = len(atoms)
+    heads, positions = (_marked(flow, x, numbers) for x in (flow.heads, flow.head_positions))
+    families = _families(coupled, n_units, heads, positions)
+    groups = _groups(families, [numbers[x] for x in even], n_units)
+    products = tuple(
+        _product(flow, c, numbers, times[where])
+        for where, c in flow.contractions.items()
+        if where in times
+    )
+    coupling = Coupling(
+        coupled,
+        families,
+        groups,
+        _pins(flow, paths, leaves, axes, resolved),
+        dict(sorted(flow.unknown.items())),
+        products,
+        sum(where in times for where in flow.statistics),
+        outputs,
+    )
+    return coupling, numbers
+
+
+def _settle(
+    flow: Flow, paths: list[str], leaves: Mapping[str, Sequence[int]], axes: Mapping[str, Any]
+) -> tuple[dict[str, list[Axis]], dict[str, tuple[int | None, ...]], list[np.ndarray]]:
+    """Returns the axes of all parameters once every constraint holds."""
+    while True:
+        even = _settle_even(flow)
+        resolved: dict[str, list[Axis]] = {}
+        by: dict[str, tuple[int | None, ...]] = {}
+        changed = False
+        for path in paths:
+            found: list[Axis] = []
+            blocks: list[int | None] = []
+            for a in range(len(leaves[path])):
+                ragged = flow.ragged.get((path, a))
+                if ragged is None:
+                    found.append(flow.atoms.resolve(axes[path][a]))
+                    blocks.append(None)
+                else:
+                    stored = ragged[1]
+                    x = flow.atoms.resolve(stored.reshape(-1, stored.shape[-1]))
+                    found.append(None if x is None else x.reshape(*stored.shape[:2], -1))
+                    blocks.append(None if x is None else ragged[0])
+                changed |= _keep_last(flow, found[-1])
+            resolved[path], by[path] = found, tuple(blocks)
+        if not changed and not _settle_statistics(flow):
+            return resolved, by, even
+
+
+def _keep_last(flow: Flow, x: Axis) -> bool:
+    """Keeps atoms that are in every position of an axis: nothing would be left of it."""
+    if x is None:
+        return False
+    rows = x.reshape(-1, x.shape[-1])
+    candidates = [a for a in rows[0] if a != KEPT]
+    full = [a for a in candidates if (rows == a).any(1).all()]
+    if full:
+        flow.atoms.keep(np.asarray(full)[:, None], "nothing would be left of an axis")
+    return bool(full)
+
+
+def _settle_statistics(flow: Flow) -> bool:
+    """Keeps all but the longest axis of sums that are corrected; returns whether any changed."""
+    changed = False
+    for axes in flow.statistics.values():
+        known = [x for x in map(flow.atoms.resolve, axes) if x is not None]
+        for x in sorted(known, key=len, reverse=True)[1:]:
+            flow.atoms.keep(x, "one of several axes of a statistic")
+            changed = True
+    return changed
+
+
+def _settle_even(flow: Flow) -> list[np.ndarray]:
+    """Returns the constraints that blocks lose equally many, each ``(blocks, n)`` free atoms."""
+    while True:
+        found: list[np.ndarray] = []
+        changed = False
+        for block in flow.even:
+            flat = flow.atoms.resolve(block.reshape(-1, 1))
+            if flat is None:
+                continue
+            wide = flat.reshape(*block.shape, -1)
+            if (wide == wide[:1]).all():
+                continue
+            free = flat[flat != KEPT]
+            per_block = (wide[..., 0] != KEPT).sum(1)
+            if (
+                wide.shape[-1] > 1
+                or len(np.unique(free)) != len(free)
+                or len(set(per_block.tolist())) > 1
+            ):
+                # Then all blocks lose the same positions, which is always even.
+                for row in wide[1:]:
+                    flow.atoms.same(row, wide[0], "blocks that must lose equally many")
+                changed = True
+                continue
+            found.append(wide[..., 0])
+        if changed:
+            continue
+        if not _too_fine(flow, found):
+            return found
+
+
+def _too_fine(flow: Flow, even: list[np.ndarray]) -> bool:
+    """Keeps what cannot be chosen evenly; returns whether anything changed."""
+    for component in _components(even):
+        chunks = _chunks(component)
+        if chunks and len(chunks[0]) == 1 and len(chunks) > 1:
+            flow.atoms.keep(np.concatenate(chunks)[:, None], "groups that no even choice fits")
+            return True
+    return False
+
+
+def _components(even: list[np.ndarray]) -> list[list[np.ndarray]]:
+    found: list[tuple[set[int], list[np.ndarray]]] = []
+    for block in even:
+        mine = set(block[block != KEPT].tolist())
+        joined = [block]
+        rest = []
+        for atoms, blocks in found:
+            if atoms & mine:
+                mine |= atoms
+                joined = [*blocks, *joined]
+            else:
+                rest.append((atoms, blocks))
+        found = [*rest, (mine, joined)]
+    return [blocks for _, blocks in found]
+
+
+def _chunks(component: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns parts of equal size such that equally many of each is equally many of all blocks."""
+    place: dict[int, list[int]] = {}
+    for i, block in enumerate(component):
+        for row, atoms in enumerate(block):
+            for atom in atoms[atoms != KEPT].tolist():
+                place.setdefault(atom, [-1] * len(component))[i] = row
+    cells: dict[tuple[int, ...], list[int]] = {}
+    for atom, key in place.items():
+        cells.setdefault(tuple(key), []).append(atom)
+    size = math.gcd(*(len(c) for c in cells.values())) if cells else 0
+    return [np.asarray(c[i : i + size]) for c in cells.values() for i in range(0, len(c), size)]
+
+
+def _order(resolved: Mapping[str, list[Axis]], paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all atoms that remove anything, and where each is met first."""
+    rows = [x.reshape(-1) for path in paths for x in resolved[path] if x is not None]
+    flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    atoms, first = np.unique(flat, return_index=True)
+    free = atoms != KEPT
+    return atoms[free], first[free]
+
+
+def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[int]:
+    found: set[int] = set()
+    for axis in axes:
+        x = flow.atoms.resolve(axis)
+        if x is not None:
+            found.update(np.unique(numbers[x]).tolist())
+    return found - {0}
+
+
+def _role(flow: Flow, path: str, axis: int, ndim: int) -> str:
+    if (path, axis) in flow.sinks:
+        return SINK
+    if (path, axis) in flow.sources or any((path, a) in flow.sinks for a in range(ndim)):
+        return SOURCE
+    return COMPANION
+
+
+def _families(
+    leaves: Mapping[str, Coupled], n_units: int, heads: set[int], head_positions: set[int]
+) -> tuple[Family, ...]:
+    random = np.random.default_rng(0)
+    key = np.zeros(n_units + 1, np.uint64)
+    kinds = np.full(n_units + 1, "channel", dtype=object)
+    places: list[tuple[str, int, str, list[tuple[np.ndarray, np.ndarray]]]] = []
+    for path, leaf in leaves.items():
+        for axis, units in enumerate(leaf.units):
+            if units is None:
+                continue
+            columns = []
+            for column in units.reshape(-1, units.shape[-1]).T:
+                lowest = column.min(initial=n_units)
+                count = np.bincount(column - lowest)
+                if lowest == KEPT:
+                    count[KEPT] = 0
+                found = np.flatnonzero(count)
+                counts = count[found]
+                found += lowest
+                token = random.integers(1, 2**63, dtype=np.uint64)
+                key[found] += token * counts.astype(np.uint64)
+                _geometry(column, found[counts > 1], kinds)
+                columns.append((found, counts))
+            places.append((path, axis, leaf.roles[axis], columns))
+    _, first, index = np.unique(key[1:], return_index=True, return_inverse=True)
+    of_unit = np.argsort(np.argsort(first))[index.reshape(-1)]  # families by their first units
+    leads = np.zeros(n_units + 1, bool)
+    leads[1 + first] = True
+    inside: list[list[Member]] = [[] for _ in first]
+    for path, axis, role, columns in places:
+        positions: dict[int, int] = {}
+        for found, counts in columns:
+            leading = leads[found]
+            for unit, n in zip(found[leading].tolist(), counts[leading].tolist(), strict=True):
+                positions[unit] = positions.get(unit, 0) + n
+        for unit, n in positions.items():
+            inside[of_unit[unit - 1]].append(Member(path, axis, role, n))
+    order = np.argsort(of_unit, kind="stable") + 1
+    parts = np.split(order, np.cumsum(np.bincount(of_unit))[:-1]) if n_units else []
+    families = []
+    for members, placed in zip(parts, inside, strict=True):
+        unit = int(members[0])
+        kind = str(kinds[unit])
+        if unit in heads:
+            kind = "head"
+        elif unit in head_positions:
+            kind = "head_position"
+        lead = next((m for m in placed if m.role == SOURCE), placed[0])
+        families.append(Family(f"{lead.path}[{lead.axis}]", kind, members, tuple(placed)))
+    names: dict[str, int] = {}
+    for i, family in enumerate(families):
+        names[family.name] = names.get(family.name, 0) + 1
+        if names[family.name] > 1:
+            families[i] = dataclasses.replace(family, name=f"{family.name}#{names[family.name]}")
+    return tuple(sorted(families, key=lambda f: (-len(f.units), int(f.units[0]))))
+
+
+def _geometry(column: np.ndarray, several: np.ndarray, kinds: np.ndarray) -> None:
+    """Notes whether units that have several positions of an axis have them side by side."""
+    if not len(several):
+        return
+    runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))], minlength=len(kinds))
+    for unit in several:
+        kinds[unit] = "block" if runs[unit] == 1 and kinds[unit] != "position" else "position"
+
+
+def _groups(
+    families: tuple[Family, ...], even: list[np.ndarray], n_units: int
+) -> tuple[tuple[np.ndarray, ...], ...]:
+    taken = np.zeros(n_units + 1, bool)
+    found = []
+    for component in _components([x for x in even if x.any()]):
+        chunks = [np.sort(c) for c in _chunks(component)]
+        for chunk in chunks:
+            taken[chunk] = True
+        found.append(tuple(sorted(chunks, key=lambda c: int(c[0]))))
+    for family in families:
+        rest = family.units[~taken[family.units]]
+        if len(rest):
+            found.append((rest,))
+    return tuple(sorted(found, key=lambda g: int(g[0][0])))
+
+
+def _product(flow: Flow, c: Any, numbers: np.ndarray, times: int) -> Product:
+    constant: Any = times
+    units = []
+    for n, axis in zip(c.sizes, c.axes, strict=True):
+        x = flow.atoms.resolve(axis)
+        if x is None:
+            constant = constant * n
+        else:
+            found = numbers[x]
+            if found.any():
+                units.append(found)
+            else:
+                constant = constant * n
+    return Product(c.weights, constant, tuple(units))
+
+
+def _pins(
+    flow: Flow,
+    paths: list[str],
+    leaves: Mapping[str, Sequence[int]],
+    axes: Mapping[str, Any],
+    resolved: Mapping[str, list[Axis]],
+) -> tuple[Pin, ...]:
+    found = []
+    for path in paths:
+        for a, axis in enumerate(axes[path]):
+            if axis is None or (path, a) in flow.ragged:
+                continue
+            x = resolved[path][a]
+            fixed = np.ones(len(axis), bool) if x is None else (x == KEPT).all(1)
+            if not fixed.any():
+                continue
+            reasons = [r for r in flow.atoms.reason(axis[fixed]) if r]
+            reason = max(sorted(set(reasons)), key=reasons.count) if reasons else "its factors stay"
+            if reason not in ("taps of a kernel", "a spatial axis"):
+                found.append(Pin(path, a, int(fixed.sum()), reason))
+    return tuple(found)

@@ -1,0 +1,62 @@
+"""What a removal of units leaves of the values of a program."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from purepruning.coupling.atoms import Axis
+from purepruning.coupling.flow import Flow
+from purepruning.coupling.value import Value
+
+#: What to do about a statistic that cannot be corrected.
+WITHOUT = 'norms="kept" needs none'
+
+
+@dataclasses.dataclass
+class Removal:
+    """What goes, and what a mean means.
+
+    Attributes:
+        flow: the atoms of the program.
+        dead: boolean by atom.
+        norms: ``"original"`` keeps divisors and corrects statistics, ``"kept"`` averages over what
+            is kept.
+        later: numbers of programs that are walked through only when they run.
+    """
+
+    flow: Flow
+    dead: np.ndarray
+    norms: str
+    later: list[int] = dataclasses.field(default_factory=lambda: [1 << 40])
+    _kept: dict[int, tuple[Any, np.ndarray | None]] = dataclasses.field(default_factory=dict)
+
+    def kept(self, axis: Axis) -> np.ndarray | None:
+        """Returns the positions of an axis that stay; None for all."""
+        if axis is None:
+            return None
+        if id(axis) not in self._kept:
+            x = self.flow.atoms.resolve(axis)
+            keep = None if x is None else ~self._is_dead(x).any(-1)
+            found = None if keep is None or keep.all() else np.flatnonzero(keep)
+            self._kept[id(axis)] = (axis, found)  # the axis, so that its id stays taken
+        return self._kept[id(axis)][1]
+
+    def _is_dead(self, x: np.ndarray) -> np.ndarray:
+        # Atoms made since are of derivatives: what is dead of them is one with an older atom.
+        old = x < len(self.dead)
+        return self.dead[np.where(old, x, 0)] & old
+
+    def touched(self, value: Value) -> bool:
+        """Whether the value loses anything."""
+        return any(self.kept(a) is not None for a in value.axes)
+
+    def shape(self, value: Value) -> tuple[Any, ...]:
+        """Returns the shape of what is left of a value."""
+        sizes = []
+        for n, axis in zip(value.shape, value.axes, strict=True):
+            kept = self.kept(axis)
+            sizes.append(n if kept is None else len(kept))
+        return tuple(sizes)

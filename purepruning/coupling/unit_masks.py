@@ -1,0 +1,189 @@
+"""Units to masks, and masks back to units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from purepruning.arguments import missing
+from purepruning.arrays import array_like, is_torch
+from purepruning.coupling.units import Coupled, Family
+from purepruning.coupling.value import COMPANION, SOURCE
+from purepruning.trees import flatten
+
+#: How units may be chosen: see :attr:`purepruning.Coupling.groups`.
+Groups = Sequence[tuple[np.ndarray, ...]]
+
+#: What to do where the layers that make a unit disagree about it.
+Conflicts = Literal["refuse", "keep", "remove"]
+
+
+def masks_of(leaves: Mapping[str, Coupled], dead: np.ndarray, params: Any) -> Any:
+    """Returns the complete masks for units that are removed; see :meth:`Coupling.masks`."""
+    tree = flatten(params)
+    found = {}
+    for path, leaf in leaves.items():
+        keep = leaf_mask(leaf, dead)
+        if keep is None:
+            continue
+        if path not in tree.leaves:
+            raise KeyError(missing(f"params have no {path!r}", path, tree.leaves))
+        array = tree.leaves[path]
+        if tuple(array.shape) != leaf.shape:
+            raise ValueError(
+                f"{path!r} has shape {tuple(array.shape)}, but {leaf.shape} when it was coupled"
+            )
+        found[path] = array_like(array, keep) if is_torch(array) else jnp.asarray(keep)
+    return tree.rebuild(found)
+
+
+def leaf_mask(leaf: Coupled, dead: np.ndarray) -> np.ndarray | None:
+    """Returns the mask of one parameter as numpy, broadcastable; None if it loses nothing."""
+    mask: np.ndarray | None = None
+    for axis in range(len(leaf.shape)):
+        keep = leaf.kept(axis, dead)
+        if keep is None:
+            continue
+        part = _along(leaf, axis, keep)
+        mask = part if mask is None else mask & part
+    return mask
+
+
+def _along(leaf: Coupled, axis: int, keep: np.ndarray) -> np.ndarray:
+    shape = [1] * len(leaf.shape)
+    shape[axis] = leaf.shape[axis]
+    if keep.ndim == 1:
+        return keep.reshape(shape)
+    other = leaf.by[axis]
+    assert other is not None
+    rows = np.repeat(keep, leaf.shape[other] // len(keep), 0)  # (size of other, n)
+    shape[other] = leaf.shape[other]
+    return (rows if other < axis else rows.T).reshape(shape)
+
+
+class Chosen(NamedTuple):
+    """Which units masks remove: ``dead`` by unit number; what was changed to make them agree."""
+
+    dead: np.ndarray
+    restored: tuple[int, ...]
+    extended: tuple[int, ...]
+
+
+def check_removal(
+    leaves: Mapping[str, Coupled], families: Sequence[Family], groups: Groups, dead: np.ndarray
+) -> None:
+    """Raises ValueError if removing these units is uneven or empties an axis."""
+    for chunks in groups:
+        counts = [int(dead[chunk].sum()) for chunk in chunks]
+        if len(set(counts)) > 1:
+            family = next(f for f in families if chunks[0][0] in f.units)
+            raise ValueError(
+                f"units of {family.name} must go evenly from the {len(chunks)} parts of it, "
+                f"got {counts}"
+            )
+    for path, leaf in leaves.items():
+        for axis, units in enumerate(leaf.units):
+            if units is not None and dead[units].any(-1).all():
+                raise ValueError(f"pruned leaves nothing of axis {axis} of {path!r}")
+
+
+def units_of(
+    leaves: Mapping[str, Coupled],
+    families: Sequence[Family],
+    groups: Groups,
+    masks: Mapping[str, Any],
+    conflicts: Conflicts,
+) -> Chosen:
+    """Returns the units that masks, by path, remove; see :func:`purepruning.shrink`.
+
+    Raises:
+        ValueError: the layers that make a unit disagree, and ``conflicts`` is ``"refuse"``; what is
+            removed is uneven or empties an axis.
+    """
+    n_units = sum(map(len, families))
+    shape = n_units + 1
+    asked, denied, read, needed = (np.zeros(shape, bool) for _ in range(4))
+    for path, leaf in leaves.items():
+        mask = masks.get(path)
+        full = None if mask is None else np.broadcast_to(_host(mask), leaf.shape)
+        for axis, units in enumerate(leaf.units):
+            if units is None or leaf.roles[axis] == COMPANION:
+                continue  # a scale or a bias follows what it belongs to
+            wants, stays = _votes(leaf, axis, units, full, n_units)
+            if leaf.roles[axis] == SOURCE:
+                asked |= wants
+                denied |= stays
+            else:
+                read |= wants
+                needed |= stays
+    # What nothing reads any more may go, whatever makes it.
+    unread = read & ~needed
+    asked, denied = asked | unread, denied & ~unread
+    torn = asked & denied
+    if torn.any() and conflicts == "refuse":
+        raise ValueError(_disagreement(families, torn))
+    dead = asked if conflicts == "remove" else asked & ~denied
+    dead[0] = False
+    dead = _evened(groups, dead, conflicts)
+    check_removal(leaves, families, groups, dead)
+    return Chosen(
+        dead,
+        tuple(np.flatnonzero(asked & ~dead).tolist()),
+        tuple(np.flatnonzero(dead & denied).tolist()),
+    )
+
+
+def _votes(
+    leaf: Coupled, axis: int, units: np.ndarray, mask: np.ndarray | None, n_units: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which units have all their positions of an axis masked, and which have not."""
+    present = np.zeros(n_units + 1, bool)
+    present[units] = True
+    present[0] = False
+    if mask is None:
+        return np.zeros_like(present), present
+    if units.ndim == 2:
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        alive = mask.any(others)
+    else:
+        other = leaf.by[axis]
+        assert other is not None
+        moved = np.moveaxis(mask, (other, axis), (0, 1))
+        blocks = moved.reshape(len(units), -1, *moved.shape[1:])
+        alive = blocks.any((1, *range(3, blocks.ndim)))
+    stays = np.zeros_like(present)
+    stays[units[alive]] = True
+    stays[0] = False
+    return present & ~stays, stays
+
+
+def _evened(groups: Groups, dead: np.ndarray, conflicts: Conflicts) -> np.ndarray:
+    if conflicts == "refuse":
+        return dead
+    dead = dead.copy()
+    for chunks in groups:
+        least = min(int(dead[c].sum()) for c in chunks)
+        for chunk in chunks:
+            dead[chunk[dead[chunk]][least:]] = False
+    return dead
+
+
+def _disagreement(families: Sequence[Family], torn: np.ndarray) -> str:
+    found = []
+    for family in families:
+        n = int(torn[family.units].sum())
+        if n:
+            made = [m.path for m in family.members if m.role == SOURCE]
+            found.append(f"{n} of {family.name} (made by {', '.join(made[:4])})")
+    return (
+        f"the masks disagree on {int(torn.sum())} units: some of the layers that make them prune "
+        f"them, others do not: {'; '.join(found[:3])}. Prune coupled layers together "
+        "(resolve(..., coupling=...)), or say conflicts='keep' or 'remove'"
+    )
+
+
+def _host(mask: Any) -> np.ndarray:
+    return np.asarray(mask.detach().cpu() if is_torch(mask) else mask)

@@ -1,0 +1,1 @@
+"""The front end of JAX: coupling, shrinking and counting of traced functions."""

@@ -1,0 +1,130 @@
+"""Parameters, multiply-adds and activation bytes of a JAX function, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from purepruning.coupling.cost import LayerCost, ModelCost
+from purepruning.jaxpr.program import Op, Program, trace
+from purepruning.trees import flatten
+
+#: What depends on parameters alone: their paths; None depends on inputs.
+Origin = frozenset[str] | None
+
+
+def count(fn: Callable[..., Any], params: Any, *inputs: Any) -> ModelCost:
+    """Returns parameters, multiply-adds and activation bytes of ``fn(params, *inputs)``.
+
+    Read off the jaxpr: loops count as often as they run (``while`` once), of branches the most
+    expensive one counts. Products of two activations (attention scores) count as well, under the
+    name of their place.
+
+    Args:
+        fn, params, *inputs: as for :func:`purepruning.couple`.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"one": {"w": jnp.ones((3, 8))}, "two": {"w": jnp.ones((8, 2))}}
+    >>> fn = lambda p, x: x @ p["one"]["w"] @ p["two"]["w"]
+    >>> found = count(fn, params, jnp.ones((5, 3)))
+    >>> found.params, found.macs, [(x.name, x.macs) for x in found.layers]
+    (40, 200, [('one', 120), ('two', 80)])
+    """
+    tree = flatten(params)
+    arrays = {path: x for path, x in tree.leaves.items() if hasattr(x, "shape")}
+    given, treedef = jax.tree.flatten(inputs)
+    dynamic = [i for i, x in enumerate(given) if hasattr(x, "shape")]
+
+    def flat(weights: list[Any], xs: list[Any]) -> Any:
+        filled = list(given)
+        for i, x in zip(dynamic, xs, strict=True):
+            filled[i] = x
+        whole = {**tree.leaves, **dict(zip(arrays, weights, strict=True))}
+        return fn(tree.rebuild(whole), *jax.tree.unflatten(treedef, filled))
+
+    program, _, _ = trace(
+        flat,
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()],
+        [jax.ShapeDtypeStruct(given[i].shape, given[i].dtype) for i in dynamic],
+    )
+    origins: list[Origin] = [frozenset([path]) for path in arrays]
+    origins += [None] * len(dynamic)
+    products: dict[str, list[Any]] = {}
+    _walk(program, origins, 1, products)
+    sizes: dict[str, int] = {}
+    for path, x in arrays.items():
+        name = _layer(path)
+        sizes[name] = sizes.get(name, 0) + math.prod(x.shape)
+    names = [*products, *(name for name in sizes if name not in products)]
+    return ModelCost(tuple(LayerCost(n, sizes.get(n, 0), *products.get(n, [0, 0])) for n in names))
+
+
+def _layer(path: str) -> str:
+    return path.rpartition(".")[0] or path
+
+
+def _walk(
+    program: Program, given: Iterable[Origin], times: Any, products: dict[str, list[Any]]
+) -> list[Origin]:
+    origins: dict[int, Origin] = dict(zip(program.inputs, given, strict=True))
+    origins |= {n: frozenset() for n in program.constants}
+    for op in program.ops:
+        inputs = [origins[n] for n in op.inputs]
+        if op.name in ("dot_general", "conv_general_dilated"):
+            out = program.avals[op.outputs[0]]
+            paths = sorted(path for x in inputs if x for path in x)
+            name = _layer(paths[0]) if paths else op.scope or op.name
+            row = products.setdefault(name, [0, 0])
+            row[0] += times * macs_of(op, program)
+            row[1] += times * math.prod(out.shape) * out.dtype.itemsize
+        found = _inner(op, inputs, times, products) if op.inner else None
+        if found is None:
+            joint: Origin = None
+            if all(x is not None for x in inputs):
+                joint = frozenset().union(*(x for x in inputs if x is not None))
+            found = [joint] * len(op.outputs)
+        origins.update(zip(op.outputs, found, strict=True))
+    return [origins[n] for n in program.outputs]
+
+
+def _inner(
+    op: Op, inputs: list[Origin], times: Any, products: dict[str, list[Any]]
+) -> list[Origin] | None:
+    if op.name == "cond":
+        branches: list[dict[str, list[Any]]] = []
+        for program in op.inner:
+            branches.append({})
+            found = _walk(program, inputs[1:], times, branches[-1])
+        most = max(branches, key=lambda b: sum(row[0] for row in b.values()))
+        for name, row in most.items():
+            mine = products.setdefault(name, [0, 0])
+            mine[0], mine[1] = mine[0] + row[0], mine[1] + row[1]
+        return found
+    if op.name == "while":
+        n, m = op.params["cond_nconsts"], op.params["body_nconsts"]
+        return _walk(op.inner[1], inputs[n : n + m] + [None] * len(op.outputs), times, products)
+    if op.name == "scan":
+        n, m = op.params["num_consts"], op.params["num_carry"]
+        given = inputs[:n] + [None] * m + inputs[n + m :]
+        return _walk(op.inner[0], given, times * op.params["length"], products)
+    return _walk(op.inner[0], inputs, times, products)
+
+
+def macs_of(op: Op, program: Program) -> Any:
+    """Returns the multiply-adds of a matrix product or a convolution."""
+    left, right = (program.avals[n].shape for n in op.inputs[:2])
+    out = program.avals[op.outputs[0]].shape
+    if op.name == "dot_general":
+        (contracted, _), _ = op.params["dimension_numbers"]
+        return math.prod(out) * math.prod(left[a] for a in contracted)
+    numbers = op.params["dimension_numbers"]
+    taps = math.prod(right[a] for a in numbers.rhs_spec[2:])
+    into = right[numbers.rhs_spec[1]]
+    # A transposed convolution multiplies once for every position of its input.
+    if any(d != 1 for d in op.params["lhs_dilation"]):
+        positions = math.prod(left[a] for a in numbers.lhs_spec[2:])
+        return left[numbers.lhs_spec[0]] * out[numbers.out_spec[1]] * positions * taps * into
+    return math.prod(out) * taps * into

@@ -1,0 +1,204 @@
+"""The smaller model: cut parameters, and a function that computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from purepruning.arguments import missing, one_of
+from purepruning.arrays import by_numpy, is_on_host
+from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.plan import Plan, plan_of
+from purepruning.coupling.removal import Removal
+from purepruning.coupling.shrink_report import Norms, ShrinkReport, check_coupling, check_same
+from purepruning.coupling.unit_masks import Conflicts
+from purepruning.jaxpr.couple import Analysis, analyse
+from purepruning.jaxpr.emit import EMIT
+from purepruning.jaxpr.interpret import Run
+from purepruning.jaxpr.program import holds_tracers
+from purepruning.masks import by_path, merge_masks, zero_pruned
+from purepruning.trees import flatten
+
+
+class Shrunk(NamedTuple):
+    """What :func:`shrink` returns.
+
+    Attributes:
+        fn: ``fn(params, *inputs)``, with the smaller parameters.
+        params: the smaller parameters.
+        report: what was removed, and how.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    report: ShrinkReport
+
+
+def shrink(
+    fn: Callable[..., Any],
+    params: Any,
+    masks: Any,
+    coupling: Coupling,
+    *inputs: Any,
+    norms: Norms = "original",
+    conflicts: Conflicts = "refuse",
+) -> Shrunk:
+    """Returns a smaller model that computes what the masked one does.
+
+    A unit is removed where the masks prune its channels in the layers that make them; scales,
+    biases and the layers that read them follow. Weights that are masked one by one stay, as zeros.
+    The result equals ``fn(apply_masks(params, report.masks), *inputs)``.
+
+    Args:
+        fn: the function that was coupled, ``fn(params, *inputs)``.
+        params: its parameters.
+        masks: masks of any pruner, or of :meth:`Coupling.masks`.
+        coupling: what :func:`couple` returned for ``fn`` and ``params``.
+        *inputs: arrays or shapes, as for :func:`couple`.
+        norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number
+            of positions there were, and adds to sums what removed positions would: the masked model
+            exactly. ``"kept"`` averages over what is kept, as a natively smaller layer does.
+        conflicts: what to do where the layers that make a unit disagree: ``"refuse"`` raises,
+            ``"keep"`` keeps the unit, ``"remove"`` removes it everywhere. The report lists it.
+
+    Raises:
+        ValueError: masks that disagree; uneven groups; an axis that would be emptied; another
+            ``fn`` or other parameters than were coupled; an unknown option.
+        KeyError: a mask names no parameter.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from purepruning.jaxpr.couple import couple
+    >>> def mlp(params, x):
+    ...     return jax.nn.relu(x @ params["one"]) @ params["two"]
+    >>> params = {"one": jnp.ones((3, 8)), "two": jnp.ones((8, 2))}
+    >>> coupling = couple(mlp, params, jnp.ones((1, 3)))
+    >>> masks = coupling.masks([1, 2, 3, 4], params)
+    >>> small = shrink(mlp, params, masks, coupling, jnp.ones((1, 3)))
+    >>> jax.tree.map(jnp.shape, small.params), small.fn(small.params, jnp.ones((1, 3))).tolist()
+    ({'one': (3, 4), 'two': (4, 2)}, [[12.0, 12.0]])
+    """
+    one_of("norms", norms, ("original", "kept"))
+    check_coupling(coupling)
+    tree = flatten(params)
+    for path, leaf in tree.leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"params: {path!r} is a shape; to be cut it must be an array")
+    chosen = coupling.chosen(masks, params, conflicts=conflicts)
+    plan = plan_of(coupling, chosen.dead)
+    found = analyse(fn, params, inputs, coupling.outputs)
+    check_same(coupling, found.coupling)
+    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.dead), params), masks)
+    masked = {p: _masked(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
+    small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
+    function = ShrunkFunction(fn, plan, norms, coupling.outputs)
+    before, after = found.coupling.cost(), found.coupling.cost(chosen.dead)
+    report = ShrinkReport(
+        plan,
+        complete,
+        (before[0], after[0]),
+        (before[1], after[1]),
+        norms,
+        len(found.flow.statistics),
+        chosen.restored,
+        chosen.extended,
+    )
+    return Shrunk(function, small, report)
+
+
+def _masked(x: Any, mask: Any) -> Any:
+    if not (is_on_host(x) and is_on_host(mask)):
+        return zero_pruned(x, mask)
+    return by_numpy(lambda x, mask: np.where(mask, x, np.zeros_like(x)), x, mask)
+
+
+class ShrunkFunction:
+    """``fn(params, *inputs)`` with parameters that a plan cut; traceable, for inputs of any shape.
+
+    The original function is traced anew for every new shape of inputs, and its jaxpr runs with the
+    smaller sizes. A pure function of its arguments; the instance only remembers traces.
+
+    >>> import jax.numpy as jnp
+    >>> from purepruning.coupling.plan import Cut, Plan
+    >>> fn = lambda params, x: (x @ params["one"]) @ params["two"]
+    >>> cuts = {"one": (Cut(1, [0]),), "two": (Cut(0, [0]),)}
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], plan: Plan, norms: Norms = "original", outputs: Any = True
+    ) -> None:
+        self.fn, self.plan, self.norms, self.outputs = fn, plan, norms, outputs
+        self._traces: dict[Any, tuple[Analysis, Removal]] = {}
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        """Returns ``fn`` of the smaller parameters."""
+        tree = flatten(params)
+        for path in self.plan.shapes:
+            if path not in tree.leaves:
+                raise ValueError(missing(f"params have no {path!r}", path, tree.leaves))
+        full = {}
+        for path, leaf in tree.leaves.items():
+            if not hasattr(leaf, "shape"):
+                full[path] = leaf
+                continue
+            if path not in self.plan.shapes:
+                raise ValueError(f"params have {path!r}, which the plan does not know")
+            if tuple(leaf.shape) != self.plan.shape(path):
+                raise ValueError(
+                    f"{path!r} has shape {tuple(leaf.shape)}, but the plan cuts it to "
+                    f"{self.plan.shape(path)}"
+                )
+            full[path] = jax.ShapeDtypeStruct(
+                self.plan.shapes[path], leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
+            )
+        arrays, treedef = jax.tree.flatten(inputs)
+        key: Any = (
+            treedef,
+            tuple(map(_kind, arrays)),
+            tuple((path, _kind(x)) for path, x in full.items()),
+        )
+        try:
+            remembered = self._traces.get(key)
+        except TypeError:  # an argument that cannot be hashed
+            key, remembered = None, None
+        if remembered is None:
+            remembered = self._trace(tree.rebuild(full), inputs)
+            # What a closure holds of an outer transformation must not outlive it.
+            if key is not None and not holds_tracers(remembered[0].program):
+                self._traces[key] = remembered
+        analysis, removal = remembered
+        weights = [tree.leaves[path] for path in analysis.paths.values()]
+        given = [x for x in arrays if hasattr(x, "shape") and hasattr(x, "dtype")]
+        found = Run(analysis.program, analysis.trace, removal, EMIT).results([*weights, *given])
+        return jax.tree.unflatten(analysis.out_tree, found)
+
+    def _trace(self, params: Any, inputs: Any) -> tuple[Analysis, Removal]:
+        found = analyse(self.fn, params, inputs, self.outputs)
+        if max(self.plan.removed, default=0) > found.coupling.n_units:
+            raise ValueError(
+                "the plan does not fit the function for these inputs: it removes unit "
+                f"{max(self.plan.removed)}, and there are {found.coupling.n_units}"
+            )
+        units = np.zeros(found.coupling.n_units + 1, bool)
+        units[list(self.plan.removed)] = True
+        again = plan_of(found.coupling, units)
+        for path in {*self.plan.cuts, *again.cuts}:
+            mine, theirs = self.plan.cuts.get(path, ()), again.cuts.get(path, ())
+            if len(mine) != len(theirs) or any(
+                a.axis != b.axis or a.by != b.by or not np.array_equal(a.positions, b.positions)
+                for a, b in zip(mine, theirs, strict=True)
+            ):
+                raise ValueError(
+                    f"the plan does not fit the function for these inputs: it cuts {path!r} "
+                    "differently from what the function couples"
+                )
+        return found, Removal(found.flow, units[found.numbers], self.norms)
+
+
+def _kind(x: Any) -> Any:
+    """What a trace depends on: an array's type, anything else itself (``1`` is not ``True``)."""
+    if hasattr(x, "shape"):
+        return tuple(x.shape), getattr(x, "dtype", None), getattr(x, "weak_type", False)
+    return type(x), repr(x) if isinstance(x, float) else x

@@ -1,0 +1,227 @@
+"""Schedules that go from one sparsity to another along a curve, and the one that goes at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from purepruning.arguments import fraction, whole_number
+from purepruning.config.config import Pool
+from purepruning.schedules.schedule import LAST_STEP, Schedule
+
+Curve = Callable[[float, float, float], float]
+
+
+def one_shot(at: int = 0) -> Schedule:
+    """Returns the schedule that prunes once, at step ``at``, to the final sparsity.
+
+    Raises:
+        ValueError, TypeError: ``at`` is no step.
+    """
+    _check_step("at", at)
+    return Schedule(functools.partial(_at_once, at))
+
+
+def linear(
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+    frequency: int | None = None,
+    initial: float | None = None,
+    steps_per_epoch: int = 1,
+) -> Schedule:
+    r"""Returns the schedule whose sparsity grows evenly.
+
+    $$s_t = s_i + (s_f - s_i) u, \qquad u = \frac{t - begin}{end - begin}$$
+
+    Otherwise as :func:`agp`. NNI's linear task generator with T iterations is ``linear(end=T)``;
+    NNI 3.0's linear pruner is ``linear(begin=interval, end=T * interval, frequency=interval,
+    initial=final / T)``.
+    """
+    return _gradual(_line, begin, end, frequency, initial, steps_per_epoch)
+
+
+def agp(
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+    frequency: int | None = None,
+    initial: float | None = None,
+    steps_per_epoch: int = 1,
+) -> Schedule:
+    r"""Returns the schedule of automated gradual pruning: fast at first, slow towards the end.
+
+    $$s_t = s_f + (s_i - s_f) (1 - u)^3, \qquad u = \frac{t - begin}{end - begin}$$
+
+    It prunes at step ``begin``, every ``frequency`` steps from there, and at step ``end``, whether
+    or not the frequency divides the span: from there on the final sparsity holds, which is that of
+    the config (:meth:`Schedule.init`).
+
+    Where a rule has gradual keys (``initial_sparsity``, ``start_epoch``, ``end_epoch``,
+    ``frequency``), they hold for its layers, and the arguments for what the rule does not say. Its
+    times are epochs, as NNI counts them: ``end_epoch`` is the first epoch *not* pruned in, so that
+    0 to 10 prunes in ten epochs, 0 to 9, and the last of them that is due prunes to the final
+    sparsity.
+
+    Zhu and Gupta 2017, arXiv:1710.01878; NNI's AGP pruner. NNI's AGP task generator with T
+    iterations is ``agp(end=T)``.
+
+    Args:
+        begin: step of the first event; 0 unless given.
+        end: step at which the final sparsity is reached.
+        frequency: steps between events; 1 unless given.
+        initial: sparsity at ``begin``; 0 unless given.
+        steps_per_epoch: how many steps an epoch of the rules has; 1 if a step of this schedule is
+            an epoch.
+
+    Raises:
+        ValueError, TypeError: an argument is no step or no fraction; ``end`` is before ``begin``.
+        ValueError: by ``init``, if neither rule nor argument says where to end, or the initial
+            sparsity exceeds the final one.
+
+    >>> import purepruning as pp
+    >>> layer = pp.Layer("fc", "Linear", "fc.w", (100, 100), out_axes=(1,), in_axes=(0,))
+    >>> rule = {"initial_sparsity": 0, "final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 10}
+    >>> config = pp.resolve([rule | {"frequency": 1, "op_types": ["default"]}], [layer])
+    >>> agp().init(config).counts["fc"].tolist()
+    [0, 0, 2381, 4235, 5629, 6628, 7297, 7703, 7912, 7989, 8000]
+    """
+    return _gradual(_cubic, begin, end, frequency, initial, steps_per_epoch)
+
+
+def cosine(
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+    frequency: int | None = None,
+    initial: float | None = None,
+    steps_per_epoch: int = 1,
+) -> Schedule:
+    r"""Returns the schedule whose sparsity follows half a cosine: slow at both ends.
+
+    $$s_t = s_i + (s_f - s_i) \frac{1 - \cos \pi u}{2}, \qquad u = \frac{t - begin}{end - begin}$$
+
+    Otherwise as :func:`agp`.
+    """
+    return _gradual(_half_cosine, begin, end, frequency, initial, steps_per_epoch)
+
+
+def exponential(
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+    frequency: int | None = None,
+    initial: float | None = None,
+    steps_per_epoch: int = 1,
+) -> Schedule:
+    r"""Returns the schedule that prunes the same share of what is left every time.
+
+    $$1 - s_t = (1 - s_i) \left(\frac{1 - s_f}{1 - s_i}\right)^u,
+    \qquad u = \frac{t - begin}{end - begin}$$
+
+    Otherwise as :func:`agp`. From 0 in n rounds, each prunes $1 - (1 - s_f)^{1/n}$ of what is left:
+    NNI's lottery ticket task generator with n iterations is ``exponential(end=n)``, but for the
+    event at step 0, at which nothing is pruned.
+    """
+    return _gradual(_geometric, begin, end, frequency, initial, steps_per_epoch)
+
+
+def _line(u: float, initial: float, final: float) -> float:
+    return initial + (final - initial) * u
+
+
+def _cubic(u: float, initial: float, final: float) -> float:
+    return final + (initial - final) * (1 - u) ** 3
+
+
+def _half_cosine(u: float, initial: float, final: float) -> float:
+    return initial + (final - initial) * (1 - math.cos(math.pi * u)) / 2
+
+
+def _geometric(u: float, initial: float, final: float) -> float:
+    return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** u
+
+
+class _Span(NamedTuple):
+    """The arguments of a schedule: what holds where a rule does not say."""
+
+    begin: int | None
+    end: int | None
+    frequency: int | None
+    initial: float | None
+    steps_per_epoch: int
+
+
+def _gradual(
+    curve: Curve,
+    begin: int | None,
+    end: int | None,
+    frequency: int | None,
+    initial: float | None,
+    steps_per_epoch: int,
+) -> Schedule:
+    for name, value, least in (
+        ("begin", begin, 0),
+        ("end", end, begin or 0),
+        ("frequency", frequency, 1),
+        ("steps_per_epoch", steps_per_epoch, 1),
+    ):
+        if value is not None or name == "steps_per_epoch":
+            _check_step(name, value, least)
+    if initial is not None:
+        initial = fraction(initial, "initial")
+    span = _Span(begin, end, frequency, initial, steps_per_epoch)
+    return Schedule(functools.partial(_along, curve, span))
+
+
+def _at_once(at: int, pool: Pool, final: float) -> list[tuple[int, float]]:
+    return [(at, final)]
+
+
+def _along(curve: Curve, span: _Span, pool: Pool, final: float) -> list[tuple[int, float]]:
+    initial, begin, end, frequency = _of_rule(pool, span)
+    if initial > final:
+        raise ValueError(
+            f"rule {pool.rule}: {pool.name!r} would begin at sparsity {initial:g}, above the final "
+            f"one of {final:g}"
+        )
+    steps = [*range(begin, end, frequency), end]
+    if initial == final or len(steps) == 1:
+        return [(step, final) for step in steps]
+    width = end - begin
+    return [(t, curve((t - begin) / width, initial, final)) for t in steps[:-1]] + [(end, final)]
+
+
+def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
+    """Returns the initial sparsity, first and last step and frequency that hold for a pool."""
+    rule, epoch = pool.gradual, span.steps_per_epoch
+    initial, begin, frequency, end = (
+        span.initial or 0.0,
+        span.begin or 0,
+        span.frequency or 1,
+        span.end,
+    )
+    if rule is not None:
+        initial = initial if rule.initial_sparsity is None else rule.initial_sparsity
+        begin = begin if rule.start_epoch is None else rule.start_epoch * epoch
+        frequency = frequency if rule.frequency is None else rule.frequency * epoch
+        if rule.end_epoch is not None:
+            # The last event before the epoch in which nothing is pruned any more.
+            end = begin + max(0, rule.end_epoch * epoch - begin - 1) // frequency * frequency
+    if end is None:
+        raise ValueError(
+            f"rule {pool.rule}: nothing says when {pool.name!r} reaches its final sparsity; give "
+            "the schedule end=..., or the rule 'end_epoch'"
+        )
+    if end < begin:
+        raise ValueError(
+            f"rule {pool.rule}: {pool.name!r} would begin at step {begin} and end at step {end}"
+        )
+    return initial, begin, end, frequency
+
+
+def _check_step(name: str, value: object, least: int = 0) -> None:
+    if whole_number(value, name, least) >= LAST_STEP:
+        raise ValueError(f"{name} must be below 2**31 - 1, got {value}")

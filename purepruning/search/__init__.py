@@ -1,0 +1,1 @@
+"""Searches for how much each layer loses, as pure state machines."""

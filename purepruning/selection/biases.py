@@ -1,0 +1,46 @@
+"""Masks of biases: a bias stays while some weight of its output channel does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from purepruning.arrays import compiled, namespace
+from purepruning.config.config import Config
+from purepruning.granularity import NM, Granularity, Grid, any_of, fold, grid
+from purepruning.layers import Layer
+from purepruning.trees import Flat
+
+
+def with_biases(masks: dict[str, Any], tree: Flat, config: Config) -> Any:
+    """Returns a tree of the masks of all layers, by path of their weights, and of their biases."""
+    if config.bias == "follow":
+        biases = bias_masks(config.layers, masks, config.granularity)
+        for path, mask in biases.items():
+            masks[path] = namespace(mask).reshape(mask, tuple(tree.leaves[path].shape))
+    return tree.rebuild(masks)
+
+
+# Biases.
+def bias_masks(
+    layers: Sequence[Layer], masks: Mapping[str, Any], granularity: Granularity
+) -> dict[str, Any]:
+    """Returns which biases stay, flat and by path: those of channels with some weight left.
+
+    Layers in which no channel can lose all its weights keep their biases, which are left out.
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        rows = isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1)
+        if layer.bias is None or not layer.out_axes or rows:
+            continue
+        mask = masks[layer.weight]
+        keep = compiled(mask, _bias_mask, "g")(mask, g=grid(layer, "output_channel"))
+        # A bias that layers share stays as long as one of them needs it.
+        found[layer.bias] = keep if layer.bias not in found else found[layer.bias] | keep
+    return found
+
+
+def _bias_mask(mask: Any, *, g: Grid) -> Any:
+    xp = namespace(mask)
+    return xp.reshape(fold(xp, xp.broadcast_to(mask, g.shape), g, any_of), (-1,))

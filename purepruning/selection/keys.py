@@ -1,0 +1,88 @@
+"""What exact selection works on: elements with a score, and the cut that divides them.
+
+Scores are never sorted as floats. :func:`ordered_bits` turns them into integers of the same order,
+the same in every framework; a :class:`Cut` names the last integer to prune and, among equal ones,
+the last position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from purepruning.arrays import float_bits, iota
+
+LOWEST = -(2**31)  # below every key
+
+
+HIGHEST = 2**31 - 1  # the key of NaN
+
+
+class Piece(NamedTuple):
+    """Elements that are ranked, and how.
+
+    Attributes:
+        arrays: what the scores are made of, arrays of one shape.
+        score: ``(arrays, flat indices, own) -> float32``, element by element; called on parts of
+            them. A function of a module, not made anew for every piece: pieces that share it are
+            compiled together.
+        own: what else goes into the scores of this piece, a tree of scalars.
+        offset: the first element's index, as ``score`` is told it.
+    """
+
+    arrays: tuple[Any, ...]
+    score: Callable[[tuple[Any, ...], Any, Any], Any]
+    own: Any = ()
+    offset: Any = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of every array."""
+        return tuple(self.arrays[0].shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def keys(self, xp: Any) -> tuple[Any, Any]:
+        """Returns the ordered bits of all scores, and the flat indices, in the arrays' shape."""
+        index = flat_index(xp, self.arrays[0])
+        return ordered_bits(xp, self.scores(self.arrays, index)), index
+
+    def scores(self, arrays: tuple[Any, ...], index: Any) -> Any:
+        """Returns the scores of the elements at ``index``, from these parts of the arrays."""
+        return self.score(arrays, index + self.offset, self.own)
+
+
+class Threshold(NamedTuple):
+    """What to prune of each piece: keys below ``key``, equal ones up to flat index ``index``."""
+
+    key: Any
+    index: Any
+
+    def keeps(self, i: int, bits: Any, index: Any) -> Any:
+        """Returns which elements of piece i stay, from their keys and flat indices."""
+        above = bits > self.key[i]
+        if isinstance(self.index[i], int) and self.index[i] == HIGHEST:
+            return above
+        return above | ((bits == self.key[i]) & (index > self.index[i]))
+
+
+def ordered_bits(xp: Any, score: Any) -> Any:
+    """Returns int32 in the order of float32 ``score``: both zeros are 0, all NaNs the highest."""
+    bits = float_bits(xp, score)
+    return xp.where(score != score, HIGHEST, xp.where(bits < 0, LOWEST - bits, bits))
+
+
+def flat_index(xp: Any, like: Any) -> Any:
+    """Returns the position of every element in C order, int32, in the shape of ``like``."""
+    shape = tuple(like.shape)
+    index = xp.zeros_like(like, dtype=xp.int32)
+    for axis, n in enumerate(shape):
+        along = [1] * len(shape)
+        along[axis] = n
+        place = xp.reshape(iota(xp, n, like), tuple(along))
+        index = index + place * math.prod(shape[axis + 1 :])
+    return index

@@ -1,0 +1,82 @@
+"""N:M masks: of every group of consecutive weights the highest stay."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from purepruning.arrays import compiled, is_concrete, is_torch, namespace
+from purepruning.granularity import NM
+from purepruning.selection import kth_torch
+from purepruning.selection.criterion import Score, Source
+from purepruning.selection.keys import HIGHEST
+from purepruning.selection.problem import Problem, Solved, kernel_of
+
+#: Up to this many weights in a group of N:M, comparing all pairs is fastest.
+PAIRS = 16
+
+
+# N:M.
+def nm_masks(sources: dict[str, Source], plan: Problem, nm: NM) -> Solved:
+    """Returns the N:M masks of all layers."""
+    masks, has_nan = {}, {}
+    for layer in plan.layers:
+        source = sources[layer.name]
+        masks[layer.weight], has_nan[layer.name] = compiled(
+            source.weight, _nm_mask, "score", "in_axes", "nm"
+        )(source, score=plan.score, in_axes=layer.in_axes, nm=nm)
+    return masks, has_nan
+
+
+def _nm_mask(source: Source, *, score: Score, in_axes: tuple[int, ...], nm: NM) -> tuple[Any, Any]:
+    """Returns the mask that keeps the highest of every group, and whether a score is NaN."""
+    piece = score.piece(source)
+    ndim = len(piece.shape)
+    if is_torch(source.weight) and is_concrete(source.weight) and in_axes[-1] == ndim - 1:
+        keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
+        return kth_torch.by_rows(piece, nm.of, keep)
+    xp = namespace(source.weight)
+    keys, _ = piece.keys(xp)
+    rest = tuple(a for a in range(ndim) if a not in in_axes)
+    lead = tuple(a for a in rest if a < in_axes[0])
+    order = (*lead, *in_axes, *(a for a in rest if a not in lead))
+    moved = xp.permute_dims(keys, order)
+    before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(in_axes) :]
+    groups = xp.reshape(moved, (*before, -1, nm.of, *after))
+    mask = xp.reshape(_highest_of_groups(groups, len(before) + 1, nm), moved.shape)
+    keep = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
+    return keep, xp.any(keys == HIGHEST)
+
+
+def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
+    """Returns which of the ``nm.of`` keys along ``axis`` are among the ``nm.keep`` highest."""
+    choose = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
+    return choose(namespace(groups), groups, axis, nm)
+
+
+def _highest_of_pairs(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns the same, by comparing all pairs of a group."""
+    at = [groups[(*(slice(None),) * axis, i)] for i in range(nm.of)]
+    # Of equal keys the earlier one is lower: the rank of j counts the i before it that do not
+    # exceed it, and the i behind it that are not reached by it.
+    not_above = {
+        (i, j): xp.astype(at[i] <= at[j], xp.uint8) for j in range(nm.of) for i in range(j)
+    }
+    keep = []
+    for j in range(nm.of):
+        rank = nm.of - 1 - j
+        for i in range(j):
+            rank = rank + not_above[i, j]
+        for i in range(j + 1, nm.of):
+            rank = rank - not_above[j, i]
+        keep.append(rank >= nm.of - nm.keep)
+    return xp.stack(keep, axis=axis)
+
+
+def _highest_of_rows(xp: Any, groups: Any, axis: int, nm: NM) -> Any:
+    """Returns the same, by ranking every group: comparing pairs takes the square of its size."""
+    last = xp.moveaxis(groups, axis, -1)
+    rows = xp.reshape(last, (-1, nm.of))
+    count = xp.full_like(rows[:, 0], nm.of - nm.keep)
+    lowest = kernel_of(rows).lowest(rows, count, None)
+    return xp.moveaxis(xp.reshape(~lowest, last.shape), -1, axis)

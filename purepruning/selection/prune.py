@@ -1,0 +1,217 @@
+"""A criterion and a config to masks: checks what came, and sends every layer to its kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from purepruning.arguments import missing
+from purepruning.arrays import compiled, is_concrete, namespace, stop_gradient
+from purepruning.config.config import Config
+from purepruning.granularity import NM, Block, Granularity, Grid, grid
+from purepruning.masks import by_path
+from purepruning.selection.biases import with_biases
+from purepruning.selection.criterion import Criterion, Score, Source
+from purepruning.selection.large import is_large, large_masks
+from purepruning.selection.nm import nm_masks
+from purepruning.selection.problem import Problem, Solved
+from purepruning.selection.ranked import ranked_masks
+from purepruning.trees import flatten
+
+
+def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
+    """Returns the masks of a criterion: True keeps, None is not pruned.
+
+    What the config's masks prune is pruned first (:meth:`purepruning.Config.with_masks`).
+
+    Masks broadcast to their parameters. The tree is that of ``params``; of a flat dict of torch
+    tensors only the pruned ones are named, since ``torch.func.vmap`` cannot return None.
+
+    Raises:
+        KeyError: a layer's parameter is not in ``params``.
+        TypeError: ``config`` is no config, there are stats where there should be none, a parameter
+            is no array, or a count is no integer.
+        ValueError: the criterion has no meaning for the config's granularity; a parameter has
+            another shape or is not a float; a count is missing, outside the layer's units, or
+            empties a layer whose rule does not allow it; a score is NaN, where values are known.
+            Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
+            and NaN ranks above infinity, so that it stays in the weights to be seen.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
+            f"returned; got {type(config).__name__}"
+        )
+    if stats is not None and criterion.of is None:
+        raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
+    score = _score_of(criterion, config.granularity)
+    tree = flatten(params)
+    if set(tree.leaves) == {""} and not hasattr(params, "shape"):
+        raise TypeError(
+            f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
+            f"(dict(model.named_parameters())), got {type(params).__name__}"
+        )
+    weights = weights_of(criterion.name, tree.leaves, config)
+    if not weights:
+        return tree.rebuild({})
+    weights = {path: stop_gradient(weight) for path, weight in weights.items()}
+    pools = tuple(pool.problem for pool in config.pools)
+    plan = Problem(Score(score, config.inverted), pools, config.scope, config.granularity)
+    counts = {} if isinstance(config.granularity, NM) else checked_counts(config)
+    check = all(map(is_concrete, weights.values()))
+    before = by_path(config.masks, tree.leaves) if config.masks else {}
+    of = criterion.of or (lambda stats, layer: None)
+    sources = {
+        x.name: Source(weights[x.weight], of(stats, x), before.get(x.weight)) for x in config.layers
+    }
+    solve = _masks if config.allocation is None else functools.partial(_coupled_masks, config)
+    masks, has_nan = solve(sources, counts, plan, check)
+    nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
+    if nan:
+        raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
+    return with_biases(masks, tree, config)
+
+
+def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., Any]:
+    if granularity == "element" or isinstance(granularity, NM):
+        score: Callable[..., Any] | None = criterion.element
+    else:
+        score = criterion.block if isinstance(granularity, Block) else criterion.channel
+    if score is None:
+        kinds = {"elements or NM": criterion.element, "channels": criterion.channel}
+        kinds["blocks"] = criterion.block
+        wanted = ", ".join(kind for kind, known in kinds.items() if known)
+        raise ValueError(
+            f"{criterion.name} ranks {wanted}, but the config was resolved with "
+            f"granularity={granularity!r}"
+        )
+    return score
+
+
+def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Returns the weights that are pruned, by path, checked against the config.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`prune` says of parameters and config.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{pruner}: config must be what resolve returned, got {type(config).__name__}"
+        )
+    weights = {}
+    for layer in config.layers:
+        where = f"{pruner}: layer {layer.name!r}"
+        if layer.weight not in leaves:
+            raise KeyError(
+                missing(f"{where}: params have no {layer.weight!r}", layer.weight, leaves)
+            )
+        if config.bias == "follow" and layer.bias is not None and layer.bias not in leaves:
+            message = (
+                f"{where}: params have no {layer.bias!r} (bias='keep' in resolve leaves it out)"
+            )
+            raise KeyError(missing(message, layer.bias, leaves))
+        weight = leaves[layer.weight]
+        if not hasattr(weight, "shape") or not hasattr(weight, "dtype"):
+            raise TypeError(f"{where}: {layer.weight!r} is no array, but {weight!r}")
+        shape = tuple(weight.shape)
+        if shape != layer.shape:
+            raise ValueError(
+                f"{where}: {layer.weight!r} has shape {shape} in params, but {layer.shape} in the "
+                "layer table"
+            )
+        if not namespace(weight).isdtype(weight.dtype, "real floating"):
+            raise ValueError(f"{where}: {layer.weight!r} must be floating, got {weight.dtype}")
+        if config.bias == "follow" and layer.bias is not None:
+            size = math.prod(getattr(leaves[layer.bias], "shape", ()))
+            if size != grid(layer, "output_channel").n_members * layer.out_channels:
+                raise ValueError(
+                    f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
+                    f"gives the layer {layer.out_channels} output channels"
+                )
+        weights[layer.weight] = weight
+    return weights
+
+
+def checked_counts(config: Config) -> dict[str, Any]:
+    """Returns the counts, checked as far as they are known."""
+    for pool in config.pools:
+        count = config.counts[pool.name]
+        if count is None:
+            raise ValueError(
+                f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or "
+                "call config.with_sparsity(...)"
+            )
+        if not _is_integer(count):
+            raise TypeError(f"the count of {pool.name!r} must be an integer, got {count!r}")
+        if not is_concrete(count):
+            continue
+        if getattr(count, "ndim", 0):
+            raise ValueError(
+                f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
+            )
+        if not 0 <= int(count) <= pool.most:
+            capped = pool.caps or pool.total is not None
+            why = "max_sparsity_per_layer" if capped else "'allow_empty': True"
+            raise ValueError(
+                f"the count of {pool.name!r} must lie in [0, {pool.most}], got {int(count)}; its "
+                f"size is {pool.size}, and how much of it can go depends on the rule's {why}"
+            )
+        if pool.allowed is not None and int(count) not in pool.allowed:
+            raise ValueError(
+                f"the count of {pool.name!r} must be one that round_to and min_channels allow: "
+                f"{', '.join(map(str, pool.allowed[:8]))}{', ...' * (len(pool.allowed) > 8)}; "
+                f"got {int(count)}"
+            )
+    return config.counts
+
+
+def _is_integer(count: Any) -> bool:
+    if hasattr(count, "dtype"):
+        return namespace(count).isdtype(count.dtype, "integral")
+    return isinstance(count, int) and not isinstance(count, bool)
+
+
+# From here on everything is traceable. What is done layer by layer is compiled for itself: an eager
+# call then compiles it once for all layers of one shape.
+def _masks(
+    sources: dict[str, Source], counts: dict[str, Any], plan: Problem, check: bool
+) -> Solved:
+    if isinstance(plan.granularity, NM):
+        return nm_masks(sources, plan, plan.granularity)
+    # In layer scope all pools are solved side by side; in global scope each is one problem.
+    problems = [plan.pools] if plan.scope == "layer" else [(pool,) for pool in plan.pools]
+    masks: dict[str, Any] = {}
+    has_nan: dict[str, Any] = {}
+    for pools in problems:
+        problem = plan._replace(pools=pools)
+        first = sources[problem.layers[0].name]
+        solve = large_masks if is_large(first, problem, counts) else ranked_masks
+        some = solve(first.weight, sources, counts, problem, check)
+        masks |= some[0]
+        has_nan |= some[1]
+    return masks, has_nan
+
+
+def _coupled_masks(
+    config: Config, sources: dict[str, Source], counts: dict[str, Any], plan: Problem, check: bool
+) -> Solved:
+    from purepruning.selection.coupled import coupled_masks
+
+    score = compiled(next(iter(sources.values())).weight, _channel_scores, "score", "g")
+    scores, keeps, has_nan, grids = {}, {}, {}, {}
+    for layer in config.layers:
+        name, g = layer.name, grid(layer, config.granularity)
+        scores[name], keep, has_nan[name] = score(sources[name], score=plan.score, g=g)
+        grids[name] = g
+        if keep is not None:
+            keeps[name] = keep
+    masks = coupled_masks(scores, keeps, grids, counts, config)
+    return {x.weight: masks[x.name] for x in config.layers}, has_nan if check else {}
+
+
+def _channel_scores(source: Source, *, score: Score, g: Grid) -> tuple[Any, Any, Any]:
+    """Returns what :meth:`_Score.channels` does, and whether a score is NaN."""
+    scores, keep = score.channels(source, g)
+    return scores, keep, namespace(scores).any(scores != scores)

@@ -1,0 +1,1 @@
+"""Pruning during training: Optax transforms, lottery tickets, ADMM, movement pruning."""

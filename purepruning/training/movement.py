@@ -1,0 +1,472 @@
+r"""Movement pruning: what matters is where training moves a weight, not where it is.
+
+Every unit has a score that is trained together with the weights. The model sees the weights of the
+highest scores; scores get the gradient as if all were seen, and rise where weights grow.
+
+    scores = movement.init(params, config)
+    configs = movement.schedule(config, steps, warm_up=1000, cool_down=9000)
+    for step, batch in enumerate(batches):    # any optimizers
+        now = movement.at(configs, step)
+        minimise loss(movement.apply(params, scores, now)) over params and scores
+    masks = movement.masks(params, scores, config)
+
+That is the hard form, which keeps exact counts. The soft form keeps the scores above a threshold,
+and presses them down: call ``apply`` and ``masks`` with a ``threshold``, scaled by :func:`ramp`
+while training, and add :func:`penalty` times a number to the loss.
+
+Everything runs under ``jit``, ``vmap`` and ``jax.lax.scan``, and under ``torch.func``
+(``functional_call(model, movement.apply(...), inputs)``).
+
+Sanh et al. 2020, arXiv:2005.07683; in blocks, rows and columns: Lagunas et al. 2021,
+arXiv:2109.04838. NNI's Movement pruner trains the scores with an Adam of its own, at 0.01; here the
+caller chooses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from purepruning.arguments import missing
+from purepruning.arrays import (
+    array_like,
+    int32,
+    iota,
+    is_concrete,
+    is_torch,
+    namespace,
+    stop_gradient,
+    zeros,
+)
+from purepruning.config.config import Config
+from purepruning.counts import counts_of
+from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
+from purepruning.layers import Layer
+from purepruning.masks import by_path, spread_mask, zero_pruned
+from purepruning.selection.biases import bias_masks
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.keys import Piece
+from purepruning.selection.prune import prune, weights_of
+from purepruning.trees import flatten
+
+
+def init(params: Any, config: Config) -> dict[str, Any]:
+    """Returns scores of zero for every unit that ``config`` may prune, float32 by layer name.
+
+    Where units are single weights (elements, N:M) scores have the weight's shape, else
+    ``(members, units)``: a row for each of the layers stacked in a layer, one row otherwise.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`purepruning.prune` says of parameters.
+    """
+    weights = weights_of("movement.init", flatten(params).leaves, config)
+    return {
+        layer.name: zeros(weights[layer.weight], _shape(layer, config), "float32")
+        for layer in config.layers
+    }
+
+
+def masks(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any = None) -> Any:
+    r"""Returns masks of the units with the highest scores.
+
+    Without a threshold, all but as many as the counts of ``config`` say, for any scope and
+    granularity: a pruner as any other, whose statistics are the scores. With one, in layer scope,
+
+    $$\sigma(s_u) > \tau$$
+
+    and the highest of each layer (the last of equals), unless its rule says ``allow_empty``; counts
+    have no meaning then. Scores are compared with $\log(\tau / (1 - \tau))$ in float32, which under
+    ``jit`` or for arrays is rounded as the framework does. NNI 2.10 keeps what is above the
+    threshold, NNI 3.0 also what equals it.
+
+    Args:
+        params: the parameters; only their shapes matter.
+        scores: as :func:`init` returns them, trained.
+        config: the resolved rules.
+        threshold: in [0, 1), and may be traced.
+
+    Raises:
+        KeyError, TypeError, ValueError: scores are missing, of another shape or framework, or no
+            floats; they are NaN, where values are known (elsewhere NaN is kept); the threshold is
+            no number in [0, 1), or comes with global scope or N:M. See also
+            :func:`purepruning.prune`.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params = {"fc.w": jnp.ones((3, 2))}
+    >>> layer = pp.make_layer(params, "fc.w", "Linear", name="fc", out_axes=0, in_axes=1)
+    >>> rules = [{"sparsity": 0.4, "op_types": ["Linear"]}]
+    >>> config = pp.resolve(rules, [layer], granularity="output_channel")
+    >>> scores = {"fc": jnp.array([[0.5, -1.0, -0.5]])}
+    >>> masks(params, scores, config)["fc.w"].tolist()
+    [[True], [False], [True]]
+    >>> masks(params, scores, config, threshold=0.5)["fc.w"].tolist()
+    [[True], [False], [False]]
+    """
+    where = "movement.masks"
+    _check_scores(where, params, scores, config)
+    return _masks(where, params, scores, config, threshold)
+
+
+def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any = None) -> Any:
+    r"""Returns ``params`` as the model is to see them: zeros where pruned, scores attached.
+
+    The value is that of ``apply_masks(params, masks(params, scores, config, threshold))``.
+    Gradients with respect to the weights are those of kept weights; with respect to the scores they
+    go straight through the mask, to pruned units too:
+
+    $$W' = W \odot M(S), \qquad
+      \frac{\partial L}{\partial s_u} := \sum_{i \in u} \frac{\partial L}{\partial W'_i} W_i$$
+
+    A descent step thus raises the score of what moves away from zero. An infinite score gets none:
+    it keeps a unit, or prunes it, for good.
+
+    Args:
+        params, scores, config, threshold: as in :func:`masks`.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`masks`; scores of a layer that is not pruned.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params, scores = {"w": jnp.array([[2.0, -3.0]])}, {"w": jnp.array([[1.0, 0.0]])}
+    >>> layer = pp.make_layer(params, "w", "Linear", out_axes=0, in_axes=1)
+    >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> def loss(params, scores):
+    ...     return jnp.sum(apply(params, scores, config)["w"] * jnp.array([[10.0, 100.0]]))
+    >>> loss(params, scores).item()
+    20.0
+    >>> by_weight, by_score = jax.grad(loss, argnums=(0, 1))(params, scores)
+    >>> by_weight["w"].tolist(), by_score["w"].tolist()
+    ([[10.0, 0.0]], [[20.0, -300.0]])
+    """
+    where = "movement.apply"
+    _check_scores(where, params, scores, config)
+    for name in scores:
+        names = [layer.name for layer in config.layers]
+        if name not in names:
+            message = f"{where}: scores name {name!r}, which the config does not prune"
+            raise KeyError(missing(message, name, names))
+    found = flatten(_masks(where, params, scores, config, threshold)).leaves
+    tree = flatten(params)
+    seen = {path: zero_pruned(tree.leaves[path], mask) for path, mask in found.items()}
+    for layer in config.layers:
+        weight = tree.leaves[layer.weight]
+        xp = namespace(weight)
+        # Zero in value, one in derivative, spread over the weights of each unit. The product is of
+        # float32, so that the sums that gradients are made of are.
+        through = _through(array_like(weight, scores[layer.name]))
+        if _in_units(config):
+            through = spread(xp, through, grid(layer, config.granularity))
+        through = through * xp.astype(stop_gradient(weight), xp.float32)
+        seen[layer.weight] = seen[layer.weight] + xp.astype(through, weight.dtype)
+    return tree.rebuild({**tree.leaves, **seen})
+
+
+def penalty(scores: Mapping[str, Any]) -> Any:
+    r"""Returns the regulariser of the soft form, a float32 scalar in [0, 1].
+
+    $$\frac{1}{L} \sum_l \operatorname{mean}_u \sigma(s_{l,u})$$
+
+    To be added to the loss, times a number, and times :func:`ramp` in NNI; it presses scores below
+    the threshold where the loss does not hold them up.
+
+    Raises:
+        ValueError: there are no scores.
+
+    >>> import jax.numpy as jnp
+    >>> penalty({"one": jnp.zeros((2, 3)), "two": jnp.array([[-jnp.inf, jnp.inf, jnp.inf]])}).item()
+    0.583
+    """
+    if not scores:
+        raise ValueError("movement.penalty: there are no scores")
+    total: Any = 0.0
+    for score in scores.values():
+        xp = namespace(score)
+        # 1 / (1 + exp(-s)), which does not overflow.
+        total = total + xp.mean(0.5 + 0.5 * xp.tanh(0.5 * xp.astype(score, xp.float32)))
+    return total / len(scores)
+
+
+def ramp(steps: int, *, warm_up: int, cool_down: int) -> np.ndarray:
+    r"""Returns how much of the final sparsity is asked for at each step, float32 ``(steps,)``.
+
+    $$r_t = 1 - \left(1 - \frac{t - t_w}{t_c - t_w}\right)^3$$
+
+    for a step before which t were taken; 0 up to ``warm_up`` ($t_w$) and 1 from ``cool_down``
+    ($t_c$) on. A table made in float64, to index or to scan over; :func:`at` clips the index. Zhu
+    and Gupta 2017, arXiv:1710.01878, eq. 1, as in Sanh et al. 2020; NNI's scale.
+
+    Args:
+        steps: length of the training run.
+        warm_up: how many steps there are before anything is pruned; at least 0.
+        cool_down: the step at which the final sparsity is reached; after ``warm_up``, and not
+            after ``steps``.
+
+    Raises:
+        TypeError, ValueError: they are no such integers.
+
+    >>> ramp(6, warm_up=1, cool_down=5).tolist()
+    [0.0, 0.0, 0.578125, 0.875, 0.984375, 1.0]
+    """
+    return _ramp("movement.ramp", steps, warm_up, cool_down).astype(np.float32)
+
+
+def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Config:
+    """Returns the configs of all steps in one: counts are tables ``(steps,)``, int32.
+
+    Row t holds :func:`ramp` at t of the final counts, those of ``config``, rounded down as
+    everywhere (:func:`purepruning.count_of`). Scan over it together with the batches, or take the
+    row of a step with :func:`at`. Counts of ``config`` may be arrays; tables then have ``steps`` as
+    their last axis, and ``vmap`` over the first.
+
+    Args:
+        config: the resolved rules.
+        steps, warm_up, cool_down: as in :func:`ramp`.
+
+    Raises:
+        TypeError, ValueError: as :func:`ramp`; a count is missing or traced, a rule has a gradual
+            schedule of its own, or the config is of N:M, whose counts are fixed.
+
+    >>> from purepruning import Layer, resolve
+    >>> layer = Layer("fc", "Linear", "fc.w", (4, 25), out_axes=(1,), in_axes=(0,))
+    >>> config = resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> schedule(config, 6, warm_up=1, cool_down=5).counts["fc"].tolist()
+    [0, 0, 28, 43, 49, 50]
+    """
+    where = "movement.schedule"
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{where}: config must be what resolve returned, got {type(config).__name__}"
+        )
+    share = _ramp(where, steps, warm_up, cool_down)
+    tables = {}
+    for pool in config.pools:
+        count = config.counts.get(pool.name)
+        if pool.gradual is not None:
+            raise ValueError(
+                f"{where}: rule {pool.rule} has gradual keys, but steps come from warm_up and "
+                "cool_down; give the rule a 'sparsity' instead"
+            )
+        if isinstance(config.granularity, NM):
+            raise ValueError(f"{where}: the sparsity of {config.granularity} is fixed")
+        if count is None:
+            raise ValueError(
+                f"{where}: rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the "
+                "rule or call config.with_sparsity(...)"
+            )
+        if not is_concrete(count):
+            raise TypeError(
+                f"{where}: the count of {pool.name!r} is not known under jit or vmap; make the "
+                "schedule outside, and map over it"
+            )
+        final = np.asarray(count, np.int64)[..., None]
+        tables[pool.name] = np.asarray(pool.allow(counts_of(share, final)), np.int32)
+    return dataclasses.replace(config, counts=tables)
+
+
+def at(configs: Config, step: Any) -> Config:
+    """Returns the config of one step, of what :func:`schedule` returned.
+
+    Args:
+        configs: the schedule.
+        step: how many steps were taken before; may be traced. Beyond the end, the last one's.
+
+    Raises:
+        TypeError: ``step`` is no integer.
+        ValueError: it is negative; ``configs`` is no schedule.
+    """
+    where = "movement.at"
+    if not isinstance(configs, Config):
+        raise TypeError(
+            f"{where}: configs must be what schedule returned, got {type(configs).__name__}"
+        )
+    if isinstance(step, int | np.integer) and not isinstance(step, bool):
+        if step < 0:
+            raise ValueError(f"{where}: step must be at least 0, got {step}")
+    elif not hasattr(step, "dtype") or not namespace(step).isdtype(step.dtype, "integral"):
+        raise TypeError(f"{where}: step must be an integer, got {step!r}")
+    for name, table in configs.counts.items():
+        if not getattr(table, "ndim", 0):
+            raise ValueError(f"{where}: the counts of {name!r} are no table made by schedule")
+    return configs.with_counts({n: _row(table, step) for n, table in configs.counts.items()})
+
+
+def _row(table: Any, step: Any) -> Any:
+    last = table.shape[-1] - 1
+    if not hasattr(step, "dtype"):
+        row = table[..., min(step, last)]
+        return row if row.ndim else int(row) if is_concrete(row) else row
+    xp = namespace(step)
+    index = xp.reshape(xp.clip(int32(xp, step, step), 0, last), (1,))
+    return xp.take(int32(xp, table, step), index, axis=-1)[..., 0]
+
+
+def _ramp(where: str, steps: Any, warm_up: Any, cool_down: Any) -> np.ndarray:
+    given = {"steps": steps, "warm_up": warm_up, "cool_down": cool_down}
+    for name, value in given.items():
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+    steps, warm_up, cool_down = map(operator.index, given.values())
+    if not 0 <= warm_up < cool_down <= steps:
+        raise ValueError(
+            f"{where}: expected 0 <= warm_up < cool_down <= steps, got warm_up={warm_up}, "
+            f"cool_down={cool_down}, steps={steps}"
+        )
+    left = (cool_down - np.arange(steps, dtype=np.float64)) / (cool_down - warm_up)
+    return 1 - np.clip(left, 0, 1) ** 3
+
+
+# What scores are, and the selection by them.
+def _in_units(config: Config) -> bool:
+    """Whether scores are ``(members, units)``, not of the weights' shapes."""
+    return not (config.granularity == "element" or isinstance(config.granularity, NM))
+
+
+def _shape(layer: Layer, config: Config) -> tuple[int, ...]:
+    if not _in_units(config):
+        return layer.shape
+    g = grid(layer, config.granularity)
+    return g.n_members, g.n_units
+
+
+def _check_scores(where: str, params: Any, scores: Any, config: Config) -> None:
+    weights = weights_of(where, flatten(params).leaves, config)
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"{where}: scores must be a dict by layer name, as movement.init returns it, "
+            f"got {type(scores).__name__}"
+        )
+    for layer in config.layers:
+        if layer.name not in scores:
+            message = f"{where}: scores have no layer {layer.name!r}"
+            raise KeyError(missing(message, layer.name, scores))
+        score, wanted = scores[layer.name], _shape(layer, config)
+        what = f"{where}: scores of layer {layer.name!r}"
+        if not hasattr(score, "shape") or not hasattr(score, "dtype"):
+            raise TypeError(f"{what} must be an array, got {score!r}")
+        if not namespace(score).isdtype(score.dtype, "real floating"):
+            raise TypeError(f"{what} must be floating, got {score.dtype}")
+        if tuple(score.shape) != wanted:
+            raise ValueError(
+                f"{what} have shape {tuple(score.shape)}, but the layer needs {wanted}; are they "
+                "of another model, or of another granularity?"
+            )
+        weight = weights[layer.weight]
+        if is_torch(score) and not is_torch(weight):
+            raise TypeError(f"{what} are torch tensors, but its weight is {type(weight).__name__}")
+
+
+def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
+    """Returns the threshold of scores for that of their sigmoids."""
+    if isinstance(config.granularity, NM):
+        raise ValueError(f"{where}: a threshold has no meaning for {config.granularity}")
+    if config.scope != "layer":
+        raise ValueError(
+            f"{where}: a threshold compares no layers; resolve the config with scope='layer'"
+        )
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not is_number and not (
+        hasattr(threshold, "dtype")
+        and namespace(threshold).isdtype(threshold.dtype, "real floating")
+    ):
+        raise TypeError(f"{where}: threshold must be a number, got {threshold!r}")
+    if tuple(getattr(threshold, "shape", ())):
+        raise ValueError(
+            f"{where}: threshold has shape {tuple(threshold.shape)}; map over it with vmap"
+        )
+    if is_concrete(threshold) and not 0 <= float(threshold) < 1:
+        raise ValueError(f"{where}: threshold must lie in [0, 1), got {float(threshold)}")
+    if not hasattr(threshold, "dtype") or isinstance(threshold, np.generic | np.ndarray):
+        t = float(threshold)
+        return float(np.float32(math.log(t) - math.log1p(-t))) if t else -math.inf
+    xp = namespace(threshold)
+    t = xp.astype(threshold, xp.float32)
+    return xp.log(t) - xp.log1p(-t)
+
+
+def _masks(where: str, params: Any, scores: Any, config: Config, threshold: Any) -> Any:
+    leaves = flatten(params).leaves
+    constant = {
+        layer.name: array_like(leaves[layer.weight], stop_gradient(scores[layer.name]))
+        for layer in config.layers
+    }
+    if threshold is None:
+        return prune(_MOVEMENT._replace(name=where), params, constant, config)
+    return _soft(where, params, constant, config, _checked_threshold(where, threshold, config))
+
+
+def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cut: Any) -> Any:
+    if config.inverted:
+        raise ValueError(f"{where}: a threshold has no meaning for inverted scores")
+    if config.allocation is not None:
+        raise ValueError(f"{where}: a threshold looks at every channel alone, not at coupled ones")
+    tree, found = flatten(params), {}
+    before = by_path(config.masks, tree.leaves) if config.masks else {}
+    nan = []
+    for pool in config.pools:
+        for layer in pool.layers:
+            g = grid(layer, config.granularity)
+            xp = namespace(scores[layer.name])
+            score = xp.astype(scores[layer.name], xp.float32)
+            if not _in_units(config):
+                score = fold(xp, score, g, xp.sum)  # of one weight each: only the order changes
+            if layer.weight in before:
+                whole = spread_mask(before[layer.weight], tree.leaves[layer.weight])
+                score = xp.where(fold(xp, whole, g, any_of), score, -math.inf)
+            keep = ~(score <= cut)  # what is NaN under jit stays to be seen
+            if not pool.allow_empty:
+                keep = keep | _highest(xp, score)
+            found[layer.weight] = spread(xp, keep, g)
+            flag = xp.any(xp.isnan(score))
+            if is_concrete(flag) and bool(flag):
+                nan.append(layer.name)
+    if nan:
+        raise ValueError(f"{where}: scores of layer {', '.join(map(repr, nan))} are NaN")
+    if config.bias == "follow":
+        for path, keep in bias_masks(config.layers, found, config.granularity).items():
+            found[path] = namespace(keep).reshape(keep, tuple(tree.leaves[path].shape))
+    return tree.rebuild(found)
+
+
+def _highest(xp: Any, score: Any) -> Any:
+    """Returns which unit of each row ranks highest: of equal ones the last."""
+    n = score.shape[1]
+    place = n - 1 - xp.argmax(xp.flip(score, axis=1), axis=1, keepdims=True)
+    return xp.reshape(iota(xp, n, score), (1, n)) == int32(xp, place, score)
+
+
+def _through(score: Any) -> Any:
+    """Returns zeros whose derivative by ``score`` is one; zero where it is infinite or NaN."""
+    xp = namespace(score)
+    score = xp.astype(score, xp.float32)
+    score = xp.where(xp.isfinite(score), score, xp.zeros_like(score))
+    return score - stop_gradient(score)
+
+
+def _element(weight: Any, score: Any) -> Piece:
+    return Piece((score,), _first)
+
+
+def _first(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
+    xp = namespace(arrays[0])
+    return xp.astype(arrays[0], xp.float32)
+
+
+def _unit(weight: Any, score: Any, g: Grid) -> Any:
+    return namespace(score).astype(score, namespace(score).float32)
+
+
+_MOVEMENT = Criterion(
+    "movement",
+    element=_element,
+    channel=_unit,
+    block=_unit,
+    of=lambda scores, layer: scores[layer.name],
+)

@@ -1,0 +1,389 @@
+"""Masks in an Optax chain: pruned weights stay exactly zero, whatever the optimizer does.
+
+And pruning in one: :func:`prune_on_schedule` makes the masks as training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from purepruning.arguments import missing
+from purepruning.arrays import is_concrete
+from purepruning.config.config import Config
+from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
+from purepruning.schedules import schedule as clock
+from purepruning.schedules.schedule import Schedule, ScheduleState
+from purepruning.trees import flatten
+
+
+class KeepPrunedState(NamedTuple):
+    """State of :func:`keep_pruned`: arrays only.
+
+    Attributes:
+        masks: mask by parameter path; parameters that are not pruned have none.
+        inner: state of the optimizer that is kept off pruned weights; ``()`` if there is none.
+    """
+
+    masks: dict[str, Any]
+    inner: Any
+
+
+def keep_pruned(
+    masks: Any, inner: optax.GradientTransformation | optax.MultiSteps | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Returns a transform after which pruned weights are exactly zero; it goes last in a chain.
+
+    $$u_i \leftarrow u_i \text{ if } m_i \text{ else } -w_i$$
+
+    ``optax.apply_updates`` then adds $-w_i$ to $w_i$, which is 0 in every float format; no momentum
+    or weight decay gets past it. From the first update on that holds also for weights that were
+    not zero before; infinite or NaN ones stay, so apply masks once to begin with
+    (:func:`purepruning.apply_masks`). Nothing else has to be called: it works in
+    a Flax ``TrainState`` or ``nnx.Optimizer``, inside and outside ``optax.MultiSteps`` and
+    ``optax.inject_hyperparams``, under ``jit``, ``vmap`` and ``scan``.
+
+    The masks are copied into the state, so that checkpoints hold them, donated buffers are no
+    concern, and :func:`set_masks` can replace them between steps.
+
+    There are two ways to use it::
+
+        tx = optax.chain(optax.adamw(1e-3), keep_pruned(masks))
+        tx = keep_pruned(masks, optax.adamw(1e-3))
+
+    In the first, the optimizer sees dense gradients, and its moments of pruned weights live on. In
+    the second it sees zero gradients and parameters there, and its moments are set to zero after
+    each step: global norms, factored moments and gradient accumulators have no part of pruned
+    weights, and a weight that comes back starts anew. State that has not the parameter's shape
+    (Adafactor's rows and columns) is left alone.
+
+    Args:
+        masks: tree of booleans with None where nothing is pruned, matched to parameters by path.
+        inner: optimizer to keep off pruned weights.
+
+    Raises:
+        KeyError, ValueError, TypeError: by ``init``, as :func:`purepruning.apply_masks`.
+        ValueError: by ``update``, without ``params``.
+        KeyError: by ``update``, if params or updates lack a masked parameter.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    >>> masks = {"w": jnp.array([True, False]), "b": None}
+    >>> tx = optax.chain(optax.sgd(0.5), keep_pruned(masks))
+    >>> updates, state = tx.update({"w": jnp.ones(2), "b": jnp.ones(1)}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].tolist()
+    [0.5, 0.0]
+    """
+    if isinstance(inner, optax.MultiSteps):
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    elif inner is not None:
+        inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> KeepPrunedState:
+        leaves = flatten(params).leaves
+        # optax.tree_utils.tree_map_params asks for a state of no parameters.
+        keep = by_path(masks, leaves) if leaves else by_path(masks, masks)
+        copies = {path: jnp.array(mask, copy=True) for path, mask in keep.items()}
+        return KeepPrunedState(copies, () if inner is None else inner.init(params))
+
+    def update(
+        updates: Any, state: KeepPrunedState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, KeepPrunedState]:
+        if params is None:
+            raise ValueError(
+                "keep_pruned needs the parameters: call update(updates, state, params)"
+            )
+        keep = by_path(state.masks, params)
+        _check_updates(updates, keep)
+        inner_state = state.inner
+        if inner is not None:
+            leaves = flatten(params).leaves
+            shapes = {path: leaves[path].shape for path in keep}
+            updates, inner_state = inner.update(
+                _zero_pruned(updates, keep, shapes),
+                inner_state,
+                _zero_pruned(params, keep, shapes),
+                **extra_args,
+            )
+            inner_state = optax.tree_utils.tree_map_params(
+                inner,
+                lambda moments: _zero_pruned(moments, keep, shapes),
+                inner_state,
+                is_leaf=lambda _: True,  # whole trees of moments, to match them by path
+            )
+        return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class PruneOnScheduleState(NamedTuple):
+    """State of :func:`prune_on_schedule`: arrays only.
+
+    Attributes:
+        schedule: where the schedule is.
+        kept: the masks in force, and the state of the optimizer that is kept off pruned weights.
+    """
+
+    schedule: ScheduleState
+    kept: KeepPrunedState
+
+
+def prune_on_schedule(
+    pruner: Callable[[Any, Any, Config], Any],
+    schedule: Schedule | ScheduleState,
+    config: Config,
+    inner: optax.GradientTransformation | optax.MultiSteps | None = None,
+    *,
+    masks: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns :func:`keep_pruned` with masks that the pruner makes anew when the schedule says so.
+
+    At a step that is due, the pruner ranks the parameters as they are before the update; what is
+    pruned stays pruned (:meth:`purepruning.Config.with_masks`), and pools whose turn it is not keep
+    their masks. Then, as at every step, pruned weights go to zero. Steps are calls of ``update``:
+    within ``optax.MultiSteps``, real updates; so put it inside. There it is, as
+    :func:`keep_pruned`, the last of a chain, or has the optimizer inside::
+
+        tx = optax.chain(optax.adamw(1e-3), prune_on_schedule(pp.level, schedule, config))
+        tx = prune_on_schedule(pp.level, schedule, config, optax.adamw(1e-3))
+
+    The events are in the state, as arrays, so that it is compiled once, and checkpoints hold them.
+    Under ``jit`` a step that is not due prunes nothing (``lax.cond``); under ``vmap`` too, as long
+    as the schedule's counter has no batch axis: where states are mapped over, with
+    :func:`purepruning.vmap_axes`.
+
+    Statistics for the pruner are the extra argument ``stats`` of ``update``. A ``TrainState`` of
+    Flax passes no extra arguments on; there, and where pruning is better kept out of the step, use
+    the schedule's ``step``, the pruner and :func:`set_masks` directly. The result is the same.
+
+    Args:
+        pruner: ``(params, stats, config) -> masks``, traceable.
+        schedule: what to prune when; or a state to begin with, as its ``init`` returned, maybe with
+            counts that are traced.
+        config: the resolved rules.
+        inner: optimizer to keep off pruned weights.
+        masks: what is pruned to begin with; name here, as :func:`purepruning.expand` does, other
+            parameters that the pruner has masks for than those of the config's layers.
+
+    Raises:
+        ValueError, TypeError: by ``init``, as :meth:`purepruning.Schedule.init`; by ``update``, as
+            the pruner, or without ``params``.
+        KeyError: a parameter is missing, or the pruner has a mask for one that the state has none
+            for.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import purepruning as pp
+    >>> params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    >>> layer = pp.make_layer(params, "w", "Linear", out_axes=1, in_axes=0)
+    >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
+    >>> tx = optax.chain(optax.sgd(0.5), prune_on_schedule(pp.level, pp.linear(end=2), config))
+    >>> state = tx.init(params)
+    >>> for _ in range(4):
+    ...     updates, state = tx.update({"w": jnp.ones((1, 4))}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     print(params["w"].tolist())
+    [[3.5, 2.5, 1.5, 0.5]]
+    [[3.0, 2.0, 1.0, 0.0]]
+    [[2.5, 1.5, 0.0, 0.0]]
+    [[2.0, 1.0, 0.0, 0.0]]
+    """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"prune_on_schedule: config is what resolve returned, got {type(config).__name__}"
+        )
+    if not isinstance(schedule, Schedule | ScheduleState):
+        raise TypeError(
+            "prune_on_schedule: schedule must be a Schedule, such as agp(...), or a state of one, "
+            f"got {type(schedule).__name__}"
+        )
+    keeper = keep_pruned({}, inner)
+
+    def init(params: Any) -> PruneOnScheduleState:
+        state = schedule.init(config) if isinstance(schedule, Schedule) else schedule
+        kept = keep_pruned(_places(config, params, masks), inner).init(params)
+        return PruneOnScheduleState(jax.tree.map(jnp.array, state), kept)
+
+    def update(
+        updates: Any,
+        state: PruneOnScheduleState,
+        params: Any = None,
+        *,
+        stats: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, PruneOnScheduleState]:
+        if params is None:
+            raise ValueError(
+                "prune_on_schedule needs the parameters: call update(updates, state, params)"
+            )
+        due, old = clock.due(state.schedule), state.kept.masks
+
+        def prune() -> dict[str, Any]:
+            # Looked up here, in the branch: there may be many pools.
+            now = config.with_counts(clock.counts(state.schedule)).with_masks(old)
+            turns = clock.turns(state.schedule)
+            return _replaced(old, pruner(params, stats, now), config, turns)
+
+        if is_concrete(due):
+            new = prune() if due else old
+        else:
+            new = jax.lax.cond(due, prune, lambda: old)
+        updates, kept = keeper.update(
+            updates, KeepPrunedState(new, state.kept.inner), params, **extra_args
+        )
+        return updates, PruneOnScheduleState(clock.advance(state.schedule), kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
+    """Returns whole masks for all that the config may prune, and those given."""
+    leaves = flatten(params).leaves
+    named = by_path(masks, leaves) if leaves else named_masks(masks)
+    for path, mask in (by_path(config.masks, leaves) if leaves else config.masks).items():
+        named[path] = named[path] & mask if path in named else mask
+    shapes = {layer.weight: layer.shape for layer in config.layers}
+    if config.bias == "follow":
+        shapes |= {layer.bias: () for layer in config.layers if layer.bias is not None}
+    for path in leaves and shapes:
+        if path not in leaves:
+            raise KeyError(missing(f"prune_on_schedule: params have no {path!r}", path, leaves))
+    whole = {
+        path: jnp.broadcast_to(
+            named.get(path, True), leaves[path].shape if path in leaves else shape
+        )
+        for path, shape in shapes.items()
+    }
+    return named | whole
+
+
+def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, Any]) -> Any:
+    """Returns the masks in force with those of ``new``, where it is the turn of their pool."""
+    mine: dict[str | None, Any] = {}
+    for pool in config.pools if turns else ():
+        for path in (path for layer in pool.layers for path in (layer.weight, layer.bias)):
+            # A bias that layers share has the turns of all of them.
+            turn = turns[pool.name]
+            mine[path] = mine[path] | turn if path in mine else turn
+    masks = dict(old)
+    for path, mask in by_path(named_masks(new), old).items():
+        if turns and path not in mine:
+            raise ValueError(
+                f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
+                "with pools that are pruned at different steps it is not known when it is due"
+            )
+        # What was pruned before stays pruned, also where a count or a unit cannot say so.
+        whole = jnp.broadcast_to(mask, old[path].shape) & old[path]
+        masks[path] = jnp.where(mine[path], whole, old[path]) if turns else whole
+    return masks
+
+
+def get_masks(opt_state: Any) -> dict[str, Any]:
+    """Returns the masks in :func:`keep_pruned`'s state, wherever it is, by parameter path.
+
+    Raises:
+        ValueError: there is no such state.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, False])}))
+    >>> get_masks(tx.init({"w": jnp.ones(2)}))
+    {'w': Array([ True, False], dtype=bool)}
+    """
+    states = _states(opt_state)
+    if not states:
+        raise ValueError("get_masks: there is no state of keep_pruned in this opt_state")
+    return {path: mask for state in states for path, mask in flatten(state.masks).leaves.items()}
+
+
+def set_masks(opt_state: Any, masks: Any) -> Any:
+    """Returns ``opt_state`` with other masks in :func:`keep_pruned`'s state, wherever it is.
+
+    Pure, and traceable. The state keeps its shapes, so that nothing is compiled again; a weight
+    that comes back is trained from zero. A parameter that ``masks`` leave out is kept whole. With
+    ``nnx.Optimizer``: ``optimizer.opt_state = nnx.data(set_masks(optimizer.opt_state, masks))``.
+
+    Raises:
+        KeyError: a mask is for a parameter that has none in the state; begin with
+            ``keep_pruned(expand(masks, params))`` to be free later.
+        ValueError: there is no such state; or a mask does not broadcast to the one it replaces.
+        TypeError: a mask is not boolean.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, True])}))
+    >>> state = set_masks(tx.init({"w": jnp.ones(2)}), {"w": jnp.array([True, False])})
+    >>> state[-1].masks
+    {'w': Array([ True, False], dtype=bool)}
+    """
+    states = _states(opt_state)
+    if not states:
+        raise ValueError("set_masks: there is no state of keep_pruned in this opt_state")
+    places = {path: old for state in states for path, old in flatten(state.masks).leaves.items()}
+    new = flatten(masks).leaves
+    for path in new:
+        if path not in places:
+            message = f"set_masks: the state has no mask for {path!r}"
+            raise KeyError(missing(message, path, places))
+    try:
+        new = by_path(new, places)
+    except ValueError as error:
+        raise ValueError(f"set_masks: a mask must fit the one it replaces: {error}") from None
+
+    def replace(node: Any) -> Any:
+        if not _is_ours(node):
+            return node
+        # Flattened, since Flax NNX wraps every array of the state.
+        old = flatten(node.masks)
+        values = {
+            path: jnp.array(jnp.broadcast_to(new.get(path, True), mask.shape), copy=True)
+            for path, mask in old.leaves.items()
+        }
+        return KeepPrunedState(old.rebuild(values), _map_states(replace, node.inner))
+
+    return _map_states(replace, opt_state)
+
+
+def _states(opt_state: Any) -> list[KeepPrunedState]:
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(leaf)]
+    return found + [deeper for state in found for deeper in _states(state.inner)]
+
+
+def _map_states(function: Any, opt_state: Any) -> Any:
+    return jax.tree.map(function, opt_state, is_leaf=_is_ours)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, KeepPrunedState)
+
+
+def _check_updates(updates: Any, keep: dict[str, Any]) -> None:
+    leaves = flatten(updates).leaves
+    for path in keep:
+        if path not in leaves:
+            raise KeyError(missing(f"keep_pruned: there is no update for {path!r}", path, leaves))
+
+
+def _zero_pruned(tree: Any, keep: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """Returns ``tree`` with zeros where pruned, in the leaves of their parameter's shape."""
+    flat = flatten(tree)
+    zeroed = {
+        path: zero_pruned(leaf, keep[path])
+        for path, leaf in flat.leaves.items()
+        if path in keep and leaf.shape == shapes[path]
+    }
+    return flat.rebuild({**flat.leaves, **zeroed})
+
+
+def _to_zero(updates: Any, params: Any, keep: dict[str, Any]) -> Any:
+    tree, weights = flatten(updates), flatten(params).leaves
+    closed = {path: _towards_zero(tree.leaves[path], weights[path], keep[path]) for path in keep}
+    return tree.rebuild({**tree.leaves, **closed})
+
+
+def _towards_zero(update: Any, weight: Any, mask: Any) -> Any:
+    # In the dtype of their sum: a float32 weight rounded to a bfloat16 update would leave a rest.
+    dtype = jnp.promote_types(update.dtype, weight.dtype)
+    mask = spread_mask(mask, weight)
+    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
