@@ -11,7 +11,7 @@ model = nn.Sequential([nn.Dense(300), nn.relu, nn.Dense(10)])
 params = model.init(jax.random.key(0), x)["params"]
 
 layers = linen.layers(model, params, x)
-config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], layers)
+config = pp.resolve(0.8, layers)
 masks = pp.level(params, None, config)
 params = pp.apply_masks(params, masks)
 print(pp.summarize(params, masks, layers))

@@ -9,7 +9,7 @@ model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))  # cha
 params = dict(model.named_parameters())  # changed
 
 layers = interop.layers(model)  # changed
-config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], layers)
+config = pp.resolve(0.8, layers)
 masks = pp.level(params, None, config)
 params = pp.apply_masks(params, masks)
 print(pp.summarize(params, masks, layers))

@@ -39,10 +39,7 @@ def fraction(value: Any, where: str) -> float:
     0.39999998 is 2/5, and 0.6666666 is 2/3.
     """
     dtype = getattr(value, "dtype", None)
-    number = isinstance(value, int | float) or (
-        dtype is not None and np.ndim(value) == 0 and jnp.issubdtype(dtype, jnp.number)
-    )
-    if not number or isinstance(value, bool) or dtype == np.bool_:
+    if not is_number(value):
         raise TypeError(f"{where} must be a number, got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
@@ -51,6 +48,14 @@ def fraction(value: Any, where: str) -> float:
         noise = near * 2 * Fraction(float(jnp.finfo(dtype).eps))
         return float(_simplest(near - noise, min(near + noise, Fraction(1))))
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is one number, of Python or of an array library; a boolean is none."""
+    if isinstance(value, int | float):
+        return not isinstance(value, bool)
+    dtype = getattr(value, "dtype", None)
+    return isinstance(dtype, np.dtype) and np.ndim(value) == 0 and jnp.issubdtype(dtype, jnp.number)
 
 
 def _simplest(low: Fraction, high: Fraction) -> Fraction:

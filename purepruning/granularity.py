@@ -158,6 +158,18 @@ def grid(layer: Layer, granularity: Granularity) -> Grid:
     return Grid(shape, tuple(tiles_), tuple(sizes_), stacked, units)
 
 
+def has_units(layer: Layer, granularity: Granularity) -> bool:
+    """Whether the weight of ``layer`` has the axes that units of ``granularity`` lie along."""
+    if 0 in layer.shape:
+        return False
+    if granularity == "element":
+        return True
+    if isinstance(granularity, Block):
+        axes = len(layer.shape) - len(layer.stack_axes)
+        return len(granularity.shape) <= axes
+    return bool(layer.out_axes if granularity == "output_channel" else layer.in_axes)
+
+
 def _block(layer: Layer, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
     order = (*layer.out_axes, *layer.in_axes, *layer.spatial_axes)
     if len(block.shape) > len(order):

@@ -40,8 +40,8 @@ OP_TYPES = (
 )
 
 
-#: What ``'default'`` in a rule's ``op_types`` stands for: the weighted layers of NNI, without
-# norms.
+#: What ``'default'`` in a rule's ``op_types`` stands for: kernels and embeddings, the packed
+#: projections of attention and recurrent layers included, and PReLU as in NNI; no norms, no biases.
 DEFAULT_OP_TYPES = (
     *(f"Conv{d}d" for d in (1, 2, 3)),
     *(f"ConvTranspose{d}d" for d in (1, 2, 3)),
@@ -50,6 +50,10 @@ DEFAULT_OP_TYPES = (
     "PReLU",
     "Embedding",
     "EmbeddingBag",
+    "MultiheadAttention",
+    "RNN",
+    "LSTM",
+    "GRU",
 )
 
 

@@ -32,6 +32,7 @@ from purepruning.config.rules import (
     gradual,
     integer,
     maximum,
+    selects_default,
     sparsity_of,
 )
 from purepruning.counts import count_of
@@ -89,7 +90,8 @@ def allocate(
     """
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be what couple returned, got {type(coupling).__name__}")
-    selected = _selected(rules, table, chosen, coupling, scope)
+    kept: list[KeptWhole] = []
+    selected = _selected(rules, table, chosen, coupling, scope, kept)
     asked = [x.iterations for x in selected if x.iterations is not None]
     if len(set(asked)) > 1:
         raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(set(asked))}")
@@ -98,7 +100,7 @@ def allocate(
         i: [x for x in selected if i in x.groups]
         for i in sorted({i for x in selected for i in x.groups})
     }
-    kept, free = [], {}
+    free = {}
     for i, members in by_group.items():
         reason = _protected(coupling, i, members, table, chosen, excluded)
         if reason is None:
@@ -117,7 +119,7 @@ def allocate(
             if options.extra != "none":
                 builder.add_extra(i, members, common=i in free)
         config = Config({}, tuple(builder.pools), "layer", "output_channel", bias)
-    if selected and not builder.sets:
+    if (selected or kept) and not builder.sets:
         raise ValueError(
             "nothing that the rules select can be pruned: " + "; ".join(map(str, kept[:3]))
         )
@@ -148,7 +150,9 @@ def _selected(
     chosen: Mapping[str, int],
     coupling: Coupling,
     scope: Scope,
+    kept: list[KeptWhole],
 ) -> list[_Selected]:
+    """Returns the selected layers with their units; ``kept`` gets those that have none to lose."""
     found = []
     spans = spans_of(coupling)
     for number, rule in enumerate(rules):
@@ -164,9 +168,14 @@ def _selected(
         for layer in mine:
             units = channel_units(coupling, layer, f"rule {number}")
             if not units.any():
+                reason = pinned(coupling, layer)
+                if selects_default(rule):
+                    one = (layer.name,)
+                    kept.append(KeptWhole(layer.name, layer.out_channels, one, reason))
+                    continue
                 raise ValueError(
-                    f"rule {number}: layer {layer.name!r} has no channel that can go: "
-                    f"{pinned(coupling, layer)}; exclude it"
+                    f"rule {number}: layer {layer.name!r} has no channel that can go: {reason}; "
+                    "exclude it"
                 )
             kinds.append(kinds_of(coupling, units))
             found.append(

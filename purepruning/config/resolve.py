@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import one_of, whole_number
+from purepruning.arguments import is_number, one_of, whole_number
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.rules import (
     Rule,
@@ -46,7 +46,7 @@ _UNITS_LIMIT = 2**31
 
 
 def resolve(
-    rules: Iterable[Rule],
+    rules: float | Rule | Iterable[Rule],
     layers: Iterable[Layer],
     *,
     scope: Scope = "layer",
@@ -61,12 +61,18 @@ def resolve(
 ) -> Config:
     """Returns the config that ``rules`` mean for the model that ``layers`` describe.
 
+    A number is the sparsity of all kernels and embeddings: ``resolve(0.8, layers)``.
+
     A rule is a dictionary as NNI writes them. It selects the layers that satisfy every selector it
-    has; of several rules that select a layer, the last one counts:
+    has; of several rules that select a layer, the last one counts. A rule without selectors,
+    ``{"sparsity": 0.8}``, selects the layers of the ``"default"`` types that have units of the
+    granularity:
 
     - ``op_types``: canonical types (``"Conv2d"`` also selects a Flax ``Conv`` over two dimensions),
-      class names, or ``"default"`` for all weighted layers but norms. A string or a list.
-    - ``op_names``: layer names; ``op_partial_names``: parts of layer names.
+      class names, or ``"default"``: kernels and embeddings, the packed projections of attention and
+      recurrent layers included, and PReLU as in NNI; no norms, no biases. A string or a list.
+    - ``op_names``: layer names; ``op_partial_names``: parts of layer names; ``op_names_re``:
+      regular expressions that layer names begin with (``re.match``, as in NNI 3.0).
     - ``exclude``: if True, the selected layers are not pruned.
     - ``sparsity`` (or ``sparsity_per_layer``): fraction of every layer's units to prune, in [0, 1);
       in global scope ``sparsity`` (or ``total_sparsity``): fraction of the weights of all the
@@ -94,13 +100,14 @@ def resolve(
       ones, as NNI does from 2.9 on.
     - A layer that makes such channels and that no rule selects, or that one excludes, protects
       them: nothing is pruned in common. :attr:`Config.kept_whole` lists what stays, and why. A
-      selected layer whose channels all stay by themselves (the outputs of a model) is an error.
+      layer whose channels all stay by themselves (the outputs of a model) is listed there if a rule
+      without selectors selects it, and is an error if a rule names it.
     - With ``scope="global"`` the units of all layers are ranked together, and the lowest go until
       the whole model's parameters or multiply-adds are at most ``1 - sparsity`` of what they were:
       fewer would not do.
 
     Args:
-        rules: the rules, in order.
+        rules: the rules, in order; or one of them; or a sparsity.
         layers: the layer table.
         scope: ``"layer"`` prunes every layer to its own sparsity; ``"global"`` ranks the units of
             all layers of a rule together, each at the cost of its number of weights, and prunes the
@@ -150,14 +157,12 @@ def resolve(
             f"scope must be 'layer' for {granularity}: every group keeps its own share"
         )
     _check_table(table)
-    if isinstance(rules, Mapping | str) or not isinstance(rules, Iterable):
-        raise TypeError(f"rules must be a list of dictionaries, got {type(rules).__name__}")
-    rules = list(rules)
+    rules = _as_list(rules)
     chosen: dict[str, int] = {}
     excluded: dict[str, int] = {}
     for number, rule in enumerate(rules):
         check_keys(number, rule)
-        for layer in selected_layers(number, rule, table):
+        for layer in selected_layers(number, rule, table, granularity):
             chosen.pop(layer.name, None)
             excluded.pop(layer.name, None)
             (excluded if rule.get("exclude", False) else chosen)[layer.name] = number
@@ -183,6 +188,19 @@ def resolve(
         count = None if given is None else checked_count(pool, given, where)
         counts[pool.name] = count
     return Config(counts, tuple(pools), scope, granularity, bias)
+
+
+def _as_list(rules: Any) -> list[Rule]:
+    if isinstance(rules, Mapping):
+        return [rules]
+    if is_number(rules):
+        return [{"sparsity": rules}]
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(
+            "rules must be a list of dictionaries, one dictionary or a sparsity such as 0.8, got "
+            f"{rules!r:.60}"
+        )
+    return list(rules)
 
 
 class _Options(NamedTuple):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from purepruning.arguments import fraction, missing, whole_number
-from purepruning.granularity import NM, Granularity
+from purepruning.granularity import NM, Granularity, has_units
 from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer
 
 Rule = Mapping[str, Any]
@@ -25,7 +26,7 @@ Scope = Literal["layer", "global"]
 MAX_SPARSITY_PER_LAYER = 0.99
 
 
-_SELECTORS = ("op_types", "op_names", "op_partial_names")
+_SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
 
 
 _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity", "final_sparsity")
@@ -48,6 +49,26 @@ _KEYS = (
     "allow_empty",
     "units",
 )
+
+
+#: The keys of NNI 3.0 that are no keys here, and what to write instead.
+KEYS_OF_NNI_3 = {
+    "sparse_ratio": "write 'sparsity'",
+    "max_sparse_ratio": "write 'max_sparsity_per_layer', with scope='global'",
+    "min_sparse_ratio": "give the layers a rule of their own",
+    "sparse_threshold": "write 'sparsity', or train scores with pp.movement",
+    "target_names": "give resolve bias='keep' to prune weights only",
+    "target_settings": "write the settings of 'weight' into the rule",
+    "granularity": "give it to resolve",
+    "global_group_id": "give resolve scope='global'",
+    "dependency_group_id": "give resolve coupling=pp.couple(fn, params, inputs)",
+    "internal_metric_block": "give resolve coupling=pp.couple(fn, params, inputs)",
+    "apply_method": "leave it out: masks are applied by pp.apply_masks",
+    "align": "leave it out: biases follow their weights unless resolve has bias='keep'",
+    "exclude_op_names": "add a rule {'op_names': ..., 'exclude': True}",
+    "exclude_op_names_re": "add a rule {'op_names_re': ..., 'exclude': True}",
+    "exclude_op_types": "add a rule {'op_types': ..., 'exclude': True}",
+}
 
 
 #: Kinds of units that a rule can choose between where an axis lies in two factors.
@@ -73,12 +94,17 @@ def check_keys(number: int, rule: Any) -> None:
     if not isinstance(rule, Mapping):
         raise TypeError(f"rule {number} must be a dictionary, got {type(rule).__name__}")
     for key in rule:
+        if key in KEYS_OF_NNI_3:
+            raise ValueError(
+                f"rule {number}: {key!r} is a key of NNI 3.0; {KEYS_OF_NNI_3[key]}, or let "
+                "pp.from_nni read the whole list"
+            )
         if key not in _KEYS:
             raise ValueError(missing(f"rule {number}: unknown key {key!r}", str(key), _KEYS))
-    if not any(key in rule for key in _SELECTORS):
+    if rule.get("exclude", False) is True and selects_default(rule):
         raise ValueError(
-            f"rule {number} selects nothing: give op_types (['default'] for every weighted layer), "
-            "op_names or op_partial_names"
+            f"rule {number} excludes, but names no layers: give it {', '.join(_SELECTORS[:-1])} or "
+            f"{_SELECTORS[-1]}"
         )
     if "quant_types" in rule:
         _strings(number, "quant_types", rule["quant_types"])
@@ -96,8 +122,20 @@ def check_keys(number: int, rule: Any) -> None:
         raise ValueError(f"rule {number}: {' and '.join(map(repr, given))} say the same; give one")
 
 
-def selected_layers(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[Layer]:
-    """Returns the layers that satisfy every selector of the rule."""
+def selects_default(rule: Rule) -> bool:
+    """Whether a rule names no layers, which stands for those of the default types."""
+    return not any(key in rule for key in _SELECTORS)
+
+
+def selected_layers(
+    number: int, rule: Rule, table: tuple[Layer, ...], granularity: Granularity
+) -> list[Layer]:
+    """Returns the layers that satisfy every selector of the rule.
+
+    A rule without one selects the layers of the default types that have units of the granularity.
+    """
+    if selects_default(rule):
+        return _default_layers(number, table, granularity)
     activations_only = "quant_types" in rule and "weight" not in rule["quant_types"]
     selected = list(table)
     for key in _SELECTORS:
@@ -114,22 +152,52 @@ def selected_layers(number: int, rule: Rule, table: tuple[Layer, ...]) -> list[L
     return selected
 
 
+def _default_layers(number: int, table: tuple[Layer, ...], granularity: Granularity) -> list[Layer]:
+    default = [x for x in table if any(map(x.has_type, DEFAULT_OP_TYPES))]
+    selected = [x for x in default if has_units(x, granularity)]
+    if table and not selected:
+        types = ", ".join(sorted({repr(x.type or x.class_name) for x in table}))
+        raise ValueError(
+            f"rule {number} names no layers, and none of the default types has units of "
+            f"granularity {granularity!r}; the model has layers of type {types}; give the rule "
+            "op_types or op_names"
+        )
+    return selected
+
+
 def _satisfies(layer: Layer, key: str, value: str) -> bool:
     if key == "op_names":
         return value in layer.names
     if key == "op_partial_names":
         return any(value in name for name in layer.names)
+    if key == "op_names_re":
+        return any(re.match(value, name) for name in layer.names)
     types = DEFAULT_OP_TYPES if value == "default" else (value,)
     return any(layer.has_type(t) for t in types)
 
 
 def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...]) -> None:
+    if key == "op_names_re":
+        _check_pattern(number, value)
     if any(_satisfies(layer, key, value) for layer in table):
         return
     names = [name for layer in table for name in layer.names]
     types = sorted({t for layer in table for t in (layer.type, layer.class_name) if t})
-    what = {"op_names": "name", "op_partial_names": "part of a name", "op_types": "type"}[key]
-    message = f"rule {number}: {key}: no layer has the {what} {value!r}"
+    what = {
+        "op_names": "the name",
+        "op_partial_names": "the part of a name",
+        "op_types": "the type",
+        "op_names_re": "a name that begins with the pattern",
+    }[key]
+    message = f"rule {number}: {key}: no layer has {what} {value!r}"
+    if key == "op_names_re":
+        inside = [name for name in names if re.search(value, name)]
+        if inside:
+            raise ValueError(
+                f"{message}, but it is inside of {len(inside)} names, such as {inside[0]!r}; put "
+                "'.*' before it"
+            )
+        raise ValueError(missing(message, re.sub(r"\\\w|[^\w.]", "", value), names))
     inside = [name for name in names if name.startswith(value + ".")]
     if key == "op_names" and inside:
         raise ValueError(
@@ -139,6 +207,16 @@ def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...])
     if key == "op_types" and value in OP_TYPES:
         raise ValueError(f"{message}; the model has {', '.join(map(repr, types)) or 'none'}")
     raise ValueError(missing(message, value, types if key == "op_types" else names))
+
+
+def _check_pattern(number: int, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"rule {number}: op_names_re: {pattern!r} is no regular expression ({error}); write a "
+            r"backslash before characters that stand for themselves, as in 'blocks\.\d+\.fc'"
+        ) from None
 
 
 def sparsity_of(number: int, rule: Rule, scope: Scope, granularity: Granularity) -> float | None:

@@ -69,8 +69,8 @@ def _checked(pruner: str, params: Any, stats: Any, config: Config) -> Any:
     """Returns what scores are made of: positions, zeros and sums of the layers that are pruned."""
     if config.granularity == "input_channel":
         raise ValueError(
-            f"{pruner} ranks output channels, but the config was resolved with "
-            "granularity='input_channel'"
+            f"{pruner} ranks output channels, but the config has granularity='input_channel'; give "
+            "resolve granularity='output_channel'"
         )
     if config.granularity != "output_channel":
         return None  # prune says what is wrong

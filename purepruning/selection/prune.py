@@ -80,12 +80,14 @@ def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., A
     else:
         score = criterion.block if isinstance(granularity, Block) else criterion.channel
     if score is None:
-        kinds = {"elements or NM": criterion.element, "channels": criterion.channel}
+        kinds = {"single weights or NM": criterion.element, "channels": criterion.channel}
         kinds["blocks"] = criterion.block
-        wanted = ", ".join(kind for kind, known in kinds.items() if known)
+        ranks = " and ".join(kind for kind, known in kinds.items() if known)
+        do = "resolve without granularity, or rank channels by their norm (pp.l1_norm)"
+        if criterion.channel is not None:
+            do = "give resolve granularity='output_channel'"
         raise ValueError(
-            f"{criterion.name} ranks {wanted}, but the config was resolved with "
-            f"granularity={granularity!r}"
+            f"{criterion.name} ranks {ranks}, but the config has granularity={granularity!r}; {do}"
         )
     return score
 

@@ -125,6 +125,11 @@ def test_a_fraction_in_float32_gives_the_count_too(n_and_k):
         ({"op_partial_names": ["conv"]}, ["block.conv2", "conv1"]),
         ({"op_partial_names": ["block."]}, ["block.bn", "block.conv2"]),
         ({"op_partial_names": "tie"}, ["fc1"]),
+        ({"op_names_re": r"fc\d"}, ["fc1", "fc2"]),
+        ({"op_names_re": ["conv", r".*conv2$"]}, ["block.conv2", "conv1"]),
+        ({"op_names_re": [".*"], "op_types": ["Conv2d"]}, ["block.conv2", "conv1"]),
+        ({"op_names_re": ["ti"]}, ["fc1"]),
+        ({}, ["block.conv2", "conv1", "fc1", "fc2", "scan"]),
         ({"op_types": ["Conv2d"], "op_partial_names": ["block"]}, ["block.conv2"]),
         ({"op_types": ["Linear"], "op_names": ["fc1", "fc2"], "op_partial_names": ["2"]}, ["fc2"]),
     ],
@@ -173,6 +178,7 @@ KEYS = {
     "op_types": ({"op_types": ["Conv2d"]}, {}),
     "op_names": ({"op_names": ["conv1"]}, {}),
     "op_partial_names": ({"op_partial_names": ["conv"]}, {}),
+    "op_names_re": ({"op_names_re": ["conv"]}, {}),
     "sparsity": (ANY | {"sparsity": 0.5}, {}),
     "sparsity_per_layer": (ANY | {"sparsity_per_layer": 0.5}, {}),
     "total_sparsity": (ANY | {"total_sparsity": 0.5}, {"scope": "global"}),
@@ -317,8 +323,14 @@ def test_quantizer_rules_are_accepted():
 WITH_NUMBER = [
     ({"op_types": ["Conv2d"], "sparsty": 0.5}, ValueError, ("'sparsty'", "nearest: 'sparsity'")),
     ({"op_types": ["Conv2d"], 5: 0.5}, ValueError, ("unknown key 5",)),
-    ({"sparsity": 0.5}, ValueError, ("op_types", "op_names", "op_partial_names")),
-    ({}, ValueError, ("op_types", "op_names", "op_partial_names")),
+    ({"exclude": True}, ValueError, ("op_types", "op_names", "op_partial_names", "op_names_re")),
+    ({"op_names_re": ["fc(1"]}, ValueError, ("op_names_re", "'fc(1'", "no regular expression")),
+    ({"op_names_re": ["fcc\\d"]}, ValueError, ("op_names_re", "nearest: 'fc")),
+    ({"op_names_re": [r"conv2$"]}, ValueError, ("op_names_re", "'block.conv2'", "put '.*' before")),
+    ({"op_names_re": [3]}, TypeError, ("op_names_re", "list of strings")),
+    (ANY | {"sparse_ratio": 0.5}, ValueError, ("'sparse_ratio'", "'sparsity'", "pp.from_nni")),
+    (ANY | {"granularity": "in_channel"}, ValueError, ("'granularity'", "resolve", "NNI 3.0")),
+    (ANY | {"exclude_op_names": ["a"]}, ValueError, ("'exclude_op_names'", "'exclude': True")),
     (ANY | {"exclude": 1}, TypeError, ("exclude", "1")),
     (ANY | {"allow_empty": "yes"}, TypeError, ("allow_empty", "'yes'")),
     (ANY | {"exclude": True, "sparsity": 0.5}, ValueError, ("excludes", "'sparsity'")),
@@ -431,8 +443,11 @@ def test_mistakes_in_options(options, parts):
 
 
 def test_mistakes_in_the_arguments_themselves():
-    for wrong in (ANY, "default", 5, None):
-        with raises(TypeError, "rules", "list of dictionaries", type(wrong).__name__):
+    for wrong in ("default", True, None):
+        with raises(TypeError, "rules", "list of dictionaries", "sparsity", repr(wrong)):
+            resolve(wrong, TABLE)
+    for wrong in (1.5, -1, np.float32(3)):
+        with raises(ValueError, "rule 0", "sparsity", "[0, 1]", repr(wrong)):
             resolve(wrong, TABLE)
     with raises(TypeError, "Layer", "str"):
         resolve([ANY], [*TABLE, "fc1"])
@@ -440,6 +455,52 @@ def test_mistakes_in_the_arguments_themselves():
         twin = dataclasses.replace(TABLE[0], **{field: getattr(TABLE[1], field)})
         with raises(ValueError, f"two layers have the {field}", getattr(TABLE[1], field)):
             resolve([ANY], [*TABLE[1:], twin])
+
+
+@pytest.mark.parametrize("granularity", ["element", "output_channel", "input_channel"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_sparsity_stands_for_the_default_layers(granularity, scope):
+    options = {"granularity": granularity, "scope": scope}
+    expected = resolve([ANY | {"sparsity": 0.5}], TABLE, **options)
+    for said in (0.5, np.float32(0.5), jnp.float32(0.5), {"sparsity": 0.5}, [{"sparsity": 0.5}]):
+        assert resolve(said, TABLE, **options) == expected
+    assert resolve(0, TABLE, **options).counts == dict.fromkeys(expected.counts, 0)
+
+
+def test_a_later_rule_takes_layers_out_of_the_default():
+    config = resolve([{"sparsity": 0.5}, {"op_names_re": ["fc"], "exclude": True}], TABLE)
+    assert [x.name for x in config.layers] == ["block.conv2", "conv1", "scan"]
+
+
+def test_the_default_types():
+    kinds = ["Conv3d", "ConvTranspose1d", "Linear", "Embedding", "MultiheadAttention", "LSTM"]
+    norms = ["BatchNorm2d", "LayerNorm", "GroupNorm", "RMSNorm"]
+    table = [Layer(kind, kind, kind, (4, 4), (0,), (1,)) for kind in [*kinds, "GRU", "RNN"]]
+    table += [Layer(kind, kind, kind, (4,), (0,)) for kind in norms]
+    table += [Layer("own", "Mine", "own", (4, 4), class_name="Mine")]
+    expected = sorted([*kinds, "GRU", "RNN"])
+    assert [x.name for x in resolve(0.5, table).layers] == expected
+    assert [x.name for x in resolve([ANY], table).layers] == expected
+
+
+def test_the_default_leaves_out_layers_without_such_units():
+    table = [*TABLE, Layer("words", "Embedding", "words", (20, 8), (1,))]
+    table += [Layer("act", "PReLU", "act", (16,), (0,)), Layer("none", "Linear", "n", (0, 8))]
+    names = ["act", *selected(ANY), "words"]
+    assert [x.name for x in resolve(0.5, table).layers] == names
+    grouped = {"granularity": "input_channel"}
+    assert [x.name for x in resolve(0.5, table, **grouped).layers] == selected(ANY)
+    tiled = {"granularity": Block((2, 2))}
+    assert [x.name for x in resolve(0.5, table, **tiled).layers] == [*selected(ANY), "words"]
+    fc = [x for x in table if x.name in ("words", "scan")]
+    assert [x.name for x in resolve(0.5, fc, granularity=NM(2, 4)).layers] == ["scan"]
+    # A rule that names them is wrong.
+    with raises(ValueError, "'words'", "input_channel"):
+        resolve([ANY], table[:-2], **grouped)
+    with raises(ValueError, "rule 0", "'BatchNorm'", "op_types", "op_names"):
+        resolve(0.5, TABLE[2:3])
+    with raises(ValueError, "rule 0", "'Embedding'", "input_channel", "op_types"):
+        resolve(0.5, table[-3:-2], **grouped)
 
 
 def test_layers_without_such_units():

@@ -289,6 +289,25 @@ def test_a_layer_that_is_not_pruned_protects_what_it_makes(rules, words):
         pp.resolve(*arguments, coupling=couple(models.Added), extra="none")
 
 
+def test_without_selectors_the_outputs_of_a_model_stay():
+    """A sparsity prunes what can be pruned and lists the rest; a rule that names it fails."""
+    coupling = couple(RESNET)
+    config = pp.resolve(0.5, RESNET.layers, coupling=coupling)
+    named = pp.resolve([ANY | {"sparsity": 0.5}, exclude("fc")], RESNET.layers, coupling=coupling)
+    assert config.counts == named.counts
+    (kept,) = config.kept_whole
+    assert (kept.name, kept.units, kept.layers) == ("fc", 10, ("fc",))
+    assert "output" in kept.reason
+    params = models.weights(RESNET.shapes, 3)
+    both = [gone(pp.l1_norm(as_jax(params), None, c), RESNET) for c in (config, named)]
+    assert both[0] == both[1]
+    with raises(ValueError, "'fc'", "no channel that can go", "exclude it"):
+        pp.resolve([ANY | {"sparsity": 0.5}], RESNET.layers, coupling=coupling)
+    (fc,) = [x for x in RESNET.layers if x.name == "fc"]
+    with raises(ValueError, "nothing that the rules select", "fc"):
+        pp.resolve(0.5, [fc], coupling=coupling)
+
+
 def test_a_parameter_that_is_in_no_table_protects():
     config = pp.resolve(
         [{"op_names": ["one"], "sparsity": 0.5}],

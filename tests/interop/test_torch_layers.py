@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import purepruning as pp
 from purepruning_interop import torch as adapter
 from tests.interop.table import assert_table, row
 
@@ -251,6 +252,24 @@ def test_nothing_is_computed():
         model = nn.TransformerEncoderLayer(8, 2)
     names = [layer.name for layer in adapter.layers(model)]
     assert names == ["self_attn", "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2"]
+
+
+def test_a_sparsity_prunes_all_kernels_and_embeddings_and_no_norm_or_bias():
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Embedding(9, 8), nn.TransformerEncoderLayer(8, 2), nn.LSTM(8, 4), Positions()
+        )
+    kernels = [
+        "0.weight",
+        "1.linear1.weight",
+        "1.linear2.weight",
+        "1.self_attn.in_proj_weight",
+        "1.self_attn.out_proj.weight",
+        "2.weight_hh_l0",
+        "2.weight_ih_l0",
+    ]
+    config = pp.resolve(0.5, adapter.layers(model))
+    assert sorted(layer.weight for layer in config.layers) == kernels
 
 
 def test_lazy_modules():

@@ -227,6 +227,14 @@ def test_taylor_needs_what_it_asks_for():
         pp.taylor_fo(params, slopes(FC_PARAMS, [FC], CHANNEL), single)
 
 
+def test_pruners_say_what_to_resolve_with():
+    for pruner in (pp.l1_norm, pp.l2_norm, pp.fpgm):
+        with raises(ValueError, pruner.__name__, "'element'", "granularity='output_channel'"):
+            pruner(as_jax(FC_PARAMS), None, config_of("element", 0.5))
+    with raises(ValueError, "level", "'output_channel'", "without granularity", "pp.l1_norm"):
+        pp.level(as_jax(FC_PARAMS), None, config_of(CHANNEL, 0.5))
+
+
 def test_slim_takes_norms_only():
     config = pp.resolve([{"sparsity": 0.5, "op_names": ["bn", "conv"]}], [BN, CONV])
     with raises(ValueError, "slim", "layer 'conv'", "Conv2d"):
