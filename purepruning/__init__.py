@@ -24,7 +24,7 @@ from purepruning.jaxpr.couple import couple
 from purepruning.jaxpr.shrink import Shrunk, ShrunkFunction, shrink
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
-from purepruning.nni import Recipe, from_nni
+from purepruning.nni.names import Recipe, from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm

@@ -240,6 +240,33 @@ def make_layer(
     return layer
 
 
+def checked_table(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Returns the rows of a layer table.
+
+    Raises:
+        TypeError: it is no table, or holds something else than rows.
+        ValueError: two rows have the same name or weight, or a bias is another row's weight.
+    """
+    if isinstance(layers, Layer) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
+    table = tuple(layers)
+    for layer in table:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"layers must hold Layer rows, got {type(layer).__name__}")
+    for what in ("name", "weight"):
+        seen: set[str] = set()
+        for layer in table:
+            value = getattr(layer, what)
+            if value in seen:
+                raise ValueError(f"two layers have the {what} {value!r}")
+            seen.add(value)
+    weights = {layer.weight for layer in table}
+    for layer in table:
+        if layer.bias in weights:
+            raise ValueError(f"layer {layer.name!r}: its bias {layer.bias!r} is a layer's weight")
+    return table
+
+
 def _default_output_axes(layer: Layer) -> tuple[int, ...]:
     if not layer.out_axes or layer.type in ("RNN", "LSTM", "GRU", "MultiheadAttention"):
         return ()

@@ -182,6 +182,29 @@ def test_lottery_tickets_by_name(name):
         assert int((~state.masks["conv"]).sum()) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("movement", "pp.movement"),
+        ("MovementPruner", "pp.movement"),
+        ("simulatedannealing", "pp.annealing"),
+        ("SimulatedAnnealingPruner", "pp.annealing"),
+        ("auto_compress", "pp.admm"),
+        ("amc", "pp.annealing"),
+        ("NetAdaptPruner", "pp.annealing"),
+        ("sensitivity", "pp.annealing"),
+        ("TransformerHeadPruner", "coupling="),
+        ("QAT_Quantizer", "quantizer"),
+        ("naive", "quantizer"),
+    ],
+)
+def test_names_of_what_is_something_else_here(name, what):
+    with raises(KeyError, f"name: {name!r}", what):
+        pp.from_nni(name, [], LAYERS)
+    with raises(KeyError, f"pruning_algorithm: {name!r}", what):
+        pp.from_nni("agp", [], LAYERS, pruning_algorithm=name, total_iteration=2)
+
+
 def test_names_that_are_none():
     rules = [{"sparsity": 0.8, "op_types": ["Conv2d"]}]
     with raises(KeyError, "name", "'lvel'", "nearest", "'level'"):

@@ -27,7 +27,7 @@ from purepruning.config.rules import (
 )
 from purepruning.counts import count_of
 from purepruning.granularity import NM, Block, Granularity, Grid, grid
-from purepruning.layers import Layer
+from purepruning.layers import Layer, checked_table
 
 if TYPE_CHECKING:
     from purepruning.coupling.coupling import Coupling
@@ -137,9 +137,7 @@ def resolve(
     >>> resolve(rules, table, granularity="output_channel").counts
     {'conv': 7}
     """
-    if isinstance(layers, Layer) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
-    table = tuple(layers)
+    table = checked_table(layers)
     if coupling is not None and granularity not in (None, "output_channel", "out_channel"):
         raise ValueError(
             f"a coupling is about output channels, so granularity must be 'output_channel' or left "
@@ -156,7 +154,6 @@ def resolve(
         raise ValueError(
             f"scope must be 'layer' for {granularity}: every group keeps its own share"
         )
-    _check_table(table)
     rules = _as_list(rules)
     chosen: dict[str, int] = {}
     excluded: dict[str, int] = {}
@@ -237,23 +234,6 @@ def _granularity(value: Any) -> Granularity:
         return _GRANULARITIES[value]  # type: ignore[return-value]
     expected = "'element', 'output_channel', 'input_channel', Block(...) or NM(keep=..., of=...)"
     raise ValueError(f"granularity must be {expected}, got {value!r}")
-
-
-def _check_table(table: tuple[Layer, ...]) -> None:
-    for layer in table:
-        if not isinstance(layer, Layer):
-            raise TypeError(f"layers must hold Layer rows, got {type(layer).__name__}")
-    for what in ("name", "weight"):
-        seen: set[str] = set()
-        for layer in table:
-            value = getattr(layer, what)
-            if value in seen:
-                raise ValueError(f"two layers have the {what} {value!r}")
-            seen.add(value)
-    weights = {layer.weight for layer in table}
-    for layer in table:
-        if layer.bias in weights:
-            raise ValueError(f"layer {layer.name!r}: its bias {layer.bias!r} is a layer's weight")
 
 
 def _own_biases(table: tuple[Layer, ...], chosen: Mapping[str, int]) -> tuple[Layer, ...]:

@@ -12,7 +12,8 @@ from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
 from purepruning.coupling.coupling import Coupling
 from purepruning.granularity import Granularity
-from purepruning.layers import Layer
+from purepruning.layers import Layer, checked_table
+from purepruning.nni.config_list import translate
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
@@ -31,6 +32,11 @@ class _Base(NamedTuple):
     pruner: Pruner
     granularity: Granularity = "output_channel"
     scope: Scope = "layer"
+
+    def consistent(self) -> _Base:
+        """Returns what NNI 3.0 does: its Level sums magnitudes over larger units."""
+        by_norm = self.pruner is level and self.granularity != "element"
+        return self._replace(pruner=l1_norm) if by_norm else self
 
 
 # By name without underscores, "pruner" and "filter" at the end: NNI's own names in its documents,
@@ -56,6 +62,20 @@ _BASES |= {
     "activationapozrank": _BASES["apoz"],
     "activationmeanrank": _BASES["meanactivation"],
 }
+
+
+# What NNI calls a pruner and is something else here, and its quantizers.
+_ELSEWHERE = {
+    "movement": "is trained like parameters: use pp.movement",
+    "simulatedannealing": "is a search: use pp.annealing",
+    "autocompress": "is a search around ADMM: use pp.annealing and pp.admm",
+    "amc": "is not in this version: use pp.annealing to divide a sparsity among layers",
+    "netadapt": "is not in this version: use pp.annealing to divide a sparsity among layers",
+    "sensitivity": "is not in this version: use pp.annealing to divide a sparsity among layers",
+    "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
+    "which attention loses whole heads",
+}
+_QUANTIZERS = ("naive", "qat", "dorefa", "bnn", "lsq", "lsqplus", "ptq", "observer")
 
 
 _SCHEDULED = ("linear", "agp", "lotteryticket")
@@ -104,6 +124,12 @@ def from_nni(
     layers together. Those that need statistics take them as ever, when they prune; ADMM takes what
     :func:`purepruning.training.admm.step` returned last.
 
+    A ``config_list`` may be of any generation. One of NNI 3.0 (``sparse_ratio``,
+    ``exclude_op_names``, ``target_settings``, ``global_group_id``, ...) says by itself what a unit
+    is, how layers are ranked and whether biases are pruned; of entries that select a layer the
+    first counts, as there. Its channels are those of the layer whatever axis they lie on, where NNI
+    takes the first (the words of an embedding); Level prunes channels and blocks by their L1 norm.
+
     Args:
         name: NNI's name.
         config_list: the rules.
@@ -117,7 +143,7 @@ def from_nni(
             ``extra="own"``; from 2.9 on its code does ``extra="none"``.
 
     Raises:
-        KeyError: there is no such pruner; searches and quantizers are no recipes.
+        KeyError: there is no such pruner; the message names what does a search's work here.
         ValueError, TypeError: a mistake in the rules, as in :func:`purepruning.resolve`.
 
     >>> import jax.numpy as jnp
@@ -135,6 +161,16 @@ def from_nni(
         base = _base("pruning_algorithm", pruning_algorithm)
     if mode not in (None, "normal", "dependency_aware"):
         raise ValueError(f"mode must be 'normal' or 'dependency_aware', got {mode!r}")
+    table = checked_table(layers)
+    said = translate(config_list, table)
+    base = _Base(
+        base.pruner, said.granularity or base.granularity, said.scope or base.scope
+    ).consistent()
+    if said.coupled is not None and coupling is None:
+        raise ValueError(
+            f"rule {said.coupled}: dependency_group_id and internal_metric_block are for coupled "
+            "channels; give from_nni coupling=pp.couple(fn, params, inputs), which finds the groups"
+        )
     aware = coupling is not None if mode is None else mode == "dependency_aware"
     if aware and (base.granularity != "output_channel" or base.scope != "layer"):
         raise ValueError(
@@ -149,10 +185,11 @@ def from_nni(
     if not aware and (coupling is not None or extra is not None):
         raise ValueError("coupling and extra have a meaning with mode='dependency_aware' only")
     config = resolve(
-        config_list,
-        layers,
+        said.rules,
+        table,
         scope=base.scope,
         granularity=base.granularity,
+        bias=said.bias or "follow",
         coupling=coupling,
         extra=extra,
     )
@@ -170,6 +207,10 @@ def from_nni(
 
 def _base(argument: str, name: str) -> _Base:
     plain = _plain(argument, name)
+    if plain in _ELSEWHERE:
+        raise KeyError(f"{argument}: {name!r} {_ELSEWHERE[plain]}")
+    if plain.endswith("quantizer") or plain in _QUANTIZERS:
+        raise KeyError(f"{argument}: {name!r} is a quantizer, and none is in this version")
     if plain not in _BASES:
         message = f"{argument}: there is no pruner {name!r}"
         raise KeyError(missing(message, plain, [*_BASES, *_SCHEDULED]))

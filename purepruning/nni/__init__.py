@@ -1,0 +1,1 @@
+"""NNI: its names and its config lists, in this library's terms."""
