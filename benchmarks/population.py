@@ -123,7 +123,7 @@ def _stages(entry: Any, options: Options, row: dict[str, Any]) -> Iterator[str]:
         "units": coupling.n_units,
         "pruned": len(chosen),
         "unknown": dict(coupling.unknown),
-        "pins": dict(Counter(pin.reason for pin in coupling.pins).most_common(12)),
+        "frozen": dict(Counter(axis.reason for axis in coupling.frozen).most_common(12)),
     }
     if not len(chosen):
         row["status"] = NOTHING

@@ -255,7 +255,7 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
         coupling = ppt.couple(module, *inputs)
     # Half of every group: of units that must go evenly, equally many of each part.
     units = coupling.lowest(np.random.default_rng(0).random(coupling.n_units), 0.5)
-    reasons = Counter(pin.reason for pin in coupling.pins)
+    reasons = Counter(axis.reason for axis in coupling.frozen)
     note(
         families=len(coupling.families),
         units=coupling.n_units,

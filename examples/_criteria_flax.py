@@ -96,7 +96,7 @@ def fine_tune(
 # The ways.
 
 
-def by_chance(
+def at_random(
     model: nn.Module, data: Any, params: Params, config: pp.Config, batches: Array, seed: Array
 ) -> tuple[Params, Any]:
     """Prunes at once, at random."""

@@ -1,4 +1,4 @@
-"""Which criterion finds the weights that matter? All of them against chance, on digits.
+"""Which criterion finds the weights that matter? All of them against random pruning, on digits.
 
     python examples/criteria.py
 
@@ -55,7 +55,7 @@ class Contest(NamedTuple):
 
 
 def contest(title: str, model: Any, granularity: str, ways: dict[str, networks.Way]) -> Contest:
-    ways = {"random": networks.by_chance, **ways}
+    ways = {"random": networks.at_random, **ways}
     everyone = (Contestant(name, way, granularity) for name, way in ways.items())
     return Contest(title, model, tuple(everyone))
 

@@ -1,4 +1,4 @@
-"""How far can a small CNN be pruned? Pruners against chance on scikit-learn's digits.
+"""How far can a small CNN be pruned? Pruners against random pruning on scikit-learn's digits.
 
     python examples/digits.py                       # Flax and Optax
     python examples/digits.py --framework torch     # the same with the nn.Module twin
@@ -157,7 +157,7 @@ def contest(
     config = pp.resolve(RULES, layers, granularity=contestant.granularity)
     # The counts of all sparsities become arrays, the only leaves of the config, to vmap over.
     config = config.with_sparsity(settings.sparsities)
-    # None of the criteria needs statistics; chance needs a random seed in their place.
+    # None of the criteria needs statistics; random pruning needs a seed in their place.
     stats = settings.seeds if contestant.pruner is pp.random_pruning else None
     masks = framework.prune(contestant.pruner, params, stats, config)
     tuning = batches(data.train_images, settings.seeds, settings.tuning_epochs, 1)
@@ -197,7 +197,7 @@ def percent(accuracies: np.ndarray) -> str:
 
 
 def upsets(results: Sequence[Result], settings: Settings) -> list[str]:
-    """Returns a line for every place where a criterion is behind chance, ± standard error."""
+    """Returns a line for every criterion behind random pruning, ± standard error."""
     floors = {r.contestant.granularity: r for r in results if r.contestant.name == "random"}
     lines = []
     for result in results:

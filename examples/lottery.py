@@ -12,10 +12,10 @@ Every round trains what is left in four ways:
     shuffled             the ticket's weights at initialisation, a random mask of the same number of
                          weights in every layer
 
-Frankle and Carbin 2019, arXiv:1803.03635. Prints a table and the claim's fate, draws the plot. The
-split into 1347 training and 450 test images is fixed; every ticket has its own initialisation and
-order of batches. Initialisation, rate and shares are the paper's; what more or fewer steps than
-300 change is in README.md.
+Frankle and Carbin 2019, arXiv:1803.03635. Prints a table and whether the claim holds, draws the
+plot. The split into 1347 training and 450 test images is fixed; every ticket has its own
+initialisation and order of batches. Initialisation, rate and shares are the paper's; what more or
+fewer steps than 300 change is in README.md.
 """
 
 from __future__ import annotations

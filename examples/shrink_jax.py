@@ -1,4 +1,4 @@
-"""Which channels go together, pruning them, and the smaller model: JAX."""
+"""Which channels are coupled, pruning them, and the smaller model: JAX."""
 
 import jax
 from flax import linen as nn

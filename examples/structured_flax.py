@@ -2,8 +2,8 @@
 
     python examples/structured_flax.py
 
-Channels that batch norms and residuals tie together go together. The small model is a function of
-smaller parameters that computes what the masked model does; ``jit`` and ``grad`` know no
+Channels that batch norms and residuals couple are removed together. The small model is a function
+of smaller parameters that computes what the masked model does; ``jit`` and ``grad`` know no
 difference. Draws the coupling to ``structured_flax.png``. ``structured_torch.py`` does the same for
 an ``nn.Module``.
 """
@@ -109,7 +109,7 @@ def main() -> None:
     variables = MODEL.init(jax.random.key(0, impl="rbg"), x)  # which compiles faster
     variables = fit(model, variables, data, training, TRAINING_RATE)
 
-    # Logits stay whole; statistics that are returned may shrink with the parameters.
+    # Logits keep their size; statistics that are returned may shrink with the parameters.
     coupling = pp.couple(model, variables, x, False, outputs=(True, False))
     layers = linen.layers(MODEL, variables, x)
     config = pp.resolve(RULES, layers, coupling=coupling, scope="global", cost="macs")

@@ -17,7 +17,7 @@ from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.draw import draw as draw_coupling
 from purepruning.coupling.plan import Plan
 from purepruning.coupling.shrink_report import ShrinkReport
-from purepruning.coupling.units import Family, Member, Pin
+from purepruning.coupling.units import Family, FamilyAxis, FrozenAxis
 from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
@@ -83,7 +83,7 @@ __all__ = [
     "taylor_fo",
     "prune",
     "Criterion",
-    # Pruning that trains: modules of a few pure functions each.
+    # Pruning during training: modules of a few pure functions each.
     "admm",
     "movement",
     # Schedules: when to prune, and how much.
@@ -117,8 +117,8 @@ __all__ = [
     "Coupling",
     "draw_coupling",
     "Family",
-    "Member",
-    "Pin",
+    "FamilyAxis",
+    "FrozenAxis",
     "Allocation",
     "KeptWhole",
     "unit_scores",

@@ -19,8 +19,8 @@ from purepruning.config.channel_units import (
     channel_units,
     choose,
     families_of,
+    frozen_reason,
     kinds_of,
-    pinned,
     spans_of,
 )
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
@@ -168,7 +168,7 @@ def _selected(
         for layer in mine:
             units = channel_units(coupling, layer, f"rule {number}")
             if not units.any():
-                reason = pinned(coupling, layer)
+                reason = frozen_reason(coupling, layer)
                 if selects_default(rule):
                     one = (layer.name,)
                     kept.append(KeptWhole(layer.name, layer.out_channels, one, reason))
@@ -211,7 +211,7 @@ def _protected(
 ) -> str | None:
     """Returns why the units of a group stay; None if they may go."""
     families = families_of(coupling, group)
-    sources = dict.fromkeys(m.path for f in families for m in f.members if m.role == SOURCE)
+    sources = dict.fromkeys(m.path for f in families for m in f.axes if m.role == SOURCE)
     mine = {x.layer.weight for x in members}
     owners = {layer.weight: layer for layer in table}
     numbers = np.concatenate(coupling.groups[group])
@@ -420,10 +420,10 @@ def _global_config(builder: _Builder, selected: Sequence[_Selected], options: An
     builder._check_times([x for x in selected if x.sparsity is not None] or selected[:1])
     which = 0 if (options.cost or "params") == "params" else 1
     total = builder.coupling.cost()[which]
-    dead = np.zeros(builder.coupling.n_units + 1, bool)
+    removed = np.zeros(builder.coupling.n_units + 1, bool)
     for s in builder.sets:
-        dead[s.units[:, : s.allowed[-1]]] = True
-    reach = total - builder.coupling.cost(dead)[which]
+        removed[s.units[:, : s.allowed[-1]]] = True
+    reach = total - builder.coupling.cost(removed)[which]
     if not isinstance(total, int | np.integer):
         raise ValueError(f"the model's cost must be a number, got {total!r}; give inputs of sizes")
     step = -(-int(total) // 2**30)

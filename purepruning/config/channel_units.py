@@ -63,10 +63,10 @@ def channel_units(coupling: Coupling, layer: Layer, where: str = "coupling") -> 
     return np.concatenate(parts, 1)
 
 
-def pinned(coupling: Coupling, layer: Layer) -> str:
+def frozen_reason(coupling: Coupling, layer: Layer) -> str:
     """Returns why the output channels of a layer cannot be pruned, as part of a sentence."""
-    reasons = [p.reason for p in coupling.pins if p.path == layer.weight]
-    axes = {p.axis: p.reason for p in coupling.pins if p.path == layer.weight}
+    reasons = [p.reason for p in coupling.frozen if p.path == layer.weight]
+    axes = {p.axis: p.reason for p in coupling.frozen if p.path == layer.weight}
     found = [axes[a] for a in layer.out_axes if a in axes] or reasons
     return f"what keeps it is {found[0]!r}" if found else "nothing is known of its output axis"
 
@@ -98,7 +98,7 @@ def spans_of(coupling: Coupling) -> list[int]:
         sum(
             m.positions * int(np.isin(f.units, np.concatenate(chunks)).sum())
             for f in families_of(coupling, i)
-            for m in f.members
+            for m in f.axes
             if m.role == SOURCE
         )
         for i, chunks in enumerate(coupling.groups)

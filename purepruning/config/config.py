@@ -33,7 +33,7 @@ class Pool:
     named ``"rule 0"``; its count is a number of weights, since units of different layers differ in
     size.
 
-    With a coupling a pool is a set of units that go together, and its layers are all that make
+    With a coupling a pool is a set of coupled units, and its layers are all that make
     them; its count is a number of units (of each part that must lose equally many). A pool of the
     name of a layer is what that layer loses beyond. In global scope there is one pool,
     ``"model"``, whose count is the cost to remove, in steps of :attr:`step`.

@@ -88,7 +88,7 @@ def resolve(
       elsewhere) or ``"block"``, see :class:`purepruning.Family`. Layers without a choice lose what
       they have.
 
-    With a ``coupling`` channels are pruned together that can only go together (NNI's
+    With a ``coupling`` coupled channels are pruned together (NNI's
     ``dependency_aware`` mode):
 
     - A unit's score is the sum of the pruner's scores of its channels, in all layers that make

@@ -1,8 +1,8 @@
-"""Atoms: what positions of axes stand or fall together, as arrays of integers.
+"""Atoms: what positions of axes are kept or removed together, as arrays of integers.
 
 An *axis* is an int array ``(n, k)``: the row of a position is the set of atoms it depends on,
 filled up with :data:`KEPT`. A position is removed as soon as one of its atoms is. ``None`` is an
-axis that stays whole.
+axis that cannot be pruned.
 
 :class:`Atoms` only ever adds constraints (two atoms are one, an atom is a set of others, an atom is
 kept), so their order does not matter for soundness, and an axis read earlier stays valid.
@@ -128,7 +128,7 @@ class Atoms:
         return self._numbers[reason]
 
     def same(self, x: Axis, y: Axis, reason: str = "two axes coincide") -> None:
-        """Makes position i of one axis and position i of the other stand or fall together."""
+        """Couples position i of one axis with position i of the other: both are kept or removed."""
         if x is y:
             return
         if x is None or y is None:

@@ -12,7 +12,7 @@ import numpy as np
 from purepruning.coupling.atoms import KEPT, Axis
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
-from purepruning.coupling.units import Coupled, Family, Member, Pin, Product
+from purepruning.coupling.units import Coupled, Family, FamilyAxis, FrozenAxis, Product
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
 
 
@@ -31,10 +31,10 @@ def build(
         leaves: shape of every parameter by path.
         axes: their axes as :meth:`Flow.leaf` gave them.
         times: how often the program runs each operation, by what the front end calls it.
-        outputs: which outputs stay whole.
+        outputs: which outputs keep their size.
     """
     paths = sorted(leaves)
-    resolved, by, even = _settle(flow, paths, leaves, axes)
+    resolved, by, parts = _settle(flow, paths, leaves, axes)
     atoms, first = _order(resolved, paths)
     numbers = np.zeros(flow.atoms.size, np.int64)
     numbers[atoms[np.argsort(first, kind="stable")]] = 1 + np.arange(len(atoms))
@@ -55,7 +55,7 @@ def build(
     n_units = len(atoms)
     heads, positions = (_marked(flow, x, numbers) for x in (flow.heads, flow.head_positions))
     families = _families(coupled, n_units, heads, positions)
-    groups = _groups(families, [numbers[x] for x in even], n_units)
+    groups = _groups(families, [numbers[x] for x in parts], n_units)
     products = tuple(
         _product(flow, c, numbers, times[where])
         for where, c in flow.contractions.items()
@@ -65,7 +65,7 @@ def build(
         coupled,
         families,
         groups,
-        _pins(flow, paths, leaves, axes, resolved),
+        _frozen(flow, paths, leaves, axes, resolved),
         dict(sorted(flow.unknown.items())),
         products,
         sum(where in times for where in flow.statistics),
@@ -79,7 +79,7 @@ def _settle(
 ) -> tuple[dict[str, list[Axis]], dict[str, tuple[int | None, ...]], list[np.ndarray]]:
     """Returns the axes of all parameters once every constraint holds."""
     while True:
-        even = _settle_even(flow)
+        parts = _settle_equal_parts(flow)
         resolved: dict[str, list[Axis]] = {}
         by: dict[str, tuple[int | None, ...]] = {}
         changed = False
@@ -87,19 +87,19 @@ def _settle(
             found: list[Axis] = []
             blocks: list[int | None] = []
             for a in range(len(leaves[path])):
-                ragged = flow.ragged.get((path, a))
-                if ragged is None:
+                by_block = flow.by_block.get((path, a))
+                if by_block is None:
                     found.append(flow.atoms.resolve(axes[path][a]))
                     blocks.append(None)
                 else:
-                    stored = ragged[1]
+                    stored = by_block[1]
                     x = flow.atoms.resolve(stored.reshape(-1, stored.shape[-1]))
                     found.append(None if x is None else x.reshape(*stored.shape[:2], -1))
-                    blocks.append(None if x is None else ragged[0])
+                    blocks.append(None if x is None else by_block[0])
                 changed |= _keep_last(flow, found[-1])
             resolved[path], by[path] = found, tuple(blocks)
         if not changed and not _settle_statistics(flow):
-            return resolved, by, even
+            return resolved, by, parts
 
 
 def _keep_last(flow: Flow, x: Axis) -> bool:
@@ -125,12 +125,12 @@ def _settle_statistics(flow: Flow) -> bool:
     return changed
 
 
-def _settle_even(flow: Flow) -> list[np.ndarray]:
+def _settle_equal_parts(flow: Flow) -> list[np.ndarray]:
     """Returns the constraints that blocks lose equally many, each ``(blocks, n)`` free atoms."""
     while True:
         found: list[np.ndarray] = []
         changed = False
-        for block in flow.even:
+        for block in flow.equal_parts:
             flat = flow.atoms.resolve(block.reshape(-1, 1))
             if flat is None:
                 continue
@@ -144,7 +144,7 @@ def _settle_even(flow: Flow) -> list[np.ndarray]:
                 or len(np.unique(free)) != len(free)
                 or len(set(per_block.tolist())) > 1
             ):
-                # Then all blocks lose the same positions, which is always even.
+                # Then all blocks lose the same positions, equally many.
                 for row in wide[1:]:
                     flow.atoms.same(row, wide[0], "blocks that must lose equally many")
                 changed = True
@@ -156,19 +156,19 @@ def _settle_even(flow: Flow) -> list[np.ndarray]:
             return found
 
 
-def _too_fine(flow: Flow, even: list[np.ndarray]) -> bool:
+def _too_fine(flow: Flow, parts: list[np.ndarray]) -> bool:
     """Keeps what cannot be chosen evenly; returns whether anything changed."""
-    for component in _components(even):
+    for component in _components(parts):
         chunks = _chunks(component)
         if chunks and len(chunks[0]) == 1 and len(chunks) > 1:
-            flow.atoms.keep(np.concatenate(chunks)[:, None], "groups that no even choice fits")
+            flow.atoms.keep(np.concatenate(chunks)[:, None], "groups that cannot lose equally many")
             return True
     return False
 
 
-def _components(even: list[np.ndarray]) -> list[list[np.ndarray]]:
+def _components(parts: list[np.ndarray]) -> list[list[np.ndarray]]:
     found: list[tuple[set[int], list[np.ndarray]]] = []
-    for block in even:
+    for block in parts:
         mine = set(block[block != KEPT].tolist())
         joined = [block]
         rest = []
@@ -251,7 +251,7 @@ def _families(
     of_unit = np.argsort(np.argsort(first))[index.reshape(-1)]  # families by their first units
     leads = np.zeros(n_units + 1, bool)
     leads[1 + first] = True
-    inside: list[list[Member]] = [[] for _ in first]
+    inside: list[list[FamilyAxis]] = [[] for _ in first]
     for path, axis, role, columns in places:
         positions: dict[int, int] = {}
         for found, counts in columns:
@@ -259,7 +259,7 @@ def _families(
             for unit, n in zip(found[leading].tolist(), counts[leading].tolist(), strict=True):
                 positions[unit] = positions.get(unit, 0) + n
         for unit, n in positions.items():
-            inside[of_unit[unit - 1]].append(Member(path, axis, role, n))
+            inside[of_unit[unit - 1]].append(FamilyAxis(path, axis, role, n))
     order = np.argsort(of_unit, kind="stable") + 1
     parts = np.split(order, np.cumsum(np.bincount(of_unit))[:-1]) if n_units else []
     families = []
@@ -290,11 +290,11 @@ def _geometry(column: np.ndarray, several: np.ndarray, kinds: np.ndarray) -> Non
 
 
 def _groups(
-    families: tuple[Family, ...], even: list[np.ndarray], n_units: int
+    families: tuple[Family, ...], parts: list[np.ndarray], n_units: int
 ) -> tuple[tuple[np.ndarray, ...], ...]:
     taken = np.zeros(n_units + 1, bool)
     found = []
-    for component in _components([x for x in even if x.any()]):
+    for component in _components([x for x in parts if x.any()]):
         chunks = [np.sort(c) for c in _chunks(component)]
         for chunk in chunks:
             taken[chunk] = True
@@ -322,17 +322,17 @@ def _product(flow: Flow, c: Any, numbers: np.ndarray, times: int) -> Product:
     return Product(c.weights, constant, tuple(units))
 
 
-def _pins(
+def _frozen(
     flow: Flow,
     paths: list[str],
     leaves: Mapping[str, Sequence[int]],
     axes: Mapping[str, Any],
     resolved: Mapping[str, list[Axis]],
-) -> tuple[Pin, ...]:
+) -> tuple[FrozenAxis, ...]:
     found = []
     for path in paths:
         for a, axis in enumerate(axes[path]):
-            if axis is None or (path, a) in flow.ragged:
+            if axis is None or (path, a) in flow.by_block:
                 continue
             x = resolved[path][a]
             fixed = np.ones(len(axis), bool) if x is None else (x == KEPT).all(1)
@@ -341,5 +341,5 @@ def _pins(
             reasons = [r for r in flow.atoms.reason(axis[fixed]) if r]
             reason = max(sorted(set(reasons)), key=reasons.count) if reasons else "its factors stay"
             if reason not in ("taps of a kernel", "a spatial axis"):
-                found.append(Pin(path, a, int(fixed.sum()), reason))
+                found.append(FrozenAxis(path, a, int(fixed.sum()), reason))
     return tuple(found)

@@ -19,7 +19,7 @@ from purepruning.arguments import one_of
 from purepruning.counts import count_of
 from purepruning.coupling.describe import text
 from purepruning.coupling.unit_masks import Chosen, Conflicts, check_removal, masks_of, units_of
-from purepruning.coupling.units import Coupled, Family, Pin, Product
+from purepruning.coupling.units import Coupled, Family, FrozenAxis, Product
 from purepruning.masks import by_path, merge_masks
 
 
@@ -33,17 +33,17 @@ class Coupling:
         groups: how units may be chosen: each group is a tuple of int arrays of equal length, and
             loses equally many units of each. Most groups are one array; grouped convolutions and
             stacked layers make several.
-        pins: axes that stay, wholly or in part, and why; taps of kernels are not listed.
+        frozen: axes that stay, wholly or in part, and why; taps of kernels are not listed.
         unknown: operations without a rule, and how often they met something prunable.
         products: the contractions of the program, for counting multiply-adds.
         statistics: how many sums over axes that may shrink are corrected for what is removed.
-        outputs: which outputs of the function stay whole, as :func:`couple` was told.
+        outputs: which outputs of the function keep their size, as :func:`couple` was told.
     """
 
     leaves: Mapping[str, Coupled]
     families: tuple[Family, ...]
     groups: tuple[tuple[np.ndarray, ...], ...]
-    pins: tuple[Pin, ...]
+    frozen: tuple[FrozenAxis, ...]
     unknown: Mapping[str, int]
     products: tuple[Product, ...]
     statistics: int = 0
@@ -68,7 +68,7 @@ class Coupling:
         sha = hashlib.sha256()
         rows: list[Any] = [
             self.groups,
-            [(f.name, f.kind, f.units, f.members) for f in self.families],
+            [(f.name, f.kind, f.units, f.axes) for f in self.families],
         ]
         rows += [(path, *dataclasses.astuple(leaf)) for path, leaf in sorted(self.leaves.items())]
         rows += [(p.weights, str(p.constant), p.units) for p in self.products]
@@ -84,9 +84,9 @@ class Coupling:
                 or leaves nothing of an axis.
             TypeError: what is given are no whole numbers.
         """
-        dead = self._marked(pruned)
-        self.check(dead)
-        return dead
+        removed = self._marked(pruned)
+        self.check(removed)
+        return removed
 
     def _marked(self, pruned: Iterable[int]) -> np.ndarray:
         given = np.asarray(list(pruned) if not isinstance(pruned, np.ndarray) else pruned)
@@ -101,13 +101,13 @@ class Coupling:
                 f"pruned must hold unit numbers from 1 to {self.n_units}, got "
                 f"{int(numbers.min())} to {int(numbers.max())}"
             )
-        dead = np.zeros(self.n_units + 1, bool)
-        dead[numbers] = True
-        return dead
+        removed = np.zeros(self.n_units + 1, bool)
+        removed[numbers] = True
+        return removed
 
-    def check(self, dead: np.ndarray) -> None:
+    def check(self, removed: np.ndarray) -> None:
         """Raises ValueError if removing these units is uneven or empties an axis."""
-        check_removal(self.leaves, self.families, self.groups, dead)
+        check_removal(self.leaves, self.families, self.groups, removed)
 
     def masks(self, pruned: Iterable[int], params: Any) -> Any:
         """Returns the masks that prune units everywhere: in what makes, scales and reads them.
@@ -152,7 +152,7 @@ class Coupling:
         ([True, False, True], [[True], [False], [True]])
         """
         chosen = self.chosen(masks, params, conflicts=conflicts)
-        return merge_masks(self.masks(np.flatnonzero(chosen.dead), params), masks)
+        return merge_masks(self.masks(np.flatnonzero(chosen.removed), params), masks)
 
     def chosen(self, masks: Any, params: Any, *, conflicts: Conflicts = "refuse") -> Chosen:
         """Returns the units that masks remove, and what was changed to make them agree.
@@ -196,9 +196,9 @@ class Coupling:
     def cost(self, pruned: Iterable[int] | np.ndarray = ()) -> tuple[int, int]:
         """Returns the number of parameters and of multiply-adds left without these units."""
         if not (isinstance(pruned, np.ndarray) and pruned.dtype == bool):
-            dead = self._marked(pruned)
+            removed = self._marked(pruned)
         elif pruned.shape == (self.n_units + 1,):
-            dead = pruned
+            removed = pruned
         else:
             raise ValueError(
                 f"pruned must be {self.n_units + 1} booleans by unit number, or unit numbers; got "
@@ -208,10 +208,11 @@ class Coupling:
         for leaf in self.leaves.values():
             size = 1
             for n, units in zip(leaf.shape, leaf.units, strict=True):
-                size *= n if units is None else _left(units, dead)
+                size *= n if units is None else _left(units, removed)
             params += size
         macs = sum(
-            p.constant * math.prod(_left(units, dead) for units in p.units) for p in self.products
+            p.constant * math.prod(_left(units, removed) for units in p.units)
+            for p in self.products
         )
         return params, macs
 
@@ -219,7 +220,7 @@ class Coupling:
         return f"Coupling({self.n_units} units in {len(self.families)} families)"
 
     def __str__(self) -> str:
-        return text(self.families, self.pins, self.unknown, *self.cost())
+        return text(self.families, self.frozen, self.unknown, *self.cost())
 
 
 def _is_array(x: Any) -> bool:
@@ -236,6 +237,6 @@ def _arrays(x: Any) -> Iterator[Any]:
         yield np.ascontiguousarray(x) if _is_array(x) else repr(x)
 
 
-def _left(units: np.ndarray, dead: np.ndarray) -> int:
-    keep = ~dead[units].any(-1)
+def _left(units: np.ndarray, removed: np.ndarray) -> int:
+    keep = ~removed[units].any(-1)
     return int(keep.sum()) if units.ndim == 2 else int(keep[0].sum())

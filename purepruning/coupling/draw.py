@@ -34,7 +34,7 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
         node = ("family", i)
         graph.add_node(node)
         for role in ("source", "sink"):
-            for name in dict.fromkeys(_layer(m.path) for m in family.members if m.role == role):
+            for name in dict.fromkeys(_layer(m.path) for m in family.axes if m.role == role):
                 graph.add_node(("layer", name))
                 if not graph.has_edge(("layer", name), node):
                     edge = (node, ("layer", name)) if role == "sink" else (("layer", name), node)

@@ -5,9 +5,9 @@ methods with the :class:`Value` of every operand; what it gets back describes th
 of the program is ever computed.
 
 Besides atoms a value knows what its elements are at removed positions when the parameters are
-masked instead of removed: zero, some other known number, computed from what is kept (``EVEN``), or
+masked instead of removed: zero, some other known number, the same at all of them (``UNIFORM``), or
 anything (``UNKNOWN``). A sum over removed positions is left alone where they are zero, corrected by
-the shrunk program where they are known or even, and keeps its axis whole where they are unknown.
+the shrunk program where they are known or uniform, and keeps its axis whole where they are unknown.
 That is what makes the masked and the shrunk model one function.
 """
 
@@ -22,11 +22,11 @@ from purepruning.coupling import removed_values
 from purepruning.coupling.atoms import Atoms, Axis
 from purepruning.coupling.removed_values import UNKNOWN
 from purepruning.coupling.value import (
+    AtRemoved,
     Contraction,
-    Dead,
     Summed,
     Value,
-    dead_of,
+    at_removed_of,
     is_long,
     is_one,
     whole,
@@ -44,8 +44,8 @@ class Flow:
         self.heads: list[np.ndarray] = []
         self.head_positions: list[np.ndarray] = []
         self.unknown: dict[str, int] = {}
-        self.even: list[np.ndarray] = []
-        self.ragged: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+        self.equal_parts: list[np.ndarray] = []
+        self.by_block: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
         self.statistics: dict[Any, tuple[Axis, ...]] = {}
         self.means: dict[Any, Summed] = {}
 
@@ -72,12 +72,14 @@ class Flow:
     def constant(self, shape: Sequence[Any], known: Any = None) -> Value:
         """Returns an array that does not depend on inputs: cut wherever it must be."""
         axes = tuple(self.atoms.fresh(n) if is_long(n) else None for n in shape)
-        dead: tuple[Dead, ...] = (UNKNOWN,) * len(shape)
+        at_removed: tuple[AtRemoved, ...] = (UNKNOWN,) * len(shape)
         if known is not None and np.size(known):
             first = np.asarray(known).reshape(-1)[0]
             if np.ndim(known) == 0 or (np.asarray(known) == first).all():
-                dead = (float(first) if np.isreal(first) else UNKNOWN,) * len(shape)
-        return Value(tuple(shape), axes, dead, known, origins=tuple(frozenset() for _ in shape))
+                at_removed = (float(first) if np.isreal(first) else UNKNOWN,) * len(shape)
+        return Value(
+            tuple(shape), axes, at_removed, known, origins=tuple(frozenset() for _ in shape)
+        )
 
     def keep(self, value: Value, reason: str, axes: Iterable[int] | None = None) -> None:
         """Keeps the given axes of a value whole, or all of them."""
@@ -86,7 +88,7 @@ class Flow:
                 self.atoms.keep(value.axes[a], reason)
 
     def opaque(self, name: str, operands: Sequence[Value], shapes: Sequence[Any]) -> list[Value]:
-        """Returns the results of an operation nothing is known of: all its operands stay whole."""
+        """Returns the results of an unknown operation: none of its operands can be pruned."""
         if any(axis is not None for value in operands for axis in value.axes):
             self.unknown[name] = self.unknown.get(name, 0) + 1
         for value in operands:
@@ -125,12 +127,12 @@ class Flow:
                     self.atoms.same(axes[d], axis)
                     if axis is None:
                         axes[d] = None
-        dead: list[Dead] = []
+        at_removed: list[AtRemoved] = []
         for d in range(n):
             if axes[d] is None:
-                dead.append(UNKNOWN)
+                at_removed.append(UNKNOWN)
                 continue
-            parts = [dead_of(v, d + v.ndim - n, shape[d]) for v in operands]
+            parts = [at_removed_of(v, d + v.ndim - n, shape[d]) for v in operands]
             broken = removed_values.breaks(name, parts, function)
             if broken.any():  # not a number, nor zero after it is multiplied by zero
                 x = self.atoms.resolve(axes[d])
@@ -138,9 +140,9 @@ class Flow:
                     self.atoms.keep(
                         x[np.broadcast_to(broken, len(x))], "no number where it is masked"
                     )
-            dead.append(removed_values.evaluate(name, parts, function))
+            at_removed.append(removed_values.evaluate(name, parts, function))
         origins = self.joint_origins(operands, n)
-        return Value(tuple(shape), tuple(axes), tuple(dead), None, origins)
+        return Value(tuple(shape), tuple(axes), tuple(at_removed), None, origins)
 
     def joint_origins(
         self, operands: Sequence[Value], n: int
@@ -163,8 +165,8 @@ class Flow:
                 self.atoms.same(axes[a], other.axes[a], reason)
                 if other.axes[a] is None:
                     axes[a] = None
-        dead = tuple(
-            removed_values.meet([dead_of(v, a, first.shape[a]) for v in values])
+        at_removed = tuple(
+            removed_values.meet([at_removed_of(v, a, first.shape[a]) for v in values])
             for a in range(first.ndim)
         )
-        return Value(first.shape, tuple(axes), dead)
+        return Value(first.shape, tuple(axes), at_removed)

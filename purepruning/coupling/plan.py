@@ -112,13 +112,13 @@ class Plan:
         return {tail: tuple(names) for tail, names in found.items()}
 
 
-def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
-    """Returns the plan that removes the units marked in ``dead``, a boolean by unit number."""
+def plan_of(coupling: Coupling, removed: np.ndarray) -> Plan:
+    """Returns the plan that removes the units marked in ``removed``, a boolean by unit number."""
     cuts = {}
     for path, leaf in coupling.leaves.items():
         found = []
         for axis in range(len(leaf.shape)):
-            keep = leaf.kept(axis, dead)
+            keep = leaf.kept(axis, removed)
             if keep is None:
                 continue
             if keep.ndim == 1:
@@ -134,7 +134,7 @@ def plan_of(coupling: Coupling, dead: np.ndarray) -> Plan:
         if found:
             cuts[path] = tuple(found)
     shapes = {path: leaf.shape for path, leaf in coupling.leaves.items()}
-    return Plan(shapes, cuts, tuple(np.flatnonzero(dead).tolist()))
+    return Plan(shapes, cuts, tuple(np.flatnonzero(removed).tolist()))
 
 
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:

@@ -11,8 +11,8 @@ from purepruning.coupling.atoms import Axis
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.removed_values import UNKNOWN
 from purepruning.coupling.value import (
+    AtRemoved,
     Contraction,
-    Dead,
     Value,
     as_line,
     is_free,
@@ -59,20 +59,23 @@ def contract(
         b for b in range(right.ndim) if b not in {y for p in (contracted, batch) for _, y in p}
     ]
     axes = [None if right.axes[b] is None else left.axes[a] for a, b in batch]
-    dead: list[Dead] = [
-        0.0 if is_zero(left.dead[a]) or is_zero(right.dead[b]) else UNKNOWN for a, b in batch
+    at_removed: list[AtRemoved] = [
+        0.0 if is_zero(left.at_removed[a]) or is_zero(right.at_removed[b]) else UNKNOWN
+        for a, b in batch
     ]
     shape = [left.shape[a] for a, _ in batch]
     for value, free in ((left, free_left), (right, free_right)):
         axes += [value.axes[a] for a in free]
-        dead += [through_product(value.dead[a]) for a in free]
+        at_removed += [through_product(value.at_removed[a]) for a in free]
         shape += [value.shape[a] for a in free]
     flow.contractions[where] = Contraction(
         (*shape, *(left.shape[a] for a, _ in contracted)),
         (*axes, *(left.axes[a] for a, _ in contracted)),
         weights_of(left, right),
     )
-    return Value(tuple(shape), tuple(axes), tuple(dead), None, no_origins(left, right, len(shape)))
+    return Value(
+        tuple(shape), tuple(axes), tuple(at_removed), None, no_origins(left, right, len(shape))
+    )
 
 
 def _check_contracted(flow: Flow, left: Value, a: int, right: Value, b: int) -> None:
@@ -80,8 +83,8 @@ def _check_contracted(flow: Flow, left: Value, a: int, right: Value, b: int) -> 
     if x is None or right.axes[b] is None:
         return
     n = len(x)
-    one = np.broadcast_to(as_line(left.dead[a]), (n,))
-    two = np.broadcast_to(as_line(right.dead[b]), (n,))
+    one = np.broadcast_to(as_line(left.at_removed[a]), (n,))
+    two = np.broadcast_to(as_line(right.at_removed[b]), (n,))
     lost = (one != 0.0) & (two != 0.0)
     if lost.any():
         flow.atoms.keep(x[lost], "contracted, and not zero where it is masked")
@@ -110,7 +113,7 @@ def convolve(
     once: bool,
     transposed: bool = False,
 ) -> Value:
-    """Returns a convolution. Taps and spatial axes stay whole; channels couple by groups.
+    """Returns a convolution. Taps and spatial axes cannot be pruned; channels couple by groups.
 
     With groups, the kernel's stored inputs belong to another group for every block of its
     outputs. Where the kernel is a parameter used nowhere else (``once``), each group loses
@@ -142,10 +145,13 @@ def convolve(
             flow, left, feature, right, out, into, groups, once, transposed
         )
     axes: list[Axis] = [None] * len(shape)
-    dead: list[Dead] = [UNKNOWN] * len(shape)
-    axes[out_axes[0]], dead[out_axes[0]] = left.axes[batch], zero_or_unknown(left.dead[batch])
+    at_removed: list[AtRemoved] = [UNKNOWN] * len(shape)
+    axes[out_axes[0]], at_removed[out_axes[0]] = (
+        left.axes[batch],
+        zero_or_unknown(left.at_removed[batch]),
+    )
     axes[out_axes[1]] = channels
-    dead[out_axes[1]] = 0.0 if is_zero(right.dead[out]) else UNKNOWN
+    at_removed[out_axes[1]] = 0.0 if is_zero(right.at_removed[out]) else UNKNOWN
     taps = [right.shape[a] for a in range(right.ndim) if a not in right_axes]
     # Transposed convolutions multiply at every position of the input, others of the output.
     spatial = (
@@ -159,7 +165,7 @@ def convolve(
         (axes[out_axes[0]], *(None,) * (len(spatial) + len(taps)), channels, per_group),
         weights_of(left, right),
     )
-    return Value(tuple(shape), tuple(axes), tuple(dead))
+    return Value(tuple(shape), tuple(axes), tuple(at_removed))
 
 
 def _grouped(
@@ -195,9 +201,9 @@ def _grouped(
     if direct and all(x is not None and is_free(x) for x in known):
         path, order = right.leaf  # type: ignore[misc]
         stored = known[0].reshape(groups, n_shared, 1)  # type: ignore[union-attr]
-        flow.ragged[path, order[shared]] = (order[full], stored)
+        flow.by_block[path, order[shared]] = (order[full], stored)
         atoms.keep(right.axes[shared], "stored per group")
-        flow.even += [x.reshape(groups, -1) for x in known]  # type: ignore[union-attr]
+        flow.equal_parts += [x.reshape(groups, -1) for x in known]  # type: ignore[union-attr]
         return outputs, stored[0], n_in
     first = atoms.split(ends[0], (groups, n_shared), "groups of a convolution")
     second = atoms.split(right.axes[full], (groups, n_full), "groups of a convolution")

@@ -34,26 +34,26 @@ def reduce_sum(flow: Flow, value: Value, axes: Sequence[int], where: Any) -> Val
         x = flow.atoms.resolve(value.axes[a])
         if x is None:
             continue
-        dead = np.broadcast_to(as_line(value.dead[a]), (len(x),))
-        lost = np.isnan(dead)
+        at_removed = np.broadcast_to(as_line(value.at_removed[a]), (len(x),))
+        lost = np.isnan(at_removed)
         if lost.any():
             flow.atoms.keep(x[lost], "summed, and not zero where it is masked")
             x = flow.atoms.resolve(value.axes[a])
             if x is None:
                 continue
-        if (dead[~lost] != 0.0).any():
+        if (at_removed[~lost] != 0.0).any():
             corrected.append(a)
         summed.append(x)
     if corrected:
         flow.statistics[where] = tuple(value.axes[a] for a in corrected)
     rest = [a for a in range(value.ndim) if a not in set(axes)]
     found = shapes.select_axes(flow, value, rest)
-    dead_left = tuple(d if is_zero(d) else UNKNOWN for d in found.dead)
+    at_removed_left = tuple(d if is_zero(d) else UNKNOWN for d in found.at_removed)
     lengths = tuple(value.shape[a] for a in axes)
     mark = None
     if summed and all(isinstance(n, int) for n in lengths):
         mark = Summed(math.prod(lengths), tuple(value.axes[a] for a in axes), lengths)
-    return dataclasses.replace(found, dead=dead_left, summed=mark)
+    return dataclasses.replace(found, at_removed=at_removed_left, summed=mark)
 
 
 def scaled_sum(flow: Flow, value: Value, factor: float, where: Any) -> Summed | None:
@@ -71,19 +71,21 @@ def reduce_whole(flow: Flow, value: Value, axes: Sequence[int], what: str) -> Va
     rest = [a for a in range(value.ndim) if a not in set(axes)]
     found = shapes.select_axes(flow, value, rest)
     keeps = "max" in what or "min" in what or "average" in what
-    dead = tuple(d if keeps and np.ndim(d) == 0 and d == 0.0 else UNKNOWN for d in found.dead)
-    return dataclasses.replace(found, dead=dead, summed=None)
+    at_removed = tuple(
+        d if keeps and np.ndim(d) == 0 and d == 0.0 else UNKNOWN for d in found.at_removed
+    )
+    return dataclasses.replace(found, at_removed=at_removed, summed=None)
 
 
 def running_sum(flow: Flow, value: Value, axis: int, where: Any) -> Value:
     """Returns cumulative sums along an axis: exact where removed positions hold zero."""
     x = flow.atoms.resolve(value.axes[axis])
     if x is not None:
-        dead = np.broadcast_to(as_line(value.dead[axis]), (len(x),))
-        flow.atoms.keep(x[dead != 0.0], "in a running sum, and not zero where it is masked")
-    dead_out = [d if is_zero(d) else UNKNOWN for d in value.dead]
-    dead_out[axis] = UNKNOWN
-    return Value(value.shape, value.axes, tuple(dead_out), None, value.origins)
+        at_removed = np.broadcast_to(as_line(value.at_removed[axis]), (len(x),))
+        flow.atoms.keep(x[at_removed != 0.0], "in a running sum, and not zero where it is masked")
+    at_removed_out = [d if is_zero(d) else UNKNOWN for d in value.at_removed]
+    at_removed_out[axis] = UNKNOWN
+    return Value(value.shape, value.axes, tuple(at_removed_out), None, value.origins)
 
 
 def along_whole(
@@ -102,6 +104,7 @@ def along_whole(
     kept = set(axes)
     found = tuple(None if a in kept else value.axes[a] for a in range(value.ndim))
     zero = tuple(
-        d if zeros and is_zero(d) and a not in kept else UNKNOWN for a, d in enumerate(value.dead)
+        d if zeros and is_zero(d) and a not in kept else UNKNOWN
+        for a, d in enumerate(value.at_removed)
     )
     return Value(tuple(shape), found, zero, None, None)

@@ -21,14 +21,14 @@ class Removal:
 
     Attributes:
         flow: the atoms of the program.
-        dead: boolean by atom.
+        removed: boolean by atom.
         norms: ``"original"`` keeps divisors and corrects statistics, ``"kept"`` averages over what
             is kept.
         later: numbers of programs that are walked through only when they run.
     """
 
     flow: Flow
-    dead: np.ndarray
+    removed: np.ndarray
     norms: str
     later: list[int] = dataclasses.field(default_factory=lambda: [1 << 40])
     _kept: dict[int, tuple[Any, np.ndarray | None]] = dataclasses.field(default_factory=dict)
@@ -39,15 +39,15 @@ class Removal:
             return None
         if id(axis) not in self._kept:
             x = self.flow.atoms.resolve(axis)
-            keep = None if x is None else ~self._is_dead(x).any(-1)
+            keep = None if x is None else ~self._is_removed(x).any(-1)
             found = None if keep is None or keep.all() else np.flatnonzero(keep)
             self._kept[id(axis)] = (axis, found)  # the axis, so that its id stays taken
         return self._kept[id(axis)][1]
 
-    def _is_dead(self, x: np.ndarray) -> np.ndarray:
-        # Atoms made since are of derivatives: what is dead of them is one with an older atom.
-        old = x < len(self.dead)
-        return self.dead[np.where(old, x, 0)] & old
+    def _is_removed(self, x: np.ndarray) -> np.ndarray:
+        # Atoms made since are of derivatives: what is removed of them is one with an older atom.
+        old = x < len(self.removed)
+        return self.removed[np.where(old, x, 0)] & old
 
     def touched(self, value: Value) -> bool:
         """Whether the value loses anything."""

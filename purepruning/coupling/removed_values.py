@@ -1,6 +1,6 @@
 """What a removed position holds in the masked model, followed through element-wise functions.
 
-A number is known; :data:`EVEN` is computed from what is kept, alike at all removed positions;
+A number is known; :data:`UNIFORM` is computed from what is kept, alike at all removed positions;
 :data:`UNKNOWN` may be anything. Products with zero are zero, whatever the other factor is (as long
 as it is finite).
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-EVEN = math.inf
+UNIFORM = math.inf
 
 
 UNKNOWN = math.nan
@@ -166,10 +166,10 @@ def _evaluate(name: str, xs: tuple[float, ...], function: Function) -> float:
     if any(math.isnan(x) for x in xs):
         return UNKNOWN
     if any(math.isinf(x) for x in xs):
-        return EVEN
+        return UNIFORM
     function = function or FUNCTIONS.get(name)
     if function is None:
-        return EVEN  # computed alike at all removed positions, if only by the program itself
+        return UNIFORM  # computed alike at all removed positions, if only by the program itself
     with np.errstate(all="ignore"):
         value = float(function(*(np.asarray(x) for x in xs)))
     return value if math.isfinite(value) else UNKNOWN
@@ -179,7 +179,7 @@ def meet(values: Sequence[Any]) -> Any:
     """Returns what is known of all of several values: the same number, or nothing."""
     first = values[0]
     if all(np.ndim(x) == 0 for x in values):
-        if all(_same(x, first) for x in values) and first != EVEN:
+        if all(_same(x, first) for x in values) and first != UNIFORM:
             return first
         return UNKNOWN
     xs = np.broadcast_arrays(*(np.asarray(x, float) for x in values))

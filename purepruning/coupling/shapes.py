@@ -11,12 +11,12 @@ import numpy as np
 from purepruning.coupling import removed_values
 from purepruning.coupling.atoms import Axis
 from purepruning.coupling.flow import Flow
-from purepruning.coupling.removed_values import EVEN, UNKNOWN
+from purepruning.coupling.removed_values import UNIFORM, UNKNOWN
 from purepruning.coupling.value import (
-    Dead,
+    AtRemoved,
     Value,
     as_line,
-    dead_of,
+    at_removed_of,
     equal,
     finite_only,
     is_long,
@@ -28,7 +28,7 @@ from purepruning.coupling.value import (
 def reshape(flow: Flow, value: Value, shape: Sequence[Any]) -> Value:
     """Returns the value in another shape: axes merge into products and split into factors."""
     axes: list[Axis] = [None] * len(shape)
-    dead: list[Dead] = [UNKNOWN] * len(shape)
+    at_removed: list[AtRemoved] = [UNKNOWN] * len(shape)
     origins: list[frozenset[tuple[str, int]]] = [frozenset()] * len(shape)
     only_ones = True
     for old, new in blocks(value.shape, shape):
@@ -36,7 +36,7 @@ def reshape(flow: Flow, value: Value, shape: Sequence[Any]) -> Value:
         for d in new:
             origins[d] = origin
         if len(old) == 1 and len(new) == 1:
-            axes[new[0]], dead[new[0]] = value.axes[old[0]], value.dead[old[0]]
+            axes[new[0]], at_removed[new[0]] = value.axes[old[0]], value.at_removed[old[0]]
             continue
         only_ones = only_ones and not (old and new)
         if not new:
@@ -49,17 +49,17 @@ def reshape(flow: Flow, value: Value, shape: Sequence[Any]) -> Value:
             flow.keep(value, "a reshape of a size that is not known", old)
             continue
         merged = flow.atoms.merge([value.axes[a] for a in old], sizes)
-        lines = [value.dead[a] for a in old if value.axes[a] is not None]
-        common: Dead = UNKNOWN
+        lines = [value.at_removed[a] for a in old if value.axes[a] is not None]
+        common: AtRemoved = UNKNOWN
         if all((np.asarray(x) == np.asarray(lines[0]).flat[0]).all() for x in lines):
             common = finite_only(removed_values.meet([float(np.asarray(x).flat[0]) for x in lines]))
         parts = [merged] if len(new) == 1 else flow.atoms.split(merged, [shape[d] for d in new])
         for d, part in zip(new, parts, strict=True):
-            axes[d], dead[d] = part, common
+            axes[d], at_removed[d] = part, common
     return Value(
         tuple(shape),
         tuple(axes),
-        tuple(dead),
+        tuple(at_removed),
         None,
         None if value.origins is None else tuple(origins),
         summed=value.summed if only_ones else None,
@@ -76,17 +76,17 @@ def split_axis(
 def take(flow: Flow, value: Value, axis: int, positions: np.ndarray) -> Value:
     """Returns the value with only the given positions of an axis, in that order."""
     axes, shape = list(value.axes), list(value.shape)
-    dead = [finite_only(d) for d in value.dead]
+    at_removed = [finite_only(d) for d in value.at_removed]
     if (along := axes[axis]) is not None:
         axes[axis] = along[positions]
-    if np.ndim(dead[axis]):
-        dead[axis] = np.asarray(dead[axis])[positions]
+    if np.ndim(at_removed[axis]):
+        at_removed[axis] = np.asarray(at_removed[axis])[positions]
     shape[axis] = len(positions)
     return dataclasses.replace(
         value,
         shape=tuple(shape),
         axes=tuple(axes),
-        dead=tuple(dead),
+        at_removed=tuple(at_removed),
         known=None,
         leaf=None,
         summed=None,
@@ -94,14 +94,14 @@ def take(flow: Flow, value: Value, axis: int, positions: np.ndarray) -> Value:
 
 
 def resized(flow: Flow, value: Value, axis: int, size: Any) -> Value:
-    """Returns the value with another size of an axis that stays whole."""
+    """Returns the value with another size of an axis that cannot be pruned."""
     shape, axes = list(value.shape), list(value.axes)
     shape[axis], axes[axis] = size, None
     return dataclasses.replace(
         value,
         shape=tuple(shape),
         axes=tuple(axes),
-        dead=tuple(finite_only(d) for d in value.dead),
+        at_removed=tuple(finite_only(d) for d in value.at_removed),
         known=None,
         leaf=None,
         summed=None,
@@ -119,20 +119,20 @@ def concatenate(flow: Flow, values: Sequence[Value], axis: int) -> Value:
     """Returns the values one behind the other along an axis."""
     rest = [a for a in range(values[0].ndim) if a != axis]
     axes: list[Axis] = list(values[0].axes)
-    dead: list[Dead] = list(values[0].dead)
+    at_removed: list[AtRemoved] = list(values[0].at_removed)
     for a in rest:
         for other in values[1:]:
             flow.atoms.same(axes[a], other.axes[a])
             if other.axes[a] is None:
                 axes[a] = None
-        dead[a] = removed_values.meet([dead_of(v, a, v.shape[a]) for v in values])
+        at_removed[a] = removed_values.meet([at_removed_of(v, a, v.shape[a]) for v in values])
     sizes = [v.shape[axis] for v in values]
     if not all(isinstance(n, int | np.integer) for n in sizes):
         for v in values:
             flow.keep(v, "behind a size that is not known", [axis])
-        axes[axis], dead[axis] = None, UNKNOWN
+        axes[axis], at_removed[axis] = None, UNKNOWN
     elif all(v.axes[axis] is None for v in values):
-        axes[axis], dead[axis] = None, UNKNOWN
+        axes[axis], at_removed[axis] = None, UNKNOWN
     else:
         parts = [flow.atoms.resolve(v.axes[axis]) for v in values]
         width = max(1 if p is None else p.shape[1] for p in parts)
@@ -144,11 +144,11 @@ def concatenate(flow: Flow, values: Sequence[Value], axis: int) -> Value:
                 for p, n in zip(parts, sizes, strict=True)
             ]
         )
-        lines = [finite_only(v.dead[axis]) for v in values]
+        lines = [finite_only(v.at_removed[axis]) for v in values]
         if all(np.ndim(x) == 0 and equal(x, lines[0]) for x in lines):
-            dead[axis] = lines[0]
+            at_removed[axis] = lines[0]
         else:
-            dead[axis] = np.concatenate(
+            at_removed[axis] = np.concatenate(
                 [np.broadcast_to(as_line(x), (n,)) for x, n in zip(lines, sizes, strict=True)]
             )
     shape = list(values[0].shape)
@@ -156,7 +156,7 @@ def concatenate(flow: Flow, values: Sequence[Value], axis: int) -> Value:
     return Value(
         tuple(shape),
         tuple(axes),
-        tuple(dead),
+        tuple(at_removed),
         None,
         flow.joint_origins(values, len(shape)),
     )
@@ -195,7 +195,7 @@ def pad(flow: Flow, value: Value, axis: int, low: int, high: int, fill: float | 
             tuple(shape),
             tuple(flow.atoms.fresh(n) if a == axis else value.axes[a] for a in range(value.ndim)),
             tuple(
-                (UNKNOWN if fill is None else float(fill)) if a == axis else value.dead[a]
+                (UNKNOWN if fill is None else float(fill)) if a == axis else value.at_removed[a]
                 for a in range(value.ndim)
             ),
             None,
@@ -213,7 +213,7 @@ def transpose(flow: Flow, value: Value, order: Sequence[int]) -> Value:
         value,
         shape=tuple(value.shape[a] for a in order),
         axes=tuple(value.axes[a] for a in order),
-        dead=tuple(value.dead[a] for a in order),
+        at_removed=tuple(value.at_removed[a] for a in order),
         known=None,
         origins=None if value.origins is None else tuple(value.origins[a] for a in order),
         leaf=leaf,
@@ -232,7 +232,7 @@ def select_axes(flow: Flow, value: Value, axes: Sequence[int | None], sizes: Any
     return Value(
         tuple(1 if a is None else value.shape[a] for a in pick),
         tuple(None if a is None else value.axes[a] for a in pick),
-        tuple(UNKNOWN if a is None else value.dead[a] for a in pick),
+        tuple(UNKNOWN if a is None else value.at_removed[a] for a in pick),
         None,
         None
         if value.origins is None
@@ -246,24 +246,24 @@ def broadcast(flow: Flow, value: Value, shape: Sequence[Any], dims: Sequence[int
     place = {d: a for a, d in enumerate(dims)}
     uniform = uniform_of(value)
     axes: list[Axis] = []
-    dead: list[Dead] = []
+    at_removed: list[AtRemoved] = []
     origins: list[frozenset[tuple[str, int]]] = []
     for d, n in enumerate(shape):
         a = place.get(d)
         origin = frozenset() if a is None or value.origins is None else value.origins[a]
         if a is not None and (not is_one(value.shape[a]) or is_one(n)):
             axes.append(value.axes[a])
-            dead.append(value.dead[a])
+            at_removed.append(value.at_removed[a])
         else:
             if a is not None:
                 flow.keep(value, "a size of 1", [a])
             axes.append(flow.atoms.fresh(n) if is_long(n) else None)
-            dead.append(EVEN if uniform is None else uniform)
+            at_removed.append(UNIFORM if uniform is None else uniform)
         origins.append(origin)
     return Value(
         tuple(shape),
         tuple(axes),
-        tuple(dead),
+        tuple(at_removed),
         None,
         None if value.origins is None else tuple(origins),
         summed=value.summed,

@@ -21,12 +21,12 @@ Groups = Sequence[tuple[np.ndarray, ...]]
 Conflicts = Literal["refuse", "keep", "remove"]
 
 
-def masks_of(leaves: Mapping[str, Coupled], dead: np.ndarray, params: Any) -> Any:
+def masks_of(leaves: Mapping[str, Coupled], removed: np.ndarray, params: Any) -> Any:
     """Returns the complete masks for units that are removed; see :meth:`Coupling.masks`."""
     tree = flatten(params)
     found = {}
     for path, leaf in leaves.items():
-        keep = leaf_mask(leaf, dead)
+        keep = leaf_mask(leaf, removed)
         if keep is None:
             continue
         if path not in tree.leaves:
@@ -40,11 +40,11 @@ def masks_of(leaves: Mapping[str, Coupled], dead: np.ndarray, params: Any) -> An
     return tree.rebuild(found)
 
 
-def leaf_mask(leaf: Coupled, dead: np.ndarray) -> np.ndarray | None:
+def leaf_mask(leaf: Coupled, removed: np.ndarray) -> np.ndarray | None:
     """Returns the mask of one parameter as numpy, broadcastable; None if it loses nothing."""
     mask: np.ndarray | None = None
     for axis in range(len(leaf.shape)):
-        keep = leaf.kept(axis, dead)
+        keep = leaf.kept(axis, removed)
         if keep is None:
             continue
         part = _along(leaf, axis, keep)
@@ -65,19 +65,19 @@ def _along(leaf: Coupled, axis: int, keep: np.ndarray) -> np.ndarray:
 
 
 class Chosen(NamedTuple):
-    """Which units masks remove: ``dead`` by unit number; what was changed to make them agree."""
+    """Which units masks remove: ``removed`` by unit number; what was changed to make them agree."""
 
-    dead: np.ndarray
+    removed: np.ndarray
     restored: tuple[int, ...]
     extended: tuple[int, ...]
 
 
 def check_removal(
-    leaves: Mapping[str, Coupled], families: Sequence[Family], groups: Groups, dead: np.ndarray
+    leaves: Mapping[str, Coupled], families: Sequence[Family], groups: Groups, removed: np.ndarray
 ) -> None:
     """Raises ValueError if removing these units is uneven or empties an axis."""
     for chunks in groups:
-        counts = [int(dead[chunk].sum()) for chunk in chunks]
+        counts = [int(removed[chunk].sum()) for chunk in chunks]
         if len(set(counts)) > 1:
             family = next(f for f in families if chunks[0][0] in f.units)
             raise ValueError(
@@ -86,7 +86,7 @@ def check_removal(
             )
     for path, leaf in leaves.items():
         for axis, units in enumerate(leaf.units):
-            if units is not None and dead[units].any(-1).all():
+            if units is not None and removed[units].any(-1).all():
                 raise ValueError(f"pruned leaves nothing of axis {axis} of {path!r}")
 
 
@@ -125,14 +125,14 @@ def units_of(
     torn = asked & denied
     if torn.any() and conflicts == "refuse":
         raise ValueError(_disagreement(families, torn))
-    dead = asked if conflicts == "remove" else asked & ~denied
-    dead[0] = False
-    dead = _evened(groups, dead, conflicts)
-    check_removal(leaves, families, groups, dead)
+    removed = asked if conflicts == "remove" else asked & ~denied
+    removed[0] = False
+    removed = _balanced(groups, removed, conflicts)
+    check_removal(leaves, families, groups, removed)
     return Chosen(
-        dead,
-        tuple(np.flatnonzero(asked & ~dead).tolist()),
-        tuple(np.flatnonzero(dead & denied).tolist()),
+        removed,
+        tuple(np.flatnonzero(asked & ~removed).tolist()),
+        tuple(np.flatnonzero(removed & denied).tolist()),
     )
 
 
@@ -160,15 +160,15 @@ def _votes(
     return present & ~stays, stays
 
 
-def _evened(groups: Groups, dead: np.ndarray, conflicts: Conflicts) -> np.ndarray:
+def _balanced(groups: Groups, removed: np.ndarray, conflicts: Conflicts) -> np.ndarray:
     if conflicts == "refuse":
-        return dead
-    dead = dead.copy()
+        return removed
+    removed = removed.copy()
     for chunks in groups:
-        least = min(int(dead[c].sum()) for c in chunks)
+        least = min(int(removed[c].sum()) for c in chunks)
         for chunk in chunks:
-            dead[chunk[dead[chunk]][least:]] = False
-    return dead
+            removed[chunk[removed[chunk]][least:]] = False
+    return removed
 
 
 def _disagreement(families: Sequence[Family], torn: np.ndarray) -> str:
@@ -176,7 +176,7 @@ def _disagreement(families: Sequence[Family], torn: np.ndarray) -> str:
     for family in families:
         n = int(torn[family.units].sum())
         if n:
-            made = [m.path for m in family.members if m.role == SOURCE]
+            made = [m.path for m in family.axes if m.role == SOURCE]
             found.append(f"{n} of {family.name} (made by {', '.join(made[:4])})")
     return (
         f"the masks disagree on {int(torn.sum())} units: some of the layers that make them prune "

@@ -18,7 +18,7 @@ class Coupled:
         shape: its shape.
         units: for every axis an int array ``(n, k)``, the units of each position filled up with 0;
             or ``(blocks, n, k)`` where positions differ from block to block of another axis; or
-            None where the axis stays whole.
+            None where the axis cannot be pruned.
         by: for every axis the axis whose blocks its positions differ by, or None.
         roles: for every axis ``"source"`` (its layer makes these channels), ``"sink"`` (it reads
             them) or ``"companion"`` (a scale, a bias, a statistic, a table).
@@ -29,17 +29,17 @@ class Coupled:
     by: tuple[int | None, ...]
     roles: tuple[str, ...]
 
-    def kept(self, axis: int, dead: np.ndarray) -> np.ndarray | None:
+    def kept(self, axis: int, removed: np.ndarray) -> np.ndarray | None:
         """Returns which positions of an axis stay, ``(n,)`` or ``(blocks, n)``; None for all."""
         units = self.units[axis]
         if units is None:
             return None
-        keep: np.ndarray = np.logical_not(dead[units].any(-1))
+        keep: np.ndarray = np.logical_not(removed[units].any(-1))
         return None if keep.all() else keep
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class FamilyAxis:
     """Where a family lies in one parameter: the axis, its role, and positions of each unit."""
 
     path: str
@@ -58,20 +58,20 @@ class Family:
             whole) or ``"position"`` (the same position of every block); ``"head"`` and
             ``"head_position"`` where those are the heads of an attention and the positions within.
         units: int array of the units' numbers.
-        members: the axes they lie in.
+        axes: the axes they lie in.
     """
 
     name: str
     kind: str
     units: np.ndarray
-    members: tuple[Member, ...]
+    axes: tuple[FamilyAxis, ...]
 
     def __len__(self) -> int:
         return len(self.units)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pin:
+class FrozenAxis:
     """Positions of a parameter's axis that stay, and why."""
 
     path: str

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from purepruning.coupling.atoms import KEPT, Axis
-from purepruning.coupling.removed_values import EVEN, UNKNOWN
+from purepruning.coupling.removed_values import UNIFORM, UNKNOWN
 
-Dead = float | np.ndarray
+AtRemoved = float | np.ndarray
 
 
 #: Whether a parameter's axis is produced by its layer, contracted with the layer's input, or
@@ -25,9 +25,9 @@ class Value:
     """What is known of one array of the program.
 
     Attributes:
-        shape: its shape; an axis that stays whole may have a symbolic size.
-        axes: for every axis its atoms, or None if it stays whole.
-        dead: for every axis the value at removed positions, one number or one for each position.
+        shape: its shape; an axis that cannot be pruned may have a symbolic size.
+        axes: for every axis its atoms, or None if it cannot be pruned.
+        at_removed: for every axis the value at removed positions: one number, or one for each.
         known: the array itself, where it depends on constants only and is small.
         origins: for every axis the axes of parameters it comes from, ``(path, axis)``; None if the
             array depends on an input.
@@ -37,7 +37,7 @@ class Value:
 
     shape: tuple[Any, ...]
     axes: tuple[Axis, ...]
-    dead: tuple[Dead, ...] = ()
+    at_removed: tuple[AtRemoved, ...] = ()
     known: Any = None
     origins: tuple[frozenset[tuple[str, int]], ...] | None = None
     leaf: tuple[str, tuple[int, ...]] | None = None
@@ -89,50 +89,52 @@ def is_long(n: Any) -> bool:
     return isinstance(n, int) and n > 1
 
 
-def as_line(dead: Dead) -> np.ndarray:
+def as_line(at_removed: AtRemoved) -> np.ndarray:
     """Returns the values at removed positions as a vector."""
-    return np.atleast_1d(np.asarray(dead, float))
+    return np.atleast_1d(np.asarray(at_removed, float))
 
 
-def is_zero(dead: Dead) -> bool:
+def is_zero(at_removed: AtRemoved) -> bool:
     """Whether all removed positions hold zero."""
-    return bool((np.asarray(dead) == 0.0).all())
+    return bool((np.asarray(at_removed) == 0.0).all())
 
 
-def finite_only(dead: Dead) -> Dead:
+def finite_only(at_removed: AtRemoved) -> AtRemoved:
     """Returns the values with unknown in place of what is no finite number."""
-    if np.ndim(dead):
-        return np.where(np.isfinite(dead), dead, UNKNOWN)
-    return dead if math.isfinite(float(dead)) else UNKNOWN
+    if np.ndim(at_removed):
+        return np.where(np.isfinite(at_removed), at_removed, UNKNOWN)
+    return at_removed if math.isfinite(float(at_removed)) else UNKNOWN
 
 
-def without_even(value: Value) -> Value:
+def without_uniform(value: Value) -> Value:
     """Returns the value knowing only numbers: what is computed elsewhere is not known here."""
-    return dataclasses.replace(value, dead=tuple(finite_only(d) for d in value.dead), summed=None)
+    return dataclasses.replace(
+        value, at_removed=tuple(finite_only(d) for d in value.at_removed), summed=None
+    )
 
 
-def numbers_as_even(value: Value) -> Value:
+def numbers_as_uniform(value: Value) -> Value:
     """Returns the value after an operation of integers, or one that rounds: the program does it."""
-    found: list[Dead] = []
-    for d in value.dead:
+    found: list[AtRemoved] = []
+    for d in value.at_removed:
         number = np.isfinite(d) & (np.asarray(d) != 0.0)
-        found.append(np.where(number, EVEN, d) if np.ndim(d) else EVEN if number else d)
-    return dataclasses.replace(value, dead=tuple(found))
+        found.append(np.where(number, UNIFORM, d) if np.ndim(d) else UNIFORM if number else d)
+    return dataclasses.replace(value, at_removed=tuple(found))
 
 
-def through_product(dead: Dead) -> Dead:
+def through_product(at_removed: AtRemoved) -> AtRemoved:
     """Zero stays zero in a product with what is kept; what can be computed still can."""
-    if is_zero(dead):
+    if is_zero(at_removed):
         return 0.0
-    return UNKNOWN if np.isnan(dead).any() else EVEN
+    return UNKNOWN if np.isnan(at_removed).any() else UNIFORM
 
 
-def zero_or_unknown(dead: Dead) -> Dead:
+def zero_or_unknown(at_removed: AtRemoved) -> AtRemoved:
     """Returns zeros, and unknown in place of all else."""
     return (
-        np.where(np.asarray(dead) == 0.0, 0.0, UNKNOWN)
-        if np.ndim(dead)
-        else (0.0 if dead == 0.0 else UNKNOWN)
+        np.where(np.asarray(at_removed) == 0.0, 0.0, UNKNOWN)
+        if np.ndim(at_removed)
+        else (0.0 if at_removed == 0.0 else UNKNOWN)
     )
 
 
@@ -166,12 +168,12 @@ def uniform_of(value: Value) -> float | None:
     return None
 
 
-def dead_of(value: Value, axis: int, n: Any) -> Dead:
+def at_removed_of(value: Value, axis: int, n: Any) -> AtRemoved:
     """Returns what a value holds at removed positions of an axis it is broadcast along."""
     if axis >= 0 and (not is_one(value.shape[axis]) or is_one(n)) and value.axes[axis] is not None:
-        return value.dead[axis]
+        return value.at_removed[axis]
     uniform = uniform_of(value)
-    return EVEN if uniform is None else uniform
+    return UNIFORM if uniform is None else uniform
 
 
 def weights_of(*values: Value) -> tuple[str, ...]:

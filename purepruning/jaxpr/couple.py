@@ -50,8 +50,8 @@ def couple(
         params: pytree of all arrays that may be cut, statistics of batch norms included; arrays or
             ``jax.ShapeDtypeStruct``.
         *inputs: the other arguments, likewise. They are never cut. What is no array is passed on.
-        outputs: tree of booleans, a prefix of the function's result: whether it stays whole (True)
-            or may shrink along with the parameters (False), as updated statistics should.
+        outputs: tree of booleans, a prefix of the function's result: whether it keeps its size
+            (True) or may shrink along with the parameters (False), as updated statistics should.
 
     Raises:
         TypeError, ValueError: ``outputs`` is no prefix of the result; or what ``fn`` raises.
@@ -61,7 +61,7 @@ def couple(
     ...     return jax.nn.relu(x @ params["one"] + params["bias"][None]) @ params["two"]
     >>> params = {"one": jnp.ones((3, 8)), "bias": jnp.ones(8), "two": jnp.ones((8, 2))}
     >>> coupling = couple(mlp, params, jnp.ones((1, 3)))
-    >>> [(f.name, len(f), [m.path for m in f.members]) for f in coupling.families]
+    >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('one[1]', 8, ['bias', 'one', 'two'])]
     """
     return analyse(fn, params, inputs, outputs).coupling

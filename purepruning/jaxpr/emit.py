@@ -216,13 +216,13 @@ def _reduce_sum(r: Run, op: Op, arrays: Any, operands: Any, results: Any) -> Any
     value = operands[0]
     for a in op.params["axes"]:
         kept = r.s.kept(value.axes[a])
-        if kept is None or bool((np.asarray(value.dead[a]) == 0.0).all()):
+        if kept is None or bool((np.asarray(value.at_removed[a]) == 0.0).all()):
             continue
         gone = value.shape[a] - len(kept)
-        ghost = r.ghost(op.inputs[0], a)
+        masked = r.masked(op.inputs[0], a)
         shape = list(r.s.shape(value))
         shape[a] = gone
-        total = total + r.bind(op, [jnp.broadcast_to(ghost, shape)], op.params)[0]
+        total = total + r.bind(op, [jnp.broadcast_to(masked, shape)], op.params)[0]
     return total
 
 

@@ -114,7 +114,7 @@ class Run:
 
     # What masked models hold at removed positions, for statistics.
 
-    def ghost(self, n: int, axis: int) -> Any:
+    def masked(self, n: int, axis: int) -> Any:
         """Returns what the masked model holds at removed positions of an axis.
 
         The array has all axes of the variable; along ``axis`` it has one position for each removed
@@ -124,13 +124,13 @@ class Run:
         kept = s.kept(value.axes[axis])
         assert kept is not None
         gone = np.setdiff1d(np.arange(value.shape[axis]), kept)
-        dead = np.atleast_1d(np.asarray(value.dead[axis], float))
-        dead = dead if len(dead) == 1 else dead[gone]
+        at_removed = np.atleast_1d(np.asarray(value.at_removed[axis], float))
+        at_removed = at_removed if len(at_removed) == 1 else at_removed[gone]
         dtype = self.program.avals[n].dtype
-        if np.isfinite(dead).all():
+        if np.isfinite(at_removed).all():
             shape = [1] * value.ndim
-            shape[axis] = len(dead)
-            return jnp.asarray(dead.reshape(shape), dtype)
+            shape[axis] = len(at_removed)
+            return jnp.asarray(at_removed.reshape(shape), dtype)
         op = self.makers[n]
         if op.name == "broadcast_in_dim":
             dims = op.params["broadcast_dimensions"]
@@ -138,32 +138,32 @@ class Run:
             shape = list(s.shape(value))
             shape[axis] = 1
             if axis in dims and self.values[op.inputs[0]].shape[dims.index(axis)] != 1:
-                source = self.ghost(op.inputs[0], dims.index(axis))
+                source = self.masked(op.inputs[0], dims.index(axis))
                 shape[axis] = source.shape[dims.index(axis)]
             return jax.lax.broadcast_in_dim(_fit(source, shape, dims), shape, dims)
         if op.name in ("reshape", "squeeze", "expand_dims"):
             old = self.values[op.inputs[0]]
             place = _same_place(old.shape, value.shape, axis)
-            source = self.ghost(op.inputs[0], place)
+            source = self.masked(op.inputs[0], place)
             shape = list(s.shape(value))
             shape[axis] = source.shape[place]
             whole = list(s.shape(old))
             whole[place] = source.shape[place]
             return jnp.reshape(jnp.broadcast_to(source, whole), shape)
         if op.name == "rev":
-            return self.bind(op, [self.ghost(op.inputs[0], axis)], op.params)[0]
+            return self.bind(op, [self.masked(op.inputs[0], axis)], op.params)[0]
         if op.name == "optimization_barrier":
-            return self.ghost(op.inputs[op.outputs.index(n)], axis)
+            return self.masked(op.inputs[op.outputs.index(n)], axis)
         if op.name == "transpose":
             order = op.params["permutation"]
-            return jnp.transpose(self.ghost(op.inputs[0], order[axis]), order)
+            return jnp.transpose(self.masked(op.inputs[0], order[axis]), order)
         if op.name == "dot_general":
-            return self._ghost_product(op, axis)
+            return self._masked_product(op, axis)
         if op.name in ELEMENTWISE or op.name == "integer_pow" or op.inner:
-            return self._ghost_elementwise(op, axis, op.outputs.index(n))
+            return self._masked_elementwise(op, axis, op.outputs.index(n))
         raise NotImplementedError(f"no value at removed positions through {op.name}; {WITHOUT}")
 
-    def _ghost_product(self, op: Op, axis: int) -> Any:
+    def _masked_product(self, op: Op, axis: int) -> Any:
         (left, right), (batch_left, batch_right) = op.params["dimension_numbers"]
         sides = []
         for n, used in zip(op.inputs, ((*left, *batch_left), (*right, *batch_right)), strict=True):
@@ -172,20 +172,20 @@ class Run:
         which = int(place >= len(sides[0]))
         arrays = [self.read(n) for n in op.inputs]
         source = sides[which][place - which * len(sides[0])]
-        arrays[which] = self.ghost(op.inputs[which], source)
+        arrays[which] = self.masked(op.inputs[which], source)
         shape = list(self.s.shape(self.values[op.inputs[which]]))
         shape[source] = arrays[which].shape[source]
         arrays[which] = jnp.broadcast_to(arrays[which], shape)
         return self.bind(op, arrays, op.params)[0]
 
-    def _ghost_elementwise(self, op: Op, axis: int, which: int = 0) -> Any:
+    def _masked_elementwise(self, op: Op, axis: int, which: int = 0) -> Any:
         parts = []
         for n in op.inputs:
             value = self.values[n]
             if value.ndim == 0 or value.shape[axis] == 1 or value.axes[axis] is None:
                 parts.append(self.read(n))
             else:
-                parts.append(self.ghost(n, axis))
+                parts.append(self.masked(n, axis))
         shape = np.broadcast_shapes(*(p.shape for p in parts))
         parts = [p if p.ndim == 0 else jnp.broadcast_to(p, shape) for p in parts]
         if op.inner:

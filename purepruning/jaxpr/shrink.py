@@ -87,14 +87,14 @@ def shrink(
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"params: {path!r} is a shape; to be cut it must be an array")
     chosen = coupling.chosen(masks, params, conflicts=conflicts)
-    plan = plan_of(coupling, chosen.dead)
+    plan = plan_of(coupling, chosen.removed)
     found = analyse(fn, params, inputs, coupling.outputs)
     check_same(coupling, found.coupling)
-    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.dead), params), masks)
+    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
     masked = {p: _masked(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
     small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
     function = ShrunkFunction(fn, plan, norms, coupling.outputs)
-    before, after = found.coupling.cost(), found.coupling.cost(chosen.dead)
+    before, after = found.coupling.cost(), found.coupling.cost(chosen.removed)
     report = ShrinkReport(
         plan,
         complete,

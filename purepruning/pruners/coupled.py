@@ -21,7 +21,7 @@ from purepruning.arrays import (
 from purepruning.config.allocation import Allocation
 from purepruning.config.config import Config
 from purepruning.coupling.coupling import Coupling
-from purepruning.coupling.units import Member
+from purepruning.coupling.units import FamilyAxis
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import any_of, fold, grid
@@ -111,7 +111,7 @@ def unit_scores(
     # Parameters of one shape are summed by one compiled function.
     add = compiled(like, _positions, "axis", "by", "blocks")
     sums: dict[str, Any] = {}
-    for m in (m for family in coupling.families for m in family.members):
+    for m in (m for family in coupling.families for m in family.axes):
         if m.path in leaves and m.role in wanted and _name(m) not in sums:
             leaf = coupling.leaves[m.path]
             units = leaf.units[m.axis]
@@ -281,7 +281,7 @@ class _Coupled:
         return hash(self.coupling.digest)
 
 
-def _name(member: Member) -> str:
+def _name(member: FamilyAxis) -> str:
     return f"{member.path}[{member.axis}]"
 
 
@@ -304,7 +304,7 @@ def _unit_scores(sums: dict[str, Any], *, key: _Coupled, reduce: str, normalize:
     found, order = [], []
     for family in coupling.families:
         members = []
-        for m in (m for m in family.members if _name(m) in sums):
+        for m in (m for m in family.axes if _name(m) in sums):
             units = coupling.leaves[m.path].units[m.axis]
             index = _places(units, family.units, m.positions)
             each = xp.take(sums[_name(m)], int32(xp, index.reshape(-1), like))

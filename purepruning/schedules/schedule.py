@@ -55,7 +55,7 @@ class Event(NamedTuple):
         counts: by pool name, the counts that hold from this step on, for
             :meth:`purepruning.Config.with_counts`.
         turns: by pool name, whether it is pruned now; ``{}`` if all pools are whenever one is. A
-            pool whose turn it is not has the count that it had.
+            pool that is not due has the count that it had.
     """
 
     due: Any

@@ -76,7 +76,7 @@ def masks_of_units(
         ks = xp.stack([int32(xp, count, scores) for count in known])
     total = config.pools[0].total
     whole = None if total is None else (total, config.pools[0].step)
-    dead, reached = compiled(scores, _dead, "total", "allocation")(
+    removed, reached = compiled(scores, _pruned, "total", "allocation")(
         scores, keep, ks, total=whole, allocation=allocation
     )
     if reached is not None and is_concrete(reached) and not bool(reached):
@@ -86,7 +86,7 @@ def masks_of_units(
         )
     mask = compiled(scores, _mask, "name", "g", "allocation")
     return {
-        name: mask(dead, name=name, g=grids[name], allocation=allocation)
+        name: mask(removed, name=name, g=grids[name], allocation=allocation)
         for name in allocation.layers
     }
 
@@ -132,7 +132,7 @@ def _sum(rows: Any) -> Any:
     return xp.where(finite, exact, xp.sum(rows, axis=1))
 
 
-def _dead(
+def _pruned(
     scores: Any, keep: Any, counts: Any, *, total: tuple[int, int] | None, allocation: Allocation
 ) -> tuple[Any, Any]:
     """Returns which units are pruned, by place, and whether the budget could be met."""
@@ -141,14 +141,14 @@ def _dead(
     if total is not None:
         return _within_budget(xp, scores, counts[0], total, allocation)
     keys = ordered_bits(xp, scores)
-    dead = xp.zeros_like(keys[:1], dtype=xp.bool)
+    removed = xp.zeros_like(keys[:1], dtype=xp.bool)
     # What layers lose together first; what some of them lose beyond begins with that.
     sets = list(enumerate(allocation.sets))
     none = xp.zeros_like(keys, dtype=xp.bool)
     first = _lowest(xp, keys, counts, [(i, s) for i, s in sets if s.common is None], none)
     later = [(i, s) for i, s in sets if s.common is not None]
     if later:
-        so_far = xp.concat([dead, first])
+        so_far = xp.concat([removed, first])
         gone = xp.concat(
             [
                 none[s.places[0] - 1 : s.places[-1]]
@@ -158,7 +158,7 @@ def _dead(
             ]
         )
         first = first | _lowest(xp, keys, counts, later, gone)
-    return xp.concat([dead, first]), None
+    return xp.concat([removed, first]), None
 
 
 def _lowest(xp: Any, keys: Any, counts: Any, sets: list[tuple[int, UnitSet]], gone: Any) -> Any:
@@ -286,9 +286,9 @@ def _difference(whole: list[int], part: list[Any]) -> list[Any]:
     return [limb * (1 - borrow) for limb in found]
 
 
-def _mask(dead: Any, *, name: str, g: Grid, allocation: Allocation) -> Any:
+def _mask(removed: Any, *, name: str, g: Grid, allocation: Allocation) -> Any:
     """Returns the mask of a layer: a channel stays while none of its units is pruned."""
-    xp = namespace(dead)
+    xp = namespace(removed)
     places = allocation.channels[name]
-    gone = xp.reshape(xp.take(dead, int32(xp, places.reshape(-1), dead)), places.shape)
+    gone = xp.reshape(xp.take(removed, int32(xp, places.reshape(-1), removed)), places.shape)
     return spread(xp, xp.reshape(~xp.any(gone, axis=1), (g.n_members, g.n_units)), g)

@@ -55,8 +55,8 @@ def keep_pruned(
         tx = optax.chain(optax.adamw(1e-3), keep_pruned(masks))
         tx = keep_pruned(masks, optax.adamw(1e-3))
 
-    In the first, the optimizer sees dense gradients, and its moments of pruned weights live on. In
-    the second it sees zero gradients and parameters there, and its moments are set to zero after
+    In the first, the optimizer sees dense gradients, and moments of pruned weights keep updating.
+    In the second it sees zero gradients and parameters there, and its moments are set to zero after
     each step: global norms, factored moments and gradient accumulators have no part of pruned
     weights, and a weight that comes back starts anew. State that has not the parameter's shape
     (Adafactor's rows and columns) is left alone.
@@ -143,7 +143,7 @@ def prune_on_schedule(
     """Returns :func:`keep_pruned` with masks that the pruner makes anew when the schedule says so.
 
     At a step that is due, the pruner ranks the parameters as they are before the update; what is
-    pruned stays pruned (:meth:`purepruning.Config.with_masks`), and pools whose turn it is not keep
+    pruned stays pruned (:meth:`purepruning.Config.with_masks`), and pools that are not due keep
     their masks. Then, as at every step, pruned weights go to zero. Steps are calls of ``update``:
     within ``optax.MultiSteps``, real updates; so put it inside. There it is, as
     :func:`keep_pruned`, the last of a chain, or has the optimizer inside::

@@ -1,4 +1,4 @@
-"""The law of shrinking: the masked and the shrunk model are one function, and so are gradients."""
+"""Masked/shrunk equivalence: outputs of the masked and the shrunk model, and gradients, agree."""
 
 from typing import Any, NamedTuple
 

@@ -20,10 +20,10 @@ class Script:
         self.axes.append((axis, n))
         return len(self.axes) - 1
 
-    def gone(self, index, dead):
+    def gone(self, index, removed):
         axis, n = self.axes[index]
         x = self.atoms.resolve(axis)
-        return np.zeros(n, bool) if x is None else dead[x].any(1)
+        return np.zeros(n, bool) if x is None else removed[x].any(1)
 
     def fresh(self, draw):
         n = draw(st.sampled_from(SIZES))
@@ -33,14 +33,14 @@ class Script:
         i = self.pick(draw)
         j = draw(st.sampled_from([k for k, (_, n) in enumerate(self.axes) if n == self.axes[i][1]]))
         self.atoms.same(self.axes[i][0], self.axes[j][0])
-        self.laws.append(lambda dead: (self.gone(i, dead), self.gone(j, dead)))
+        self.laws.append(lambda removed: (self.gone(i, removed), self.gone(j, removed)))
 
     def permute(self, draw):
         i = self.pick(draw)
         axis, n = self.axes[i]
         order = np.array(draw(st.permutations(range(n))))
         j = self.add(None if axis is None else axis[order], n)
-        self.laws.append(lambda dead: (self.gone(i, dead)[order], self.gone(j, dead)))
+        self.laws.append(lambda removed: (self.gone(i, removed)[order], self.gone(j, removed)))
 
     def merge(self, draw):
         i, j = self.pick(draw), self.pick(draw)
@@ -59,9 +59,9 @@ class Script:
 
     def product(self, i, j, k):
         self.laws.append(
-            lambda dead: (
-                np.logical_or.outer(self.gone(i, dead), self.gone(j, dead)).reshape(-1),
-                self.gone(k, dead),
+            lambda removed: (
+                np.logical_or.outer(self.gone(i, removed), self.gone(j, removed)).reshape(-1),
+                self.gone(k, removed),
             )
         )
 
@@ -70,7 +70,7 @@ class Script:
         axis, n = self.axes[i]
         j = draw(st.integers(0, n - 1))
         self.atoms.keep(None if axis is None else axis[j : j + 1], "a test")
-        self.laws.append(lambda dead: (self.gone(i, dead)[j], False))
+        self.laws.append(lambda removed: (self.gone(i, removed)[j], False))
 
     def pick(self, draw):
         return draw(st.integers(0, len(self.axes) - 1))
@@ -86,10 +86,10 @@ def test_any_choice_satisfies_every_constraint(data):
         getattr(script, name)(data.draw)
     rng = np.random.default_rng(0)
     for share in (0.1, 0.3, 0.6):
-        dead = rng.random(script.atoms.size) < share
-        dead[KEPT] = False
+        removed = rng.random(script.atoms.size) < share
+        removed[KEPT] = False
         for law in script.laws:
-            one, other = law(dead)
+            one, other = law(removed)
             np.testing.assert_array_equal(one, other)
 
 

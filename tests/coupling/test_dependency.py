@@ -1,4 +1,4 @@
-"""Dependency-aware pruning: channels that can only go together, in what makes them.
+"""Dependency-aware pruning: coupled channels, in what makes them.
 
 Expected values are computed by hand or in a few lines of NumPy from the structure of the models,
 never from the coupling.
@@ -641,15 +641,15 @@ def greedy(params, budget, which, per_cost=False, cap=0.99):
             scores = scores / (full - cost_of_resnet(widths | {name: widths[name] - 1})[which])
         order = np.argsort(scores)
         units += [(scores[i], name, i) for i in order[: pp.count_of(cap, widths[name])]]
-    dead, kept = {name: [] for name in SETS}, dict(widths)
+    removed, kept = {name: [] for name in SETS}, dict(widths)
     for _, name, i in sorted(units):
         if cost_of_resnet(kept)[which] <= budget:
             break
-        dead[name].append(int(i))
+        removed[name].append(int(i))
         kept[name] -= 1
         last = name
     before = cost_of_resnet(kept | {last: kept[last] + 1})[which]
-    return {x: sorted(dead[name]) for name, made in SETS.items() for x in made}, before
+    return {x: sorted(removed[name]) for name, made in SETS.items() for x in made}, before
 
 
 @pytest.mark.parametrize("cost", ["params", "macs"])

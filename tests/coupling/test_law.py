@@ -72,7 +72,7 @@ def test_the_shrunk_model_is_the_masked_one(entry, standard_promotion):
     assert found.gradients <= 1e-5
     if entry.name in WHOLE:
         assert not found.coupling.n_units
-        assert WHOLE[entry.name] in {pin.reason for pin in found.coupling.pins}
+        assert WHOLE[entry.name] in {axis.reason for axis in found.coupling.frozen}
     else:
         before, after = found.shrunk.report.params
         assert after < before

@@ -52,7 +52,7 @@ def test_unknown_operations_are_named():
 
     found = pp.couple(odd, {"w": jnp.ones((3, 4))}, jnp.ones((5, 3)))
     (name,) = found.unknown
-    assert f"no rule for {name}, met 1 times: what it reads stays whole" in str(found)
+    assert f"no rule for {name}, met 1 times: what it reads cannot be pruned" in str(found)
     assert not found.n_units
 
 

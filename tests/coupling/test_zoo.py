@@ -35,11 +35,11 @@ def test_every_operation_has_a_rule_and_every_model_loses_something(entry):
     assert list(coupling.unknown) == WITHOUT_RULE.get(entry.name, [])
     assert bool(coupling.n_units) == (entry.name not in WHOLE)
     if coupling.n_units:
-        dead = coupling.removed(half(coupling))
-        plan = plan_of(coupling, dead)
+        removed = coupling.removed(half(coupling))
+        plan = plan_of(coupling, removed)
         full, less = (
             sum(np.prod(s) for s in shapes)
             for shapes in (plan.shapes.values(), [plan.shape(path) for path in plan.shapes])
         )
         assert less < full
-        assert coupling.cost(dead) < coupling.cost()
+        assert coupling.cost(removed) < coupling.cost()

@@ -1,17 +1,17 @@
 """Small torch modules, one way of wiring channels each, and what pruning them must give.
 
-Eighty patterns, of which other tools get many wrong, under the law that is checked on each: the
+Eighty patterns, of which other tools get many wrong, checked for equivalence: the
 model whose pruned units are zero in every slice they own, and the model from which they were
 removed, with the original divisors of means and norms kept, give the same outputs.
 
     model, inputs = pattern.build()
     fill(model, seed=0)
 
-``expect`` is ``"exact"``: there is something to prune, and the law holds for all of it; or
+``expect`` is ``"exact"``: there is something to prune, and the equivalence holds for all of it; or
 ``"frozen: <reason>"``: nothing can be removed, and a tool that removes something computes
 something else. A pattern is exact as soon as *some* of its channels can go; ``why`` says which,
 where that needs thought. (``torch_traps`` has a third kind, ``"lawful"``: whatever goes, and be it
-nothing, the law holds.)
+nothing, the equivalence holds.)
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def stack_sum():
 
 @exact
 def unbind_stack():
-    """Two halves as an axis of their own, taken apart again: channel c and c + 8 go together."""
+    """Two halves as an axis of their own, taken apart again: channel c and c + 8 are coupled."""
 
     def run(net, x):
         x = F.relu(net.a(x))
@@ -432,7 +432,7 @@ def channel_index_select():
 
 @exact
 def channel_flip():
-    """Added to the original, so that channels c and 7 - c go together."""
+    """Added to the original, so that channels c and 7 - c are coupled."""
 
     def run(net, x):
         x = F.relu(net.a(x))
@@ -570,7 +570,7 @@ def nn_ChannelShuffle():
 
 @exact
 def pixel_shuffle():
-    """Four neighbouring channels become one: they go together."""
+    """Four neighbouring channels become one: they are coupled."""
 
     def run(net, x):
         return net.head(F.pixel_shuffle(F.relu(net.a(x)), 2))

@@ -1,4 +1,4 @@
-"""The law on architectures that nobody here wrote; ``benchmarks/population_torch.py`` has 128."""
+"""Masked/shrunk equivalence of architectures nobody here wrote; the benchmarks have 128."""
 
 import warnings
 

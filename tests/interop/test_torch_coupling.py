@@ -21,8 +21,8 @@ def families(coupling):
     return {(f.name, f.kind, len(f)) for f in coupling.families}
 
 
-def pinned(coupling):
-    return {(p.path, p.axis): p.reason for p in coupling.pins}
+def frozen_reason(coupling):
+    return {(p.path, p.axis): p.reason for p in coupling.frozen}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS + TRAPS, ids=lambda p: p.name)
@@ -35,7 +35,7 @@ def test_every_pattern_has_units_or_none_as_expected(pattern):
         assert coupling.n_units == 0
     exported = analyse(model, inputs, {}, "exported").coupling  # by another tracer
     check_same(exported, coupling)
-    assert pinned(exported).keys() == pinned(coupling).keys()
+    assert frozen_reason(exported).keys() == frozen_reason(coupling).keys()
 
 
 def test_a_model_comes_back_as_it_was():
@@ -66,7 +66,7 @@ def test_leaves_are_parameters_and_buffers_by_their_names_in_the_state_dict():
     coupling = ppt.couple(image_net(), *image())
     assert set(coupling.leaves) == set(image_net().state_dict())
     (family,) = coupling.families
-    assert {(m.path, m.axis, m.role) for m in family.members} == {
+    assert {(m.path, m.axis, m.role) for m in family.axes} == {
         ("a.weight", 0, "source"),
         ("a.bias", 0, "companion"),
         ("norm.weight", 0, "companion"),
@@ -75,7 +75,7 @@ def test_leaves_are_parameters_and_buffers_by_their_names_in_the_state_dict():
         ("norm.running_var", 0, "companion"),
         ("head.weight", 1, "sink"),
     }
-    assert pinned(coupling)["head.weight", 0] == "an output"
+    assert frozen_reason(coupling)["head.weight", 0] == "an output"
 
 
 def test_tied_parameters_are_one_leaf_under_their_first_name():
@@ -88,7 +88,7 @@ def test_tied_parameters_are_one_leaf_under_their_first_name():
     coupling = ppt.couple(net, torch.tensor([[1, 2, 3]]))
     assert set(coupling.leaves) == {"embed.weight"}
     assert families(coupling) == {("embed.weight[1]", "channel", 8)}
-    assert pinned(coupling)["embed.weight", 0] == "looked up by index"
+    assert frozen_reason(coupling)["embed.weight", 0] == "looked up by index"
 
 
 def test_an_operation_without_a_rule_keeps_what_it_reads_and_is_reported():
@@ -100,7 +100,7 @@ def test_an_operation_without_a_rule_keeps_what_it_reads_and_is_reported():
     coupling = ppt.couple(net, *tokens())
     assert coupling.n_units == 0
     assert list(coupling.unknown) == ["_linalg_svd"]
-    assert "_linalg_svd" in pinned(coupling)["a.weight", 0]
+    assert "_linalg_svd" in frozen_reason(coupling)["a.weight", 0]
 
 
 def test_control_flow_on_data_is_refused_with_the_line():
@@ -170,7 +170,7 @@ def test_a_buffer_that_is_overwritten_is_as_long_as_what_overwrites_it():
     coupling = ppt.couple(Model(), *tokens())
     (family,) = coupling.families
     assert len(family) == 8
-    assert "last" in {m.path for m in family.members}
+    assert "last" in {m.path for m in family.axes}
 
 
 @pytest.mark.parametrize("kind", ["chain", "groups", "attention"])
@@ -197,8 +197,7 @@ def test_twins_in_jax_and_torch_give_the_same_units_masks_and_shapes(kind):
             (same,) = (
                 f
                 for f in theirs.families
-                if {m.path for m in f.members} == {m.path for m in fam.members}
-                and f.kind == fam.kind
+                if {m.path for m in f.axes} == {m.path for m in fam.axes} and f.kind == fam.kind
             )
             twin.update(zip(fam.units.tolist(), same.units.tolist(), strict=True))
     assert len(set(twin.values())) == ours.n_units == theirs.n_units

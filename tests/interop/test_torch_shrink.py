@@ -176,8 +176,8 @@ def test_the_users_own_class_has_corrected_attributes():
     model, inputs = cast(model, image(), torch.float64)
     fill(model, 0)
     coupling = ppt.couple(model, *inputs)
-    first = next(f for f in coupling.families if any(m.path == "a.weight" for m in f.members))
-    third = next(f for f in coupling.families if any(m.path == "norm.weight" for m in f.members))
+    first = next(f for f in coupling.families if any(m.path == "a.weight" for m in f.axes))
+    third = next(f for f in coupling.families if any(m.path == "norm.weight" for m in f.axes))
     units = np.concatenate([first.units[:4], third.units[:3]])
     masks, small, report = shrunk(model, inputs, units)
     assert type(small) is type(model)
@@ -388,7 +388,7 @@ def test_wrong_arguments_are_refused():
 
 def test_weight_norm_of_pruned_filters_stays_whole():
     model, inputs = built("weight_norm")
-    reasons = {(p.path, p.axis): p.reason for p in ppt.couple(model, *inputs).pins}
+    reasons = {(p.path, p.axis): p.reason for p in ppt.couple(model, *inputs).frozen}
     assert reasons["a.parametrizations.weight.original1", 0] == "no number where it is masked"
 
 

@@ -1,4 +1,4 @@
-"""The law of shrinking for torch modules: the masked and the shrunk model are one function."""
+"""Masked/shrunk equivalence of torch modules: the masked and the shrunk model are one function."""
 
 import copy
 

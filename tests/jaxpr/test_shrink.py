@@ -59,7 +59,7 @@ def family(coupling, name):
 
 
 def test_units_span_what_makes_scales_and_reads_them(coupling):
-    found = {f.name: {(m.path, m.axis, m.role) for m in f.members} for f in coupling.families}
+    found = {f.name: {(m.path, m.axis, m.role) for m in f.axes} for f in coupling.families}
     residual = found["params.back.kernel[3]"]
     assert residual == {
         ("params.back.kernel", 3, "source"),
@@ -213,10 +213,10 @@ def test_outputs_that_fit_no_result(outputs):
 # Masks that come from elsewhere.
 
 
-def channel_masks(**dead):
+def channel_masks(**removed):
     """Masks of output channels by layer, as a pruner returns them."""
     masks = jax.tree.map(lambda _: None, VARIABLES)
-    for name, channels in dead.items():
+    for name, channels in removed.items():
         keep = np.ones(VARIABLES["params"][name]["kernel"].shape[-1], bool)
         keep[channels] = False
         masks["params"][name]["kernel"] = jnp.asarray(keep.reshape(1, 1, 1, -1))
@@ -454,7 +454,7 @@ def test_unknown_operations_keep_what_they_touch():
     assert coupling.unknown == {"cholesky": 1}
     assert not coupling.n_units
     assert "no rule for cholesky, met 1 times" in str(coupling)
-    assert {p.reason for p in coupling.pins if p.path == "one" and p.axis == 1} == {
+    assert {p.reason for p in coupling.frozen if p.path == "one" and p.axis == 1} == {
         "operand of cholesky, for which there is no rule"
     }
 
@@ -530,7 +530,7 @@ def test_what_stands_behind_a_batch_that_is_not_known_stays():
     coupling = pp.couple(fn, params, jax.ShapeDtypeStruct((batch, 3), jnp.float32))
     assert coupling.n_units == 4
     assert ("two", 0, "behind a size that is not known") in {
-        (p.path, p.axis, p.reason) for p in coupling.pins
+        (p.path, p.axis, p.reason) for p in coupling.frozen
     }
 
 

@@ -60,7 +60,7 @@ def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
     ...     torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
     ... )
     >>> coupling = couple(model, torch.ones(1, 3))
-    >>> [(f.name, len(f), [m.path for m in f.members]) for f in coupling.families]
+    >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('0.weight[0]', 8, ['0.bias', '0.weight', '2.weight'])]
     """
     return analyse(model, inputs, kwargs).coupling

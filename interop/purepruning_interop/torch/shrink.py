@@ -122,14 +122,14 @@ def shrink(
     masks = _canonical(masks, names)
     _check_leaves(coupling, leaves)
     chosen = coupling.chosen(masks, leaves, conflicts=conflicts)
-    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.dead), leaves), masks)
+    complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), leaves), masks)
     masked = apply_masks(leaves, masks)
-    result = _build(model, coupling, chosen.dead, masked, complete, (inputs, kwargs), norms)
+    result = _build(model, coupling, chosen.removed, masked, complete, (inputs, kwargs), norms)
     report = TorchShrinkReport(
         result.plan,
         complete,
         (_size(model), _size(result.model)),
-        (coupling.cost()[1], coupling.cost(chosen.dead)[1]),
+        (coupling.cost()[1], coupling.cost(chosen.removed)[1]),
         norms,
         coupling.statistics,
         chosen.restored,
@@ -177,14 +177,14 @@ def rebuild(
     if {p: tuple(x.shape) for p, x in leaves.items()} != dict(plan.shapes):
         raise ValueError("plan does not belong to this model: its parameters have other shapes")
     found = analyse(model, inputs, kwargs)
-    dead = np.zeros(found.coupling.n_units + 1, bool)
-    dead[[u for u in plan.removed if u < len(dead)]] = True
-    again = plan_of(found.coupling, dead)
+    removed = np.zeros(found.coupling.n_units + 1, bool)
+    removed[[u for u in plan.removed if u < len(removed)]] = True
+    again = plan_of(found.coupling, removed)
     if not _same_cuts(plan, again):
         raise ValueError("plan does not belong to this model: it couples other channels")
-    masks = found.coupling.masks(np.flatnonzero(dead), leaves)
+    masks = found.coupling.masks(np.flatnonzero(removed), leaves)
     masked = apply_masks(leaves, masks)
-    result = _build(model, found.coupling, dead, masked, masks, (inputs, kwargs), norms)
+    result = _build(model, found.coupling, removed, masked, masks, (inputs, kwargs), norms)
     if state_dict is not None:
         result.model.load_state_dict(state_dict)
     return result.model
@@ -242,13 +242,13 @@ class _Built(NamedTuple):
 def _build(
     model: torch.nn.Module,
     coupling: Coupling,
-    dead: np.ndarray,
+    removed: np.ndarray,
     masked: Mapping[str, torch.Tensor],
     complete: Any,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     norms: str,
 ) -> _Built:
-    plan = plan_of(coupling, dead)
+    plan = plan_of(coupling, removed)
     names = leaf_names(model)
     state = _cut_state(model, plan, masked, names)
     own: torch.nn.Module | None = None
@@ -264,7 +264,7 @@ def _build(
         deviation, why = reference.compare(own, plan)
         if deviation is not None:
             return _Built(own, plan, "module", f"agrees to {deviation:.0e}", deviation, True)
-    graph, dynamic = _graph(model, coupling, dead, plan, state, names, given, norms)
+    graph, dynamic = _graph(model, coupling, removed, plan, state, names, given, norms)
     graph.train(model.training)
     if norms == "kept":
         if own is not None:  # compared with what averages over what is kept
@@ -306,7 +306,7 @@ def _cut_state(
 def _graph(
     model: torch.nn.Module,
     coupling: Coupling,
-    dead: np.ndarray,
+    removed: np.ndarray,
     plan: Plan,
     state: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
@@ -319,7 +319,7 @@ def _graph(
         doubled, keywords = _doubled(args, kwargs)
         found = analyse(model, doubled, keywords, "open")
         check_same(coupling, found.coupling)
-        graph = emit(found, dead, plan, state, names, norms)
+        graph = emit(found, removed, plan, state, names, norms)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy.deepcopy(graph).eval()(*args, **kwargs)
@@ -338,7 +338,7 @@ def _graph(
         pass
     found = analyse(model, args, kwargs, "exported")
     check_same(coupling, found.coupling)
-    return emit(found, dead, plan, state, names, norms), False
+    return emit(found, removed, plan, state, names, norms), False
 
 
 def _doubled(args: Any, kwargs: Any) -> Any:

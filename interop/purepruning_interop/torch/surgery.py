@@ -187,7 +187,7 @@ def _correct_others(
     An attribute is corrected where its name says what it is and exactly one new value is possible;
     whether it was right is for a run of the model to show.
     """
-    dead = set(plan.removed)
+    removed = set(plan.removed)
     for name, module in model.named_modules():
         under = f"{name}." if name else ""
         own = {p for n, p in names.items() if n.startswith(under)}
@@ -206,9 +206,9 @@ def _correct_others(
         heads: dict[int, set[int]] = {}
         sizes: dict[int, set[int]] = {}
         for family in coupling.families:
-            if not any(m.path in near for m in family.members):
+            if not any(m.path in near for m in family.axes):
                 continue
-            left = len(family) - len(dead & set(family.units.tolist()))
+            left = len(family) - len(removed & set(family.units.tolist()))
             if family.kind in ("head", "block"):
                 heads.setdefault(len(family), set()).add(left)
             if family.kind in ("head_position", "position"):

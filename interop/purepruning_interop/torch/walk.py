@@ -137,13 +137,13 @@ def _apply(state: Walk, op: Op, rules: Rules) -> list[Value]:
 
 
 def _without_even(value: Value) -> Value:
-    dead = tuple(
+    at_removed = tuple(
         np.where(np.isfinite(d), d, UNKNOWN)
         if np.ndim(d)
         else (d if math.isfinite(float(d)) else UNKNOWN)
-        for d in value.dead
+        for d in value.at_removed
     )
-    return dataclasses.replace(value, dead=dead)
+    return dataclasses.replace(value, at_removed=at_removed)
 
 
 def leaf_uses(program: Program) -> dict[str, int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from purepruning.coupling import shapes
 from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, without_even
+from purepruning.coupling.value import Value, without_uniform
 from purepruning.jaxpr.program import Op, elementwise_only, is_floating
 from purepruning.jaxpr.rules.shapes import all_are
 from purepruning.jaxpr.walk import Rule, Walk
@@ -21,10 +21,10 @@ LAYERS = 256
 # Programs inside programs.
 def _call(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     if not elementwise_only(op.inner[0]):
-        xs = [without_even(x) for x in xs]
+        xs = [without_uniform(x) for x in xs]
     found, trace = state.enter(op.inner[0], xs)
     state.trace.inner[state.index] = [[trace]]
-    return found if elementwise_only(op.inner[0]) else [without_even(x) for x in found]
+    return found if elementwise_only(op.inner[0]) else [without_uniform(x) for x in found]
 
 
 def _custom_jvp(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -33,7 +33,7 @@ def _custom_jvp(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         return found
     # The tangents are like what they are tangents of; what they hold is not known.
     slopes = [_slope(x) for x in _differentiable(state, op.inputs, xs)]
-    derivative, trace = state.enter(op.inner[1], [*(without_even(x) for x in xs), *slopes])
+    derivative, trace = state.enter(op.inner[1], [*(without_uniform(x) for x in xs), *slopes])
     state.trace.inner[state.index].append([trace])
     for result, slope in zip(_differentiable(state, op.outputs, found), derivative, strict=True):
         state.flow.unify([result, slope], "a derivative")
@@ -45,7 +45,7 @@ def _custom_vjp(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     if found is None or len(op.inner) == 1:
         return found
     slopes = [_slope(x) for x in _differentiable(state, op.outputs, found)]
-    derivative, trace = state.enter(op.inner[1], [*(without_even(x) for x in xs), *slopes])
+    derivative, trace = state.enter(op.inner[1], [*(without_uniform(x) for x in xs), *slopes])
     state.trace.inner[state.index].append([trace])
     for operand, slope in zip(_differentiable(state, op.inputs, xs), derivative, strict=True):
         state.flow.unify([operand, slope], "a derivative")
@@ -62,7 +62,7 @@ def _differentiable(state: Walk, numbers: Sequence[int], values: list[Value]) ->
 
 def _cond(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     state.flow.keep(xs[0], "what a branch is chosen by")
-    given = [without_even(x) for x in xs[1:]]
+    given = [without_uniform(x) for x in xs[1:]]
     branches = [state.enter(program, given) for program in op.inner]
     state.trace.inner[state.index] = [[trace] for _, trace in branches]
     return [
@@ -72,7 +72,7 @@ def _cond(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 def _while(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     n, m = op.params["cond_nconsts"], op.params["body_nconsts"]
-    xs = [without_even(x) for x in xs]
+    xs = [without_uniform(x) for x in xs]
     cond_consts, body_consts, carry = xs[:n], xs[n : n + m], _carried(xs[n + m :])
     for _ in range(8):
         conditions, cond_trace = state.enter(op.inner[0], [*cond_consts, *carry])
@@ -91,7 +91,7 @@ def _while(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     n, m = op.params["num_consts"], op.params["num_carry"]
     length, flow = op.params["length"], state.flow
-    xs = [without_even(x) for x in xs]
+    xs = [without_uniform(x) for x in xs]
     consts, carry, scanned = xs[:n], _carried(xs[n : n + m]), xs[n + m :]
     own = {
         i: x.leaf
@@ -119,9 +119,9 @@ def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             if scanned[i].axes[a] is None:
                 continue
             stacked = np.stack([np.asarray(s[i].axes[a - 1]) for s in slices])
-            flow.ragged[path, order[a]] = (order[0], stacked)
+            flow.by_block[path, order[a]] = (order[0], stacked)
             flow.atoms.keep(scanned[i].axes[a], "of its own for every layer")
-            flow.even.append(stacked[..., 0])
+            flow.equal_parts.append(stacked[..., 0])
     for _ in range(8):
         start, traces, outputs = carry, [], []
         for one in slices:
@@ -144,7 +144,7 @@ def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             Value(
                 (length, *one_value.shape),
                 (None, *one_value.axes),
-                (UNKNOWN, *one_value.dead),
+                (UNKNOWN, *one_value.at_removed),
             )
         )
     return [*carry, *stacked_out]
@@ -152,7 +152,7 @@ def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 def _carried(values: list[Value]) -> list[Value]:
     return [
-        Value(v.shape, v.axes, tuple(0.0 if all_are(d, 0.0) else UNKNOWN for d in v.dead))
+        Value(v.shape, v.axes, tuple(0.0 if all_are(d, 0.0) else UNKNOWN for d in v.at_removed))
         for v in values
     ]
 
@@ -161,7 +161,7 @@ def _settled(before: list[Value], after: list[Value]) -> bool:
     return all(
         np.array_equal(np.asarray(c, float), np.asarray(d, float), equal_nan=True)
         for a, b in zip(before, after, strict=True)
-        for c, d, x in zip(a.dead, b.dead, b.axes, strict=True)
+        for c, d, x in zip(a.at_removed, b.at_removed, b.axes, strict=True)
         if x is not None
     )
 

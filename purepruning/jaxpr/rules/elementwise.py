@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.coupling import reductions
-from purepruning.coupling.value import Value, numbers_as_even
+from purepruning.coupling.value import Value, numbers_as_uniform
 from purepruning.jaxpr.primitives import ELEMENTWISE, PASSING
 from purepruning.jaxpr.program import Op
 from purepruning.jaxpr.rules.shapes import shape_of
@@ -32,7 +32,7 @@ def _elementwise(state: Walk, op: Op, operands: list[Value]) -> list[Value]:
         name = "bits"
     value = flow.elementwise(name, operands, shapes[0], state.where)
     if _rounds(op.name, dtypes, result):
-        value = numbers_as_even(value)
+        value = numbers_as_uniform(value)
     if name == "identity":
         source = operands[0]
         known = source.known if np.size(source.known) == 1 else None
@@ -74,7 +74,7 @@ def _note_mean(state: Walk, op: Op, operands: list[Value]) -> None:
 
 
 def _uniform_of(value: Value) -> float | None:
-    numbers = {float(d) for d in value.dead if np.ndim(d) == 0}
+    numbers = {float(d) for d in value.at_removed if np.ndim(d) == 0}
     if value.ndim and len(numbers) == 1 and math.isfinite(found := numbers.pop()):
         return found if value.origins is not None and not any(value.origins) else None
     return None

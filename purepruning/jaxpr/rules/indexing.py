@@ -9,7 +9,7 @@ import numpy as np
 
 from purepruning.coupling import shapes
 from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, without_even
+from purepruning.coupling.value import Value, without_uniform
 from purepruning.jaxpr.constants import concrete
 from purepruning.jaxpr.program import Op, Program
 from purepruning.jaxpr.rules.shapes import all_are, same, shape_of
@@ -28,7 +28,7 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     ]
     batch_out = [d for d in range(len(shape)) if d not in n.offset_dims]
     axes: list[Any] = [None] * len(shape)
-    dead: list[Any] = [UNKNOWN] * len(shape)
+    at_removed: list[Any] = [UNKNOWN] * len(shape)
     batch_axes = list(range(indices.ndim - 1))  # the last axis of the indices holds coordinates
     flow.keep(indices, "coordinates", [indices.ndim - 1])
     for d, a in zip(batch_out, batch_axes, strict=True):
@@ -37,12 +37,16 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flow.atoms.same(value.axes[a], indices.axes[b])
         d = batch_out[b]
         axes[d] = None if value.axes[a] is None else axes[d]
-        dead[d] = 0.0 if all_are(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
+        at_removed[d] = (
+            0.0 if all_are(value.at_removed[a], 0.0) and not op.params["fill_value"] else UNKNOWN
+        )
     for d, a in zip(n.offset_dims, offset_axes, strict=True):
         if same(sizes[a], value.shape[a]):
             axes[d] = value.axes[a]
-            dead[d] = (
-                0.0 if all_are(value.dead[a], 0.0) and not op.params["fill_value"] else UNKNOWN
+            at_removed[d] = (
+                0.0
+                if all_are(value.at_removed[a], 0.0) and not op.params["fill_value"]
+                else UNKNOWN
             )
         else:
             flow.keep(value, "a part whose place is computed", [a])
@@ -57,8 +61,8 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             if (positions >= 0).all() and (positions < value.shape[a]).all():
                 d = batch_out[0]
                 axes[d] = value.axes[a][positions]
-                line = without_even(value).dead[a]
-                dead[d] = np.asarray(line)[positions] if np.ndim(line) else line
+                line = without_uniform(value).at_removed[a]
+                at_removed[d] = np.asarray(line)[positions] if np.ndim(line) else line
                 continue
         flow.keep(value, "looked up by index", [a])
     origins = None
@@ -70,7 +74,7 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             for d, a in zip(n.offset_dims, offset_axes, strict=True):
                 found[d] = value.origins[a]
             origins = tuple(found)
-    return [Value(tuple(shape), tuple(axes), tuple(dead), None, origins)]
+    return [Value(tuple(shape), tuple(axes), tuple(at_removed), None, origins)]
 
 
 def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -94,7 +98,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         for a in range(value.ndim)
         if a not in n.inserted_window_dims and a not in n.operand_batching_dims
     ]
-    axes, dead = list(value.axes), list(value.dead)
+    axes, at_removed = list(value.axes), list(value.at_removed)
     used = set()
     for u, a in zip(n.update_window_dims, window, strict=True):
         used.add(u)
@@ -102,8 +106,8 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             flow.atoms.same(value.axes[a], updates.axes[u])
             if updates.axes[u] is None:
                 axes[a] = None
-            both = all_are(value.dead[a], 0.0) and all_are(updates.dead[u], 0.0)
-            dead[a] = 0.0 if both else UNKNOWN
+            both = all_are(value.at_removed[a], 0.0) and all_are(updates.at_removed[u], 0.0)
+            at_removed[a] = 0.0 if both else UNKNOWN
         else:
             flow.keep(value, "a part that is written to", [a])
             flow.keep(updates, "a part that is written", [u])
@@ -113,7 +117,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     for a in (*n.inserted_window_dims, *n.operand_batching_dims):
         flow.keep(value, "written by index", [a])
         axes[a] = None
-    return [Value(value.shape, tuple(axes), tuple(dead))]
+    return [Value(value.shape, tuple(axes), tuple(at_removed))]
 
 
 def written_places(
@@ -161,7 +165,7 @@ def _dynamic_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         else:
             state.flow.keep(value, "a part whose place is computed", [axis])
             value = shapes.resized(state.flow, value, axis, shape[axis])
-    return [without_even(value)]
+    return [without_uniform(value)]
 
 
 def _dynamic_update_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -171,19 +175,19 @@ def _dynamic_update_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] |
         start = known_start(state.program, op, partial[0], value, update)
         if start is not None:
             return [shapes.write(state.flow, value, update, partial[0], start)]
-    axes, dead = list(value.axes), list(value.dead)
+    axes, at_removed = list(value.axes), list(value.at_removed)
     for a in range(value.ndim):
         if same(value.shape[a], update.shape[a]):
             state.flow.atoms.same(value.axes[a], update.axes[a])
             if update.axes[a] is None:
                 axes[a] = None
-            both = all_are(value.dead[a], 0.0) and all_are(update.dead[a], 0.0)
-            dead[a] = 0.0 if both else UNKNOWN
+            both = all_are(value.at_removed[a], 0.0) and all_are(update.at_removed[a], 0.0)
+            at_removed[a] = 0.0 if both else UNKNOWN
         else:
             state.flow.keep(value, "a part that is written to", [a])
             state.flow.keep(update, "a part that is written", [a])
             axes[a] = None
-    return [Value(value.shape, tuple(axes), tuple(dead))]
+    return [Value(value.shape, tuple(axes), tuple(at_removed))]
 
 
 def known_start(program: Program, op: Op, axis: int, value: Value, update: Value) -> int | None:

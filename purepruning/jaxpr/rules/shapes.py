@@ -61,7 +61,7 @@ def _stack(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         dataclasses.replace(
             found,
             shape=shape_of(state, op),
-            dead=tuple(UNKNOWN if a is None else value.dead[a] for a in order),
+            at_removed=tuple(UNKNOWN if a is None else value.at_removed[a] for a in order),
         )
     ]
 
@@ -116,16 +116,16 @@ def _pad(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             value = shapes.pad(state.flow, value, axis, low, high, fill)
     # Padding along one axis also fills positions removed along the others.
     padded = [a for a, c in enumerate(op.params["padding_config"]) if max(c) > 0]
-    dead = tuple(
+    at_removed = tuple(
         d if (fill is not None and all_are(d, fill)) or set(padded) <= {a} else UNKNOWN
-        for a, d in enumerate(value.dead)
+        for a, d in enumerate(value.at_removed)
     )
-    return [dataclasses.replace(value, dead=dead, leaf=None)]
+    return [dataclasses.replace(value, at_removed=at_removed, leaf=None)]
 
 
-def all_are(dead: Any, number: float) -> bool:
+def all_are(at_removed: Any, number: float) -> bool:
     """Whether all removed positions hold a number."""
-    return bool((np.asarray(dead) == number).all())
+    return bool((np.asarray(at_removed) == number).all())
 
 
 def shape_of(state: Walk, op: Op) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ class Emitter:
     def __init__(
         self,
         found: Analysis,
-        dead: np.ndarray,
+        removed: np.ndarray,
         plan: Plan,
         state: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
@@ -50,7 +50,7 @@ class Emitter:
         self.writers = writers
         self.found, self.plan, self.state, self.names = found, plan, state, names
         self.program, self.values = found.program, found.values
-        self.s = Removal(found.flow, dead[found.numbers], norms)
+        self.s = Removal(found.flow, removed[found.numbers], norms)
         self.norms = norms
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
@@ -262,26 +262,26 @@ class Emitter:
 
     # What masked models hold at removed positions, for statistics.
 
-    def ghost(self, number: int, axis: int) -> fx.Node:
+    def masked(self, number: int, axis: int) -> fx.Node:
         """Returns what the masked model holds at removed positions of an axis.
 
         The node has all axes of the tensor, or broadcasts to them; along ``axis`` it has one
         position for each removed one, or a single one for all of them.
         """
         value = self.values[number]
-        return self.ghost_of(value, axis, self.program.avals[number], number)
+        return self.masked_of(value, axis, self.program.avals[number], number)
 
-    def ghost_of(self, value: Value, axis: int, aval: Any, number: int | None) -> fx.Node:
-        """Returns what :meth:`ghost` does, from the value of a tensor."""
+    def masked_of(self, value: Value, axis: int, aval: Any, number: int | None) -> fx.Node:
+        """Returns what :meth:`masked` does, from the value of a tensor."""
         kept = self.s.kept(value.axes[axis])
         assert kept is not None
         gone = np.setdiff1d(np.arange(value.shape[axis]), kept)
-        dead = np.atleast_1d(np.asarray(value.dead[axis], float))
-        dead = dead if len(dead) == 1 else dead[gone]
-        if np.isfinite(dead).all():
+        at_removed = np.atleast_1d(np.asarray(value.at_removed[axis], float))
+        at_removed = at_removed if len(at_removed) == 1 else at_removed[gone]
+        if np.isfinite(at_removed).all():
             shape = [1] * value.ndim
-            shape[axis] = len(dead)
-            return self.constant(torch.as_tensor(dead.reshape(shape)).to(aval.dtype))
+            shape[axis] = len(at_removed)
+            return self.constant(torch.as_tensor(at_removed.reshape(shape)).to(aval.dtype))
         assert number is not None
         op = self.makers[number]
         source = op.tensors[0]
@@ -292,17 +292,17 @@ class Emitter:
                 raise NotImplementedError(
                     f"no value at removed positions through {op.name}; {WITHOUT}"
                 )
-            return self.call(aten.permute.default, self.ghost(source.number, order[axis]), order)
+            return self.call(aten.permute.default, self.masked(source.number, order[axis]), order)
         if op.name in ("expand", "expand_as", "broadcast_to", "copy"):
-            return self._ghost_spread(op, value, axis)
+            return self._masked_spread(op, value, axis)
         if op.name in _RESHAPES:
             place = _same_place(old.shape, value.shape, axis)
-            part = self.ghost(source.number, place)
+            part = self.masked(source.number, place)
             whole = [-1] * old.ndim
-            return self._reshaped_ghost(part, whole, place, axis, value, source.number)
-        return self._ghost_elementwise(op, axis, value)
+            return self._reshaped_masked(part, whole, place, axis, value, source.number)
+        return self._masked_elementwise(op, axis, value)
 
-    def _reshaped_ghost(
+    def _reshaped_masked(
         self, part: fx.Node, _: Any, place: int, axis: int, value: Value, number: int
     ) -> fx.Node:
         shape: list[Any] = list(self.shape(number))
@@ -321,7 +321,7 @@ class Emitter:
             return self.call(aten.sym_size.int, self.node(number), axis)
         return self.shape(number)[axis]
 
-    def _ghost_spread(self, op: Op, value: Value, axis: int) -> fx.Node:
+    def _masked_spread(self, op: Op, value: Value, axis: int) -> fx.Node:
         source = op.args["src"] if op.name == "copy" else op.args["self"]
         old = self.value(source)
         lead = value.ndim - old.ndim
@@ -329,12 +329,12 @@ class Emitter:
         if a < 0 or old.shape[a] == 1:
             part = self.node(source.number)
         else:
-            part = self.ghost(source.number, a)
+            part = self.masked(source.number, a)
         for _ in range(lead):
             part = self.call(aten.unsqueeze.default, part, 0)
         return part
 
-    def _ghost_elementwise(self, op: Op, axis: int, value: Value) -> fx.Node:
+    def _masked_elementwise(self, op: Op, axis: int, value: Value) -> fx.Node:
         changes = {}
         for key, x in op.args.items():
             if not isinstance(x, Var):
@@ -344,7 +344,7 @@ class Emitter:
             if a < 0 or mine.shape[a] == 1 or mine.axes[a] is None:
                 changes[key] = self.node(x.number)
             else:
-                changes[key] = self.ghost(x.number, a)
+                changes[key] = self.masked(x.number, a)
         return self.as_is(op, **changes)
 
     def moments(
@@ -359,8 +359,8 @@ class Emitter:
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Returns mean, variance and what is left, as over all positions there were."""
         n = math.prod(value.shape[a] for a in axes)
-        ghost, axis, gone = self.ghost_over(value, axes, aval, number)
-        mean = self.call(aten.div.Scalar, self.total(node, ghost, axes, axis, gone, sizes), n)
+        masked, axis, gone = self.masked_over(value, axes, aval, number)
+        mean = self.call(aten.div.Scalar, self.total(node, masked, axes, axis, gone, sizes), n)
         centred = self.call(aten.sub.Tensor, node, mean)
         squares = self.call(aten.mul.Tensor, centred, centred)
         away = None
@@ -372,8 +372,8 @@ class Emitter:
             gone = value.shape[axis] - len(kept)
             off = (
                 self.call(aten.neg.default, mean)
-                if ghost is None
-                else self.call(aten.sub.Tensor, ghost, mean)
+                if masked is None
+                else self.call(aten.sub.Tensor, masked, mean)
             )
             away = self.call(aten.mul.Tensor, off, off)
         variance = self.call(
@@ -381,20 +381,20 @@ class Emitter:
         )
         return mean, variance, centred
 
-    def ghost_over(
+    def masked_over(
         self, value: Value, axes: Sequence[int], aval: Any, number: int | None
     ) -> tuple[fx.Node | None, int, int]:
-        """Returns what is missing from a sum over some axes: its ghost, the axis, how many."""
+        """Returns what is missing from a sum over some axes: its values, the axis, how many."""
         for a in axes:
             kept = self.s.kept(value.axes[a])
-            if kept is not None and not (np.asarray(value.dead[a]) == 0.0).all():
-                return self.ghost_of(value, a, aval, number), a, value.shape[a] - len(kept)
+            if kept is not None and not (np.asarray(value.at_removed[a]) == 0.0).all():
+                return self.masked_of(value, a, aval, number), a, value.shape[a] - len(kept)
         return None, -1, 0
 
     def total(
         self,
         node: fx.Node,
-        ghost: fx.Node | None,
+        masked: fx.Node | None,
         axes: Sequence[int],
         axis: int,
         gone: int,
@@ -403,10 +403,10 @@ class Emitter:
     ) -> fx.Node:
         """Returns a sum over some axes, removed positions included."""
         total = self.call(aten.sum.dim_IntList, node, list(axes), keepdim)
-        if ghost is None:
+        if masked is None:
             return total
         whole = [gone if a == axis else sizes[a] if a in axes else -1 for a in range(len(sizes))]
-        spread = self.call(aten.expand.default, ghost, whole)
+        spread = self.call(aten.expand.default, masked, whole)
         missing = self.call(aten.sum.dim_IntList, spread, list(axes), keepdim)
         return self.call(aten.add.Tensor, total, missing)
 

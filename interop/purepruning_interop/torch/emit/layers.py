@@ -47,8 +47,8 @@ def _layer_norm(e: Emitter, op: Op) -> Any:
     if op.name.endswith("rms_norm"):
         n = math.prod(value.shape[a] for a in axes)
         node = e.small(x)
-        ghost, axis, gone = e.ghost_over(value, axes, aval, x.number)
-        square = None if ghost is None else e.call(aten.mul.Tensor, ghost, ghost)
+        masked, axis, gone = e.masked_over(value, axes, aval, x.number)
+        square = None if masked is None else e.call(aten.mul.Tensor, masked, masked)
         squares = e.call(aten.mul.Tensor, node, node)
         total = e.total(squares, square, axes, axis, gone, e.sizes(x.number))
         variance = e.call(aten.div.Scalar, total, n)
@@ -124,11 +124,11 @@ def _mean(e: Emitter, op: Op) -> Any:
     axes = dims_of(op, value.ndim)
     if e.norms == "kept" or all(e.s.kept(value.axes[a]) is None for a in axes):
         return None
-    ghost, axis, gone = e.ghost_over(value, axes, e.program.avals[x.number], x.number)
-    if op.name == "sum" and ghost is None:
+    masked, axis, gone = e.masked_over(value, axes, e.program.avals[x.number], x.number)
+    if op.name == "sum" and masked is None:
         return None
     keep = bool(op.args.get("keepdim"))
-    total = e.total(e.small(x), ghost, axes, axis, gone, e.sizes(x.number), keep)
+    total = e.total(e.small(x), masked, axes, axis, gone, e.sizes(x.number), keep)
     if op.name == "mean":
         total = e.call(aten.div.Scalar, total, math.prod(value.shape[a] for a in axes))
     dtype = op.args.get("dtype")

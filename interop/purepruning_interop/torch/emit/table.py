@@ -79,7 +79,7 @@ WRITERS |= dict.fromkeys(SOURCES, source)
 
 def emit(
     found: Analysis,
-    dead: np.ndarray,
+    removed: np.ndarray,
     plan: Plan,
     state: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
@@ -89,8 +89,8 @@ def emit(
 
     Args:
         found: the program and the values of its tensors.
-        dead: boolean by unit number.
-        plan: the cuts that belong to ``dead``.
+        removed: boolean by unit number.
+        plan: the cuts that belong to ``removed``.
         state: the cut parameters and buffers, by path.
         names: every name of the state dict and the path of its leaf.
         norms: ``"original"`` or ``"kept"``.
@@ -98,4 +98,4 @@ def emit(
     Raises:
         OpenSize: the program is dynamic, and one of its open axes loses positions.
     """
-    return Emitter(found, dead, plan, state, names, norms, WRITERS).module()
+    return Emitter(found, removed, plan, state, names, norms, WRITERS).module()

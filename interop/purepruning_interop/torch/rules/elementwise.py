@@ -11,7 +11,7 @@ import torch
 
 from purepruning.coupling import reductions, shapes
 from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, numbers_as_even, whole
+from purepruning.coupling.value import Value, numbers_as_uniform, whole
 from purepruning_interop.torch.operators import ELEMENTWISE, IDENTITY, NAMED, PASSING
 from purepruning_interop.torch.program import Op, Sym, Var
 from purepruning_interop.torch.walk import Walk, rules_of
@@ -109,7 +109,7 @@ def _identity(s: Walk, op: Op) -> list[Value] | None:
     assert result is not None
     before, after = s.program.avals[first.number].dtype, s.program.avals[result].dtype
     if torch.promote_types(before, after) != after:  # what is rounded, the program computes
-        value = dataclasses.replace(numbers_as_even(value), known=None)
+        value = dataclasses.replace(numbers_as_uniform(value), known=None)
     return [value, *(whole(s.shape(op, i)) for i in range(1, len(op.outputs)))]
 
 

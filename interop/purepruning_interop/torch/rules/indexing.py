@@ -33,7 +33,7 @@ def _embedding(s: Walk, op: Op) -> list[Value] | None:
         Value(
             s.shape(op),
             (*(None,) * n, table.axes[1]),
-            (*(UNKNOWN,) * n, 0.0 if zero(table.dead[1]) else UNKNOWN),
+            (*(UNKNOWN,) * n, 0.0 if zero(table.at_removed[1]) else UNKNOWN),
             None,
             origins,
         )
@@ -51,8 +51,8 @@ def _embedding_bag(s: Walk, op: Op) -> list[Value] | None:
     if table.origins is not None:
         s.flow.sinks.update(table.origins[0])
         s.flow.sources.update(table.origins[1])
-    dead = (UNKNOWN, 0.0 if zero(table.dead[1]) else UNKNOWN)
-    return rest(s, op, Value(s.shape(op), (None, table.axes[1]), dead))
+    at_removed = (UNKNOWN, 0.0 if zero(table.at_removed[1]) else UNKNOWN)
+    return rest(s, op, Value(s.shape(op), (None, table.axes[1]), at_removed))
 
 
 def _index_select(s: Walk, op: Op) -> list[Value] | None:
@@ -104,11 +104,11 @@ def _index(s: Walk, op: Op) -> list[Value] | None:
         s.flow.sinks.update(o for a in axes for o in value.origins[a])
         s.flow.sources.update(o for a in rest for o in value.origins[a])
     found = shapes.select_axes(s.flow, value, order)
-    dead = tuple(
+    at_removed = tuple(
         0.0 if zero(d) and a is not None else UNKNOWN
-        for d, a in zip(found.dead, order, strict=True)
+        for d, a in zip(found.at_removed, order, strict=True)
     )
-    return [dataclasses.replace(found, shape=shape, dead=dead, leaf=None, summed=None)]
+    return [dataclasses.replace(found, shape=shape, at_removed=at_removed, leaf=None, summed=None)]
 
 
 def _gather(s: Walk, op: Op) -> list[Value] | None:
@@ -127,10 +127,11 @@ def _gather(s: Walk, op: Op) -> list[Value] | None:
             s.flow.keep(value, "a part whose place is computed", [a])
             s.flow.keep(index, "coordinates", [a])
             axes.append(None)
-    dead = tuple(
-        0.0 if x is not None and zero(d) else UNKNOWN for x, d in zip(axes, value.dead, strict=True)
+    at_removed = tuple(
+        0.0 if x is not None and zero(d) else UNKNOWN
+        for x, d in zip(axes, value.at_removed, strict=True)
     )
-    return [Value(index.shape, tuple(axes), dead)]
+    return [Value(index.shape, tuple(axes), at_removed)]
 
 
 def _index_put(s: Walk, op: Op) -> list[Value] | None:
@@ -145,15 +146,15 @@ def _index_put(s: Walk, op: Op) -> list[Value] | None:
     update = s.value(op.args["values"])
     rest = [a for a in range(value.ndim) if a not in axes]
     trailing = rest and rest[-1] == value.ndim - 1 and rest == list(range(len(axes), value.ndim))
-    found, dead = list(value.axes), list(value.dead)
+    found, at_removed = list(value.axes), list(value.at_removed)
     for a in rest:
         u = a - value.ndim + update.ndim
         if trailing and u >= 0 and update.shape[u] == value.shape[a]:
             s.flow.atoms.same(found[a], update.axes[u])
             found[a] = None if update.axes[u] is None else found[a]
-            dead[a] = 0.0 if zero(dead[a]) and zero(update.dead[u]) else UNKNOWN
+            at_removed[a] = 0.0 if zero(at_removed[a]) and zero(update.at_removed[u]) else UNKNOWN
         elif trailing and (u < 0 or update.shape[u] == 1) and found[a] is not None:
-            dead[a] = UNKNOWN
+            at_removed[a] = UNKNOWN
         else:
             s.flow.keep(value, "written by index", [a])
             s.flow.keep(update, "written by index")
@@ -162,7 +163,7 @@ def _index_put(s: Walk, op: Op) -> list[Value] | None:
         found[a] = None
     for u in range(update.ndim - len(rest) if trailing else 0):
         s.flow.keep(update, "written by index", [u])
-    return [Value(value.shape, tuple(found), tuple(dead))]
+    return [Value(value.shape, tuple(found), tuple(at_removed))]
 
 
 def _scatter(s: Walk, op: Op) -> list[Value] | None:

@@ -16,7 +16,7 @@ from purepruning_interop.torch.walk import Walk, rules_of
 
 # Recurrence.
 def _recurrent(s: Walk, op: Op) -> list[Value] | None:
-    """Returns what a stack of recurrent layers gives: hidden units of all layers go together."""
+    """Returns what a stack of recurrent layers gives: hidden units of all layers are coupled."""
     if "params" not in op.args or "hx" not in op.args or "data" in op.args:
         return None
     gates = {"lstm": 4, "gru": 3}.get(op.name, 1)
@@ -49,7 +49,7 @@ def _recurrent(s: Walk, op: Op) -> list[Value] | None:
             shape=(steps, value.shape[feature]),
             axes=(None, value.axes[feature]),
             origins=None,
-            dead=(UNKNOWN, value.dead[feature]),
+            at_removed=(UNKNOWN, value.at_removed[feature]),
         )
         products.contract(flow, lead, weight, [(1, 1)], [], s.where(f"input {i}"))
         state = Value((steps, hidden), (None, units), (UNKNOWN, 0.0))

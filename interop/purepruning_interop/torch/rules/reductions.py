@@ -110,9 +110,11 @@ def keep_unless_zero(s: Walk, value: Value, axis: int, reason: str) -> None:
     """Keeps the positions of an axis that do not hold zero where they are masked."""
     x = s.flow.atoms.resolve(value.axes[axis])
     if x is not None:
-        dead = np.broadcast_to(np.atleast_1d(np.asarray(value.dead[axis], float)), (len(x),))
-        if (dead != 0.0).any():
-            s.flow.atoms.keep(x[dead != 0.0], reason)
+        at_removed = np.broadcast_to(
+            np.atleast_1d(np.asarray(value.at_removed[axis], float)), (len(x),)
+        )
+        if (at_removed != 0.0).any():
+            s.flow.atoms.keep(x[at_removed != 0.0], reason)
 
 
 def _reduce_whole(what: str) -> Callable[[Walk, Op], list[Value] | None]:
@@ -130,7 +132,7 @@ def _reduce_whole(what: str) -> Callable[[Walk, Op], list[Value] | None]:
 
 def unknown(value: Value) -> Value:
     """Returns a value with nothing known at removed positions."""
-    return dataclasses.replace(value, dead=(UNKNOWN,) * value.ndim, known=None, summed=None)
+    return dataclasses.replace(value, at_removed=(UNKNOWN,) * value.ndim, known=None, summed=None)
 
 
 def _running_sum(s: Walk, op: Op) -> list[Value] | None:

@@ -260,20 +260,20 @@ def _pad(s: Walk, op: Op) -> list[Value] | None:
         if low or high:
             value = shapes.pad(s.flow, value, axis, low, high, fill)
     # Padding along one axis also fills positions removed along the others.
-    dead = tuple(
+    at_removed = tuple(
         d if (np.asarray(d) == fill).all() or padded <= {a} else UNKNOWN
-        for a, d in enumerate(value.dead)
+        for a, d in enumerate(value.at_removed)
     )
-    return [dataclasses.replace(value, shape=shape, dead=dead, leaf=None)]
+    return [dataclasses.replace(value, shape=shape, at_removed=at_removed, leaf=None)]
 
 
 def _is_zero(n: Any) -> bool:
     return isinstance(n, int) and n == 0
 
 
-def zero(dead: Any) -> bool:
+def zero(at_removed: Any) -> bool:
     """Whether all removed positions hold zero."""
-    return bool((np.asarray(dead) == 0.0).all())
+    return bool((np.asarray(at_removed) == 0.0).all())
 
 
 RULES = rules_of(

@@ -20,8 +20,8 @@ def _unfold(s: Walk, op: Op) -> list[Value] | None:
     s.flow.keep(value, "a window", [axis])
     order: list[int | None] = [a if a != axis else None for a in range(value.ndim)]
     found = shapes.select_axes(s.flow, value, [*order, None])
-    dead = tuple(0.0 if zero(d) else UNKNOWN for d in found.dead)
-    return [dataclasses.replace(found, shape=shape, dead=dead, leaf=None, summed=None)]
+    at_removed = tuple(0.0 if zero(d) else UNKNOWN for d in found.at_removed)
+    return [dataclasses.replace(found, shape=shape, at_removed=at_removed, leaf=None, summed=None)]
 
 
 def _complex(s: Walk, op: Op) -> list[Value] | None:
@@ -32,8 +32,8 @@ def _complex(s: Walk, op: Op) -> list[Value] | None:
         found = shapes.select_axes(s.flow, value, range(value.ndim - 1))
     else:
         found = shapes.select_axes(s.flow, value, [*range(value.ndim), None])
-    dead = tuple(0.0 if zero(d) else UNKNOWN for d in found.dead)
-    return [dataclasses.replace(found, shape=s.shape(op), dead=dead, summed=None)]
+    at_removed = tuple(0.0 if zero(d) else UNKNOWN for d in found.at_removed)
+    return [dataclasses.replace(found, shape=s.shape(op), at_removed=at_removed, summed=None)]
 
 
 def _im2col(s: Walk, op: Op) -> list[Value] | None:
@@ -44,9 +44,11 @@ def _im2col(s: Walk, op: Op) -> list[Value] | None:
     s.flow.keep(value, "a window", [channel + 1, channel + 2])
     order: list[int | None] = [*range(channel + 1), None, None]
     found = shapes.select_axes(s.flow, value, order)
-    dead = tuple(0.0 if zero(d) else UNKNOWN for d in found.dead)
+    at_removed = tuple(0.0 if zero(d) else UNKNOWN for d in found.at_removed)
     lead = value.shape[: channel + 1]
-    found = dataclasses.replace(found, shape=(*lead, taps, shape[-1]), dead=dead, summed=None)
+    found = dataclasses.replace(
+        found, shape=(*lead, taps, shape[-1]), at_removed=at_removed, summed=None
+    )
     return [shapes.reshape(s.flow, found, shape)]
 
 
@@ -61,8 +63,8 @@ def _col2im(s: Walk, op: Op) -> list[Value] | None:
     )
     s.flow.keep(split, "a window", [channel + 1])
     found = shapes.select_axes(s.flow, split, [*range(channel + 1), None, None])
-    dead = tuple(0.0 if zero(d) else UNKNOWN for d in found.dead)
-    return [dataclasses.replace(found, shape=shape, dead=dead, summed=None)]
+    at_removed = tuple(0.0 if zero(d) else UNKNOWN for d in found.at_removed)
+    return [dataclasses.replace(found, shape=shape, at_removed=at_removed, summed=None)]
 
 
 def _pixel_shuffle(s: Walk, op: Op) -> list[Value] | None:
