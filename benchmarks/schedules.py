@@ -237,7 +237,7 @@ def _event_timing(blocks: tuple[tuple[int, ...], int]) -> dict[str, Any]:
     layers, params = convolution_layers(kernels), to_jax(kernels)
     config = pp.resolve([{"sparsity": 0.8, "op_types": ["Conv2d"]}], layers)
     # The fifth of ten events: what the fourth pruned is zero by now.
-    table = pp.agp(end=9).init(config).counts
+    table = pp.agp(end_step=9).init(config).counts
     before, counts = ({name: row[events] for name, row in table.items()} for events in (4, 5))
     old = pp.level(params, None, config.with_counts(before))
     params = jax.block_until_ready(pp.apply_masks(params, old))

@@ -42,7 +42,7 @@ def step_timing(width: int, batch: int, how: Literal["masked", "scheduled"]) -> 
     config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], linear_layers(kernels))
     start, loss = to_jax(kernels), _regression(width, batch)
     masks = pp.level(start, None, config)
-    never = pp.agp(begin=10**6, end=2 * 10**6, frequency=10**5)
+    never = pp.agp(begin_step=10**6, end_step=2 * 10**6, frequency=10**5)
     last = {
         "masked": pp.keep_pruned(masks),
         "scheduled": pp.prune_on_schedule(pp.level, never, config, masks=masks),

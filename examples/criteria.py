@@ -177,7 +177,7 @@ def outcome(
     config = config.with_sparsity(settings.sparsities)
     if contestant.way is networks.by_movement:
         steps = search.shape[1]
-        run = {"warm_up": steps // 10, "cool_down": steps * 7 // 10}
+        run = {"begin_step": steps // 10, "end_step": steps * 7 // 10}
         config = pp.movement.schedule(config, steps, **run)
     found, masks = networks.find(contestant.way, model, data, params, config, search, seeds)
     accuracies = networks.fine_tune(model, data, found, masks, tuning)

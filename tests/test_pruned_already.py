@@ -39,9 +39,9 @@ def test_a_schedule_does_not_revive_what_it_was_told_is_pruned():
     # The first counts of the schedule are 0, 1.
     masks = {"w": jnp.asarray(MASK)}
     for steps in (1, 2):
-        assert bits(scheduled(CONFIG, pp.linear(end=6), steps, masks=masks)["w"]) == bits(MASK)
+        assert bits(scheduled(CONFIG, pp.linear(end_step=6), steps, masks=masks)["w"]) == bits(MASK)
     # At the end six are gone, four of them from the start.
-    end = scheduled(CONFIG, pp.linear(end=6), 7, masks=masks)
+    end = scheduled(CONFIG, pp.linear(end_step=6), 7, masks=masks)
     assert bits(end["w"]) == [[0, 0, 1, 1, 0, 0, 0, 0]]
 
 

@@ -196,10 +196,10 @@ def from_nni(
     if plain == "lotteryticket":
         asked = {pool.prune_iterations for pool in config.pools} - {None}
         end = total_iteration if not asked else asked.pop()
-        schedule = exponential(end=end)
+        schedule = exponential(end_step=end)
     elif plain in _SCHEDULED:
         kind = {"linear": linear, "agp": agp}[plain]
-        schedule = kind(end=total_iteration, steps_per_epoch=steps_per_epoch)
+        schedule = kind(end_step=total_iteration, steps_per_epoch=steps_per_epoch)
     else:
         schedule = one_shot()
     return Recipe(base.pruner, schedule, config)

@@ -14,50 +14,50 @@ from purepruning.schedules.schedule import LAST_STEP, Schedule
 Curve = Callable[[float, float, float], float]
 
 
-def one_shot(at: int = 0) -> Schedule:
-    """Returns the schedule that prunes once, at step ``at``, to the final sparsity.
+def one_shot(step: int = 0) -> Schedule:
+    """Returns the schedule that prunes once, at ``step``, to the final sparsity.
 
     Raises:
-        ValueError, TypeError: ``at`` is no step.
+        ValueError, TypeError: ``step`` is none.
     """
-    _check_step("at", at)
-    return Schedule(functools.partial(_at_once, at))
+    _check_step("step", step)
+    return Schedule(functools.partial(_at_once, step))
 
 
 def linear(
     *,
-    begin: int | None = None,
-    end: int | None = None,
+    begin_step: int | None = None,
+    end_step: int | None = None,
     frequency: int | None = None,
-    initial: float | None = None,
+    initial_sparsity: float | None = None,
     steps_per_epoch: int = 1,
 ) -> Schedule:
     r"""Returns the schedule whose sparsity grows evenly.
 
-    $$s_t = s_i + (s_f - s_i) u, \qquad u = \frac{t - begin}{end - begin}$$
+    $$s_t = s_i + (s_f - s_i) u, \qquad u = \frac{t - t_0}{t_1 - t_0}$$
 
-    Otherwise as :func:`agp`. NNI's linear task generator with T iterations is ``linear(end=T)``;
-    NNI 3.0's linear pruner is ``linear(begin=interval, end=T * interval, frequency=interval,
-    initial=final / T)``.
+    Otherwise as :func:`agp`. NNI's linear task generator with T iterations is
+    ``linear(end_step=T)``; NNI 3.0's linear pruner is ``linear(begin_step=interval,
+    end_step=T * interval, frequency=interval, initial_sparsity=final / T)``.
     """
-    return _gradual(_line, begin, end, frequency, initial, steps_per_epoch)
+    return _gradual(_line, begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
 
 
 def agp(
     *,
-    begin: int | None = None,
-    end: int | None = None,
+    begin_step: int | None = None,
+    end_step: int | None = None,
     frequency: int | None = None,
-    initial: float | None = None,
+    initial_sparsity: float | None = None,
     steps_per_epoch: int = 1,
 ) -> Schedule:
     r"""Returns the schedule of automated gradual pruning: fast at first, slow towards the end.
 
-    $$s_t = s_f + (s_i - s_f) (1 - u)^3, \qquad u = \frac{t - begin}{end - begin}$$
+    $$s_t = s_f + (s_i - s_f) (1 - u)^3, \qquad u = \frac{t - t_0}{t_1 - t_0}$$
 
-    It prunes at step ``begin``, every ``frequency`` steps from there, and at step ``end``, whether
-    or not the frequency divides the span: from there on the final sparsity holds, which is that of
-    the config (:meth:`Schedule.init`).
+    It prunes at step $t_0$, ``begin_step``, every ``frequency`` steps from there, and at step
+    $t_1$, ``end_step``, whether or not the frequency divides the span: from there on the final
+    sparsity holds, which is that of the config (:meth:`Schedule.init`).
 
     Where a rule has gradual keys (``initial_sparsity``, ``start_epoch``, ``end_epoch``,
     ``frequency``), they hold for its layers, and the arguments for what the rule does not say. Its
@@ -66,18 +66,19 @@ def agp(
     sparsity.
 
     Zhu and Gupta 2017, arXiv:1710.01878; NNI's AGP pruner. NNI's AGP task generator with T
-    iterations is ``agp(end=T)``.
+    iterations is ``agp(end_step=T)``.
 
     Args:
-        begin: step of the first event; 0 unless given.
-        end: step at which the final sparsity is reached.
+        begin_step: step of the first event; 0 unless given.
+        end_step: step at which the final sparsity is reached.
         frequency: steps between events; 1 unless given.
-        initial: sparsity at ``begin``; 0 unless given.
+        initial_sparsity: sparsity at ``begin_step``; 0 unless given.
         steps_per_epoch: how many steps an epoch of the rules has; 1 if a step of this schedule is
             an epoch.
 
     Raises:
-        ValueError, TypeError: an argument is no step or no fraction; ``end`` is before ``begin``.
+        ValueError, TypeError: an argument is no step or no fraction; ``end_step`` is before
+            ``begin_step``.
         ValueError: by ``init``, if neither rule nor argument says where to end, or the initial
             sparsity exceeds the final one.
 
@@ -88,44 +89,46 @@ def agp(
     >>> agp().init(config).counts["fc"].tolist()
     [0, 0, 2381, 4235, 5629, 6628, 7297, 7703, 7912, 7989, 8000]
     """
-    return _gradual(_cubic, begin, end, frequency, initial, steps_per_epoch)
+    return _gradual(_cubic, begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
 
 
 def cosine(
     *,
-    begin: int | None = None,
-    end: int | None = None,
+    begin_step: int | None = None,
+    end_step: int | None = None,
     frequency: int | None = None,
-    initial: float | None = None,
+    initial_sparsity: float | None = None,
     steps_per_epoch: int = 1,
 ) -> Schedule:
     r"""Returns the schedule whose sparsity follows half a cosine: slow at both ends.
 
-    $$s_t = s_i + (s_f - s_i) \frac{1 - \cos \pi u}{2}, \qquad u = \frac{t - begin}{end - begin}$$
+    $$s_t = s_i + (s_f - s_i) \frac{1 - \cos \pi u}{2}, \qquad u = \frac{t - t_0}{t_1 - t_0}$$
 
     Otherwise as :func:`agp`.
     """
-    return _gradual(_half_cosine, begin, end, frequency, initial, steps_per_epoch)
+    return _gradual(
+        _half_cosine, begin_step, end_step, frequency, initial_sparsity, steps_per_epoch
+    )
 
 
 def exponential(
     *,
-    begin: int | None = None,
-    end: int | None = None,
+    begin_step: int | None = None,
+    end_step: int | None = None,
     frequency: int | None = None,
-    initial: float | None = None,
+    initial_sparsity: float | None = None,
     steps_per_epoch: int = 1,
 ) -> Schedule:
     r"""Returns the schedule that prunes the same share of what is left every time.
 
     $$1 - s_t = (1 - s_i) \left(\frac{1 - s_f}{1 - s_i}\right)^u,
-    \qquad u = \frac{t - begin}{end - begin}$$
+    \qquad u = \frac{t - t_0}{t_1 - t_0}$$
 
     Otherwise as :func:`agp`. From 0 in n rounds, each prunes $1 - (1 - s_f)^{1/n}$ of what is left:
-    NNI's lottery ticket task generator with n iterations is ``exponential(end=n)``, but for the
-    event at step 0, at which nothing is pruned.
+    NNI's lottery ticket task generator with n iterations is ``exponential(end_step=n)``, but for
+    the event at step 0, at which nothing is pruned.
     """
-    return _gradual(_geometric, begin, end, frequency, initial, steps_per_epoch)
+    return _gradual(_geometric, begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
 
 
 def _line(u: float, initial: float, final: float) -> float:
@@ -147,37 +150,37 @@ def _geometric(u: float, initial: float, final: float) -> float:
 class _Span(NamedTuple):
     """The arguments of a schedule: what holds where a rule does not say."""
 
-    begin: int | None
-    end: int | None
+    begin_step: int | None
+    end_step: int | None
     frequency: int | None
-    initial: float | None
+    initial_sparsity: float | None
     steps_per_epoch: int
 
 
 def _gradual(
     curve: Curve,
-    begin: int | None,
-    end: int | None,
+    begin_step: int | None,
+    end_step: int | None,
     frequency: int | None,
-    initial: float | None,
+    initial_sparsity: float | None,
     steps_per_epoch: int,
 ) -> Schedule:
     for name, value, least in (
-        ("begin", begin, 0),
-        ("end", end, begin or 0),
+        ("begin_step", begin_step, 0),
+        ("end_step", end_step, begin_step or 0),
         ("frequency", frequency, 1),
         ("steps_per_epoch", steps_per_epoch, 1),
     ):
         if value is not None or name == "steps_per_epoch":
             _check_step(name, value, least)
-    if initial is not None:
-        initial = fraction(initial, "initial")
-    span = _Span(begin, end, frequency, initial, steps_per_epoch)
+    if initial_sparsity is not None:
+        initial_sparsity = fraction(initial_sparsity, "initial_sparsity")
+    span = _Span(begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
     return Schedule(functools.partial(_along, curve, span))
 
 
-def _at_once(at: int, pool: Pool, final: float) -> list[tuple[int, float]]:
-    return [(at, final)]
+def _at_once(step: int, pool: Pool, final: float) -> list[tuple[int, float]]:
+    return [(step, final)]
 
 
 def _along(curve: Curve, span: _Span, pool: Pool, final: float) -> list[tuple[int, float]]:
@@ -198,10 +201,10 @@ def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
     """Returns the initial sparsity, first and last step and frequency that hold for a pool."""
     rule, epoch = pool.gradual, span.steps_per_epoch
     initial, begin, frequency, end = (
-        span.initial or 0.0,
-        span.begin or 0,
+        span.initial_sparsity or 0.0,
+        span.begin_step or 0,
         span.frequency or 1,
-        span.end,
+        span.end_step,
     )
     if rule is not None:
         initial = initial if rule.initial_sparsity is None else rule.initial_sparsity
@@ -213,7 +216,7 @@ def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
     if end is None:
         raise ValueError(
             f"rule {pool.rule}: nothing says when {pool.name!r} reaches its final sparsity; give "
-            "the schedule end=..., or the rule 'end_epoch'"
+            "the schedule end_step=..., or the rule 'end_epoch'"
         )
     if end < begin:
         raise ValueError(

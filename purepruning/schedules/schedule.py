@@ -74,7 +74,7 @@ class Schedule:
     >>> import purepruning as pp
     >>> layer = pp.Layer("fc", "Linear", "fc.w", (10, 10), out_axes=(1,), in_axes=(0,))
     >>> config = pp.resolve([{"sparsity": 0.8, "op_types": ["Linear"]}], [layer])
-    >>> schedule = pp.linear(begin=1, end=5, frequency=2)
+    >>> schedule = pp.linear(begin_step=1, end_step=5, frequency=2)
     >>> state = schedule.init(config)
     >>> for _ in range(7):
     ...     state, event = schedule.step(state)

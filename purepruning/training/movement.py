@@ -4,7 +4,7 @@ Every unit has a score that is trained together with the weights. The model sees
 highest scores; scores get the gradient as if all were seen, and rise where weights grow.
 
     scores = movement.init(params, config)
-    configs = movement.schedule(config, steps, warm_up=1000, cool_down=9000)
+    configs = movement.schedule(config, steps, begin_step=1000, end_step=9000)
     for step, batch in enumerate(batches):    # any optimizers
         now = movement.at(configs, step)
         minimise loss(movement.apply(params, scores, now)) over params and scores
@@ -194,31 +194,31 @@ def penalty(scores: Mapping[str, Any]) -> Any:
     return total / len(scores)
 
 
-def ramp(steps: int, *, warm_up: int, cool_down: int) -> np.ndarray:
+def ramp(steps: int, *, begin_step: int, end_step: int) -> np.ndarray:
     r"""Returns how much of the final sparsity is asked for at each step, float32 ``(steps,)``.
 
-    $$r_t = 1 - \left(1 - \frac{t - t_w}{t_c - t_w}\right)^3$$
+    $$r_t = 1 - \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3$$
 
-    for a step before which t were taken; 0 up to ``warm_up`` ($t_w$) and 1 from ``cool_down``
-    ($t_c$) on. A table made in float64, to index or to scan over; :func:`at` clips the index. Zhu
+    for a step before which t were taken; 0 up to ``begin_step`` ($t_0$) and 1 from ``end_step``
+    ($t_1$) on. A table made in float64, to index or to scan over; :func:`at` clips the index. Zhu
     and Gupta 2017, arXiv:1710.01878, eq. 1, as in Sanh et al. 2020; NNI's scale.
 
     Args:
         steps: length of the training run.
-        warm_up: how many steps there are before anything is pruned; at least 0.
-        cool_down: the step at which the final sparsity is reached; after ``warm_up``, and not
+        begin_step: how many steps there are before anything is pruned; at least 0.
+        end_step: the step at which the final sparsity is reached; after ``begin_step``, and not
             after ``steps``.
 
     Raises:
         TypeError, ValueError: they are no such integers.
 
-    >>> ramp(6, warm_up=1, cool_down=5).tolist()
+    >>> ramp(6, begin_step=1, end_step=5).tolist()
     [0.0, 0.0, 0.578125, 0.875, 0.984375, 1.0]
     """
-    return _ramp("movement.ramp", steps, warm_up, cool_down).astype(np.float32)
+    return _ramp("movement.ramp", steps, begin_step, end_step).astype(np.float32)
 
 
-def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Config:
+def schedule(config: Config, steps: int, *, begin_step: int, end_step: int) -> Config:
     """Returns the configs of all steps in one: counts are tables ``(steps,)``, int32.
 
     Row t holds :func:`ramp` at t of the final counts, those of ``config``, rounded down as
@@ -228,7 +228,7 @@ def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Con
 
     Args:
         config: the resolved rules.
-        steps, warm_up, cool_down: as in :func:`ramp`.
+        steps, begin_step, end_step: as in :func:`ramp`.
 
     Raises:
         TypeError, ValueError: as :func:`ramp`; a count is missing or traced, a rule has a gradual
@@ -237,7 +237,7 @@ def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Con
     >>> from purepruning import Layer, resolve
     >>> layer = Layer("fc", "Linear", "fc.w", (4, 25), out_axes=(1,), in_axes=(0,))
     >>> config = resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
-    >>> schedule(config, 6, warm_up=1, cool_down=5).counts["fc"].tolist()
+    >>> schedule(config, 6, begin_step=1, end_step=5).counts["fc"].tolist()
     [0, 0, 28, 43, 49, 50]
     """
     where = "movement.schedule"
@@ -245,14 +245,14 @@ def schedule(config: Config, steps: int, *, warm_up: int, cool_down: int) -> Con
         raise TypeError(
             f"{where}: config must be what resolve returned, got {type(config).__name__}"
         )
-    share = _ramp(where, steps, warm_up, cool_down)
+    share = _ramp(where, steps, begin_step, end_step)
     tables = {}
     for pool in config.pools:
         count = config.counts.get(pool.name)
         if pool.gradual is not None:
             raise ValueError(
-                f"{where}: rule {pool.rule} has gradual keys, but steps come from warm_up and "
-                "cool_down; give the rule a 'sparsity' instead"
+                f"{where}: rule {pool.rule} has gradual keys, but steps come from begin_step and "
+                "end_step; give the rule a 'sparsity' instead"
             )
         if isinstance(config.granularity, NM):
             raise ValueError(f"{where}: the sparsity of {config.granularity} is fixed")
@@ -308,18 +308,18 @@ def _row(table: Any, step: Any) -> Any:
     return xp.take(int32(xp, table, step), index, axis=-1)[..., 0]
 
 
-def _ramp(where: str, steps: Any, warm_up: Any, cool_down: Any) -> np.ndarray:
-    given = {"steps": steps, "warm_up": warm_up, "cool_down": cool_down}
+def _ramp(where: str, steps: Any, begin_step: Any, end_step: Any) -> np.ndarray:
+    given = {"steps": steps, "begin_step": begin_step, "end_step": end_step}
     for name, value in given.items():
         if not hasattr(value, "__index__") or isinstance(value, bool):
             raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    steps, warm_up, cool_down = map(operator.index, given.values())
-    if not 0 <= warm_up < cool_down <= steps:
+    steps, begin_step, end_step = map(operator.index, given.values())
+    if not 0 <= begin_step < end_step <= steps:
         raise ValueError(
-            f"{where}: expected 0 <= warm_up < cool_down <= steps, got warm_up={warm_up}, "
-            f"cool_down={cool_down}, steps={steps}"
+            f"{where}: expected 0 <= begin_step < end_step <= steps, got begin_step={begin_step}, "
+            f"end_step={end_step}, steps={steps}"
         )
-    left = (cool_down - np.arange(steps, dtype=np.float64)) / (cool_down - warm_up)
+    left = (end_step - np.arange(steps, dtype=np.float64)) / (end_step - begin_step)
     return 1 - np.clip(left, 0, 1) ** 3
 
 

@@ -180,7 +180,7 @@ def prune_on_schedule(
     >>> params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
     >>> layer = pp.make_layer(params, "w", "Linear", out_axes=1, in_axes=0)
     >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
-    >>> tx = optax.chain(optax.sgd(0.5), prune_on_schedule(pp.level, pp.linear(end=2), config))
+    >>> tx = optax.chain(optax.sgd(0.5), prune_on_schedule(pp.level, pp.linear(end_step=2), config))
     >>> state = tx.init(params)
     >>> for _ in range(4):
     ...     updates, state = tx.update({"w": jnp.ones((1, 4))}, state, params)

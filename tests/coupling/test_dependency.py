@@ -806,7 +806,7 @@ def test_rounding_holds_for_counts_from_anywhere():
     rows = jax.vmap(lambda c: pp.l1_norm(params, None, config.with_counts(c)))(counts)
     kept = np.asarray(rows["stem.w"]).reshape(8, -1, 8)[:, 0].sum(1)
     assert kept.tolist() == [8, 8, 8, 8, 4, 4, 4, 4]
-    table = pp.agp(end=8).init(config).counts["s2b0c1"]
+    table = pp.agp(end_step=8).init(config).counts["s2b0c1"]
     assert set(table.tolist()) == {0, 4, 8, 12}
 
 
@@ -942,7 +942,7 @@ def test_masks_from_any_scores_of_units(scope):
 
 def test_a_schedule_prunes_common_and_own_parts():
     config = added()
-    schedule = pp.agp(end=4)
+    schedule = pp.agp(end_step=4)
     state = schedule.init(config)
     params = as_jax(models.weights(models.Added.shapes, 28))
     masks, seen = {}, []
@@ -965,7 +965,7 @@ def test_pruning_on_schedule_in_training(scope, standard_promotion):
     model = models.Added
     config = config_of(model, scope, 0.5, **({"extra": "none"} if scope == "layer" else {}))
     params = as_jax(models.weights(model.shapes, 29))
-    tx = pp.prune_on_schedule(pp.l2_norm, pp.agp(end=3), config, optax.sgd(1e-3))
+    tx = pp.prune_on_schedule(pp.l2_norm, pp.agp(end_step=3), config, optax.sgd(1e-3))
     state = tx.init(params)
     step = jax.jit(tx.update)
     for _ in range(5):

@@ -10,7 +10,7 @@ import purepruning as pp
 from purepruning_interop import torch as interop
 from tests.messages import raises
 
-SCHEDULE = pp.agp(begin=1, end=7, frequency=3)  # at 1, 4, 7
+SCHEDULE = pp.agp(begin_step=1, end_step=7, frequency=3)  # at 1, 4, 7
 # 0.8 (1 - (1 - u)^3) at u = 0, 1/2, 1, of 60 weights: 0, 42, 48; of 10: 0, 7, 8.
 COUNTS = {"0.weight": [0] * 4 + [42] * 3 + [48] * 3, "2.weight": [0] * 4 + [7] * 3 + [8] * 3}
 STEPS = 10

@@ -136,7 +136,7 @@ def test_torch_training_goes_on(file):
 
     layer = Layer("fc", "Linear", "weight", (3, 4), (0,), (1,))
     config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
-    schedule = pp.linear(end=6)
+    schedule = pp.linear(end_step=6)
 
     def parts(model, optimizer, clock, masks):
         params = dict(model.named_parameters())

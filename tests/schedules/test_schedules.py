@@ -53,16 +53,16 @@ TEN_EPOCHS = [0, 2381, 4235, 5629, 6628, 7297, 7703, 7912, 7989, 8000]
 
 TABLES = {
     # 0.5 (1 - (1 - i/5)^3), i = 0..5.
-    "agp": (pp.agp(end=5), [0, 2440, 3920, 4680, 4960, 5000]),
-    "linear": (pp.linear(end=5), [0, 1000, 2000, 3000, 4000, 5000]),
+    "agp": (pp.agp(end_step=5), [0, 2440, 3920, 4680, 4960, 5000]),
+    "linear": (pp.linear(end_step=5), [0, 1000, 2000, 3000, 4000, 5000]),
     # 0.25 (1 - cos(pi i/4)): 0.25 * (1 - 0.70711), 0.25, 0.25 * 1.70711, 0.5.
-    "cosine": (pp.cosine(end=4), [0, 732, 2500, 4267, 5000]),
+    "cosine": (pp.cosine(end_step=4), [0, 732, 2500, 4267, 5000]),
     # 1 - 0.5^(i/4): 1 - 0.84090, 1 - 0.70711, 1 - 0.59460.
-    "exponential": (pp.exponential(end=4), [0, 1591, 2928, 4053, 5000]),
-    "initial": (pp.linear(end=4, initial=0.3), [3000, 3500, 4000, 4500, 5000]),
+    "exponential": (pp.exponential(end_step=4), [0, 1591, 2928, 4053, 5000]),
+    "initial": (pp.linear(end_step=4, initial_sparsity=0.3), [3000, 3500, 4000, 4500, 5000]),
     # 1 - 0.8 (0.5/0.8)^(i/2): 1 - 0.8 * 0.79057.
-    "exponential_initial": (pp.exponential(end=2, initial=0.2), [2000, 3675, 5000]),
-    "at_once": (pp.agp(begin=3, end=3), [5000]),
+    "exponential_initial": (pp.exponential(end_step=2, initial_sparsity=0.2), [2000, 3675, 5000]),
+    "at_once": (pp.agp(begin_step=3, end_step=3), [5000]),
     "one_shot": (pp.one_shot(3), [5000]),
 }
 
@@ -111,12 +111,12 @@ def test_the_spans_of_nni(start, end, frequency, expected):
 
 def test_arguments_hold_for_what_a_rule_does_not_say():
     # The rule says where to begin, the schedule the rest.
-    state = pp.linear(begin=7, end=10, frequency=4).init(
+    state = pp.linear(begin_step=7, end_step=10, frequency=4).init(
         config_of({"final_sparsity": 0.6, "start_epoch": 2})
     )
     assert state.times.tolist() == [2, 6, 10]
     assert state.counts["fc"].tolist() == [0, 0, 3000, 6000]
-    state = pp.linear(end=2, initial=0.5).init(
+    state = pp.linear(end_step=2, initial_sparsity=0.5).init(
         config_of({"final_sparsity": 0.6, "initial_sparsity": 0.2})
     )
     assert state.counts["fc"].tolist() == [0, 2000, 4000, 6000]
@@ -137,7 +137,7 @@ def test_nni_prunes_the_same_numbers_at_the_same_steps(case):
     """NNI's task generators number their tasks; 3.0 prunes after every interval of updates."""
     kinds = {"linear": pp.linear, "agp": pp.agp, "lottery_ticket": pp.exponential}
     every = case["interval"] or 1
-    schedule = kinds[case["kind"]](end=case["total"] * every, frequency=every)
+    schedule = kinds[case["kind"]](end_step=case["total"] * every, frequency=every)
     table = [Layer(n, "Linear", n, shape, (1,), (0,)) for n, shape in MLP.items()]
     channels = case["algorithm"] == "l1"
     config = pp.resolve(
@@ -160,7 +160,7 @@ def test_nni_prunes_the_same_numbers_at_the_same_steps(case):
 
 def test_agp_is_the_polynomial_schedule_of_optax():
     curve = optax.polynomial_schedule(0.1, 0.9, 3, 60, 20)
-    shares = pp.agp(begin=20, end=80, frequency=7, initial=0.1).events(
+    shares = pp.agp(begin_step=20, end_step=80, frequency=7, initial_sparsity=0.1).events(
         config_of({"sparsity": 0.9}).pools[0], 0.9
     )
     for t, share in shares:
@@ -179,9 +179,9 @@ def test_agp_is_the_polynomial_schedule_of_optax():
 def test_the_final_sparsity_is_reached_at_the_end(schedule, begin, span, frequency, final, initial):
     initial = min(initial, final) / 100
     config = config_of({"sparsity": final / 100})
-    state = schedule(begin=begin, end=begin + span, frequency=frequency, initial=initial).init(
-        config
-    )
+    state = schedule(
+        begin_step=begin, end_step=begin + span, frequency=frequency, initial_sparsity=initial
+    ).init(config)
     assert state.times[0] == begin
     assert state.times[-1] == begin + span
     assert (np.diff(state.times) <= frequency).all()
@@ -193,9 +193,12 @@ def test_the_final_sparsity_is_reached_at_the_end(schedule, begin, span, frequen
 @gradual
 def test_everything_can_go_where_the_rule_allows_it(schedule):
     config = config_of({"sparsity": 1, "allow_empty": True})
-    state = schedule(end=4).init(config)
+    state = schedule(end_step=4).init(config)
     assert state.counts["fc"][-1] == 10_000
-    assert schedule(end=4, initial=1.0).init(config).counts["fc"].tolist() == [0] + [10_000] * 5
+    assert (
+        schedule(end_step=4, initial_sparsity=1.0).init(config).counts["fc"].tolist()
+        == [0] + [10_000] * 5
+    )
 
 
 # Several pools.
@@ -207,7 +210,7 @@ def test_pools_have_times_of_their_own():
         {"op_names": ["b"], "final_sparsity": 0.9, "start_epoch": 3, "end_epoch": 4},
         {"op_names": ["c"], "sparsity": 0.5, "initial_sparsity": 0.5, "start_epoch": 4},
     ]
-    schedule = pp.linear(end=6, frequency=1)
+    schedule = pp.linear(end_step=6, frequency=1)
     state = schedule.init(pp.resolve(rules, [layer(name) for name in "abc"]))
     assert walk(schedule, state, 9) == {
         0: {"a": 0},
@@ -223,7 +226,7 @@ def test_pools_have_times_of_their_own():
 
 def test_global_scope_counts_weights():
     config = config_of({"total_sparsity": 0.75}, "a", "b", scope="global")
-    assert pp.linear(end=2).init(config).counts["rule 0"].tolist() == [0, 0, 7500, 15_000]
+    assert pp.linear(end_step=2).init(config).counts["rule 0"].tolist() == [0, 0, 7500, 15_000]
 
 
 # What the final sparsity is.
@@ -231,24 +234,24 @@ def test_global_scope_counts_weights():
 
 def test_counts_that_are_not_the_rules_are_reached_too():
     config = config_of({"sparsity": 0.8}, units=20)
-    assert pp.linear(end=2).init(config.with_counts({"fc": 7})).counts["fc"].tolist() == [
+    assert pp.linear(end_step=2).init(config.with_counts({"fc": 7})).counts["fc"].tolist() == [
         0,
         0,
         3,
         7,
     ]
     # 0.39 of 20 is 7 too, and 0.195 of it 3; 0.34 of 20 is 6.
-    rows = pp.linear(end=2).init(config, sparsity=[0.39, 0.34, 0.8]).counts["fc"]
+    rows = pp.linear(end_step=2).init(config, sparsity=[0.39, 0.34, 0.8]).counts["fc"]
     assert rows.tolist() == [[0, 0, 3, 7], [0, 0, 3, 6], [0, 0, 8, 16]]
 
 
 def test_several_sparsities_give_the_rows_of_each():
     config = config_of({"sparsity": 0.8}, "a", "b", units=370)
     shares = [0.0, 0.31, 0.8, 0.99]
-    together = pp.agp(end=7, frequency=2).init(config, shares)
-    mixed = pp.agp(end=7, frequency=2).init(config, {"a": shares})
+    together = pp.agp(end_step=7, frequency=2).init(config, shares)
+    mixed = pp.agp(end_step=7, frequency=2).init(config, {"a": shares})
     for i, share in enumerate(shares):
-        alone = pp.agp(end=7, frequency=2).init(config, share)
+        alone = pp.agp(end_step=7, frequency=2).init(config, share)
         assert together.counts["a"][i].tolist() == alone.counts["a"].tolist()
         assert mixed.counts["a"][i].tolist() == alone.counts["a"].tolist()
         assert together.times.tolist() == alone.times.tolist()
@@ -349,11 +352,11 @@ def test_every_way_of_stepping_gives_the_same_events(way):
 
 
 def test_states_are_arrays_of_integers():
-    state = pp.agp(end=3).init(uneven())
+    state = pp.agp(end_step=3).init(uneven())
     for _ in range(2):
         leaves = jax.tree.leaves(state)
         assert all(isinstance(x, np.ndarray) and x.dtype in (np.int32, bool) for x in leaves)
-        state, _ = pp.agp(end=3).step(state)
+        state, _ = pp.agp(end_step=3).step(state)
 
 
 def test_the_counter_stops_before_it_overflows():
@@ -373,8 +376,12 @@ def test_the_counter_stops_before_it_overflows():
 def test_one_compiled_step_serves_schedules_of_the_same_length():
     config = config_of({"sparsity": 0.5})
     step = jax.jit(pp.Schedule.step, static_argnums=0)
-    schedule = pp.agp(end=6)
-    for other in (schedule, pp.linear(begin=3, end=9), pp.cosine(end=12, frequency=2)):
+    schedule = pp.agp(end_step=6)
+    for other in (
+        schedule,
+        pp.linear(begin_step=3, end_step=9),
+        pp.cosine(end_step=12, frequency=2),
+    ):
         step(schedule, other.init(config))
     assert step._cache_size() == 1
 
@@ -384,7 +391,7 @@ def branches(function, *args):
 
 
 def test_a_branch_on_due_stays_a_branch_under_vmap():
-    schedule = pp.linear(end=3)
+    schedule = pp.linear(end_step=3)
     state = schedule.init(config_of({"sparsity": 0.5}), [0.1, 0.5])
 
     def step(state, x):
@@ -409,7 +416,7 @@ def test_nm_is_pruned_once():
     assert walk(schedule, state, 4) == {2: {}}
     assert config.with_counts({}) == config
     with raises(ValueError, "NM(keep=2, of=4)", "6 events"):
-        pp.agp(end=5).init(config)
+        pp.agp(end_step=5).init(config)
 
 
 # Mistakes.
@@ -418,18 +425,30 @@ def test_nm_is_pruned_once():
 @pytest.mark.parametrize(
     ("make", "error", "parts"),
     [
-        (lambda: pp.agp(end=-1), ValueError, ("end", "at least 0", "-1")),
-        (lambda: pp.agp(begin=4, end=3), ValueError, ("end", "at least 4", "3")),
-        (lambda: pp.linear(begin=1.0, end=3), TypeError, ("begin", "integer", "1.0")),
-        (lambda: pp.cosine(end=3, frequency=0), ValueError, ("frequency", "at least 1", "0")),
-        (lambda: pp.exponential(end=True), TypeError, ("end", "True")),
-        (lambda: pp.agp(end=2**31), ValueError, ("end", "2**31 - 1", str(2**31))),
-        (lambda: pp.agp(end=3, initial=1.5), ValueError, ("initial", "[0, 1]", "1.5")),
-        (lambda: pp.agp(end=3, initial="0"), TypeError, ("initial", "number", "'0'")),
-        (lambda: pp.agp(end=3, steps_per_epoch=0), ValueError, ("steps_per_epoch", "0")),
-        (lambda: pp.agp(end=3, steps_per_epoch=None), TypeError, ("steps_per_epoch", "None")),
-        (lambda: pp.one_shot(-1), ValueError, ("at", "-1")),
-        (lambda: pp.one_shot("1"), TypeError, ("at", "'1'")),
+        (lambda: pp.agp(end_step=-1), ValueError, ("end_step", "at least 0", "-1")),
+        (lambda: pp.agp(begin_step=4, end_step=3), ValueError, ("end_step", "at least 4", "3")),
+        (
+            lambda: pp.linear(begin_step=1.0, end_step=3),
+            TypeError,
+            ("begin_step", "integer", "1.0"),
+        ),
+        (lambda: pp.cosine(end_step=3, frequency=0), ValueError, ("frequency", "at least 1", "0")),
+        (lambda: pp.exponential(end_step=True), TypeError, ("end_step", "True")),
+        (lambda: pp.agp(end_step=2**31), ValueError, ("end_step", "2**31 - 1", str(2**31))),
+        (
+            lambda: pp.agp(end_step=3, initial_sparsity=1.5),
+            ValueError,
+            ("initial_sparsity", "[0, 1]", "1.5"),
+        ),
+        (
+            lambda: pp.agp(end_step=3, initial_sparsity="0"),
+            TypeError,
+            ("initial_sparsity", "number", "'0'"),
+        ),
+        (lambda: pp.agp(end_step=3, steps_per_epoch=0), ValueError, ("steps_per_epoch", "0")),
+        (lambda: pp.agp(end_step=3, steps_per_epoch=None), TypeError, ("steps_per_epoch", "None")),
+        (lambda: pp.one_shot(-1), ValueError, ("step", "-1")),
+        (lambda: pp.one_shot("1"), TypeError, ("step", "'1'")),
     ],
 )
 def test_bad_arguments(make, error, parts):
@@ -439,21 +458,21 @@ def test_bad_arguments(make, error, parts):
 
 def test_what_init_refuses():
     config = config_of({"sparsity": 0.5})
-    with raises(ValueError, "rule 0", "'fc'", "end=...", "'end_epoch'"):
+    with raises(ValueError, "rule 0", "'fc'", "end_step=...", "'end_epoch'"):
         pp.agp().init(config)
     with raises(ValueError, "rule 0", "'fc'", "0.6", "0.5"):
-        pp.agp(end=3, initial=0.6).init(config)
+        pp.agp(end_step=3, initial_sparsity=0.6).init(config)
     with raises(ValueError, "rule 0", "'fc'", "step 5", "step 3"):
-        pp.agp(end=3).init(config_of({"final_sparsity": 0.5, "start_epoch": 5}))
+        pp.agp(end_step=3).init(config_of({"final_sparsity": 0.5, "start_epoch": 5}))
     with raises(ValueError, "rule 0", "no sparsity", "'fc'", "sparsity=..."):
-        pp.agp(end=3).init(config_of({}))
-    assert pp.agp(end=1).init(config_of({}), 0.5).counts["fc"].tolist() == [0, 0, 5000]
+        pp.agp(end_step=3).init(config_of({}))
+    assert pp.agp(end_step=1).init(config_of({}), 0.5).counts["fc"].tolist() == [0, 0, 5000]
     with raises(KeyError, "'f'", "'fc'"):
-        pp.agp(end=3).init(config, {"f": 0.5})
+        pp.agp(end_step=3).init(config, {"f": 0.5})
     with raises(ValueError, "prune every unit", "'fc'"):
-        pp.agp(end=3).init(config, 1.0)
+        pp.agp(end_step=3).init(config, 1.0)
     with raises(TypeError, "on the host"):
-        jax.jit(lambda c: pp.agp(end=3).init(config.with_counts(c)))({"fc": 3})
+        jax.jit(lambda c: pp.agp(end_step=3).init(config.with_counts(c)))({"fc": 3})
     with raises(ValueError, "'fc'", "ascending", "(3, 3)"):
         pp.Schedule(lambda pool, final: [(3, 0.1), (3, final)]).init(config)
     with raises(ValueError, "'fc'", "ascending", "()"):
@@ -463,7 +482,7 @@ def test_what_init_refuses():
 
 
 def test_a_schedule_of_nothing_has_no_events():
-    schedule = pp.agp(end=3)
+    schedule = pp.agp(end_step=3)
     state = schedule.init(pp.resolve([], [layer("fc")]))
     assert walk(schedule, state, 5) == {}
 
@@ -472,7 +491,7 @@ def test_a_schedule_of_nothing_has_no_events():
 
 
 def test_another_schedule_is_not_resumed():
-    three = pp.agp(end=3)
+    three = pp.agp(end_step=3)
     fresh = {"clock": three.init(config_of({"sparsity": 0.5})), "other": np.ones(3)}
 
     def restored(schedule=three, sparsity=0.5, names=("fc",)):
@@ -481,9 +500,9 @@ def test_another_schedule_is_not_resumed():
 
     pp.check_resumed(restored(), fresh)
     for old, parts in (
-        (restored(pp.agp(end=4)), ("times", "[0, 1, 2, 3, 4]", "[0, 1, 2, 3]")),
+        (restored(pp.agp(end_step=4)), ("times", "[0, 1, 2, 3, 4]", "[0, 1, 2, 3]")),
         (restored(sparsity=0.4), ("counts of 'fc'", "4000", "5000")),
-        (restored(pp.linear(end=3)), ("counts of 'fc'",)),
+        (restored(pp.linear(end_step=3)), ("counts of 'fc'",)),
         (restored(names=("fc", "fc2")), ("pools", "'fc2'")),
         ({"other": 1}, ("0 schedules", "1")),
     ):
@@ -499,7 +518,7 @@ def test_another_schedule_is_not_resumed():
 
 def test_axes_for_vmap_leave_the_clock_alone():
     plain, several = (
-        pp.agp(end=2).init(config_of({"sparsity": 0.5}), s) for s in (None, [0.1, 0.2])
+        pp.agp(end_step=2).init(config_of({"sparsity": 0.5}), s) for s in (None, [0.1, 0.2])
     )
     tree = {"w": jnp.ones(3), "clock": plain, "inner": (several, jnp.ones(2))}
     assert pp.vmap_axes(tree) == {

@@ -165,7 +165,7 @@ def test_every_run_mode_gives_the_same(granularity):
             lambda p, s, c, _: movement.apply(p, s, c), params, scores, config, np.zeros(1)
         )
     else:
-        configs = movement.schedule(config, 10, warm_up=2, cool_down=8)
+        configs = movement.schedule(config, 10, begin_step=2, end_step=8)
         modes = run_modes(at_step, params, scores, configs, np.asarray([0, 5, 12], np.int32))
     expected = next(modes)
     if not isinstance(granularity, NM):
@@ -324,23 +324,23 @@ def test_the_penalty_and_its_gradient(framework):
 # The schedule.
 
 
-def cubic(t, warm_up, cool_down):
+def cubic(t, begin_step, end_step):
     """Exactly."""
-    if t <= warm_up:
+    if t <= begin_step:
         return Fraction(0)
-    left = Fraction(max(cool_down - t, 0), cool_down - warm_up)
+    left = Fraction(max(end_step - t, 0), end_step - begin_step)
     return 1 - left**3
 
 
-@pytest.mark.parametrize(("steps", "warm_up", "cool_down"), [(20, 3, 13), (10, 0, 10), (7, 5, 6)])
-def test_the_ramp_and_its_counts(steps, warm_up, cool_down):
-    exact = [cubic(t, warm_up, cool_down) for t in range(steps)]
-    ramp = movement.ramp(steps, warm_up=warm_up, cool_down=cool_down)
+@pytest.mark.parametrize(("steps", "begin_step", "end_step"), [(20, 3, 13), (10, 0, 10), (7, 5, 6)])
+def test_the_ramp_and_its_counts(steps, begin_step, end_step):
+    exact = [cubic(t, begin_step, end_step) for t in range(steps)]
+    ramp = movement.ramp(steps, begin_step=begin_step, end_step=end_step)
     assert ramp.dtype == np.float32
     assert ramp.tolist() == [float(np.float32(float(x))) for x in exact]
     for sparsity in (0.0, 0.3, 0.7, 0.98):
         config = resolve(sparsity=sparsity)
-        configs = movement.schedule(config, steps, warm_up=warm_up, cool_down=cool_down)
+        configs = movement.schedule(config, steps, begin_step=begin_step, end_step=end_step)
         for name, k in config.counts.items():
             assert configs.counts[name].dtype == np.int32
             assert configs.counts[name].tolist() == [int(k * x) for x in exact]
@@ -352,7 +352,7 @@ def test_the_ramp_and_its_counts(steps, warm_up, cool_down):
 
 def test_a_scan_over_the_schedule_is_a_loop_over_steps():
     config = resolve(CHANNEL)
-    configs = movement.schedule(config, 12, warm_up=2, cool_down=9)
+    configs = movement.schedule(config, 12, begin_step=2, end_step=9)
     params, scores = as_jax(parameters()), as_jax(random_scores(config))
 
     def kept(carry, now):
@@ -368,9 +368,9 @@ def test_a_scan_over_the_schedule_is_a_loop_over_steps():
 
 def test_schedules_of_many_sparsities():
     config = resolve().with_sparsity([0.25, 0.5])
-    configs = movement.schedule(config, 12, warm_up=2, cool_down=9)
+    configs = movement.schedule(config, 12, begin_step=2, end_step=9)
     for i, sparsity in enumerate((0.25, 0.5)):
-        one = movement.schedule(resolve(sparsity=sparsity), 12, warm_up=2, cool_down=9)
+        one = movement.schedule(resolve(sparsity=sparsity), 12, begin_step=2, end_step=9)
         for name, table in one.counts.items():
             np.testing.assert_array_equal(configs.counts[name][i], table)
             rows = jax.vmap(lambda c: movement.at(c, jnp.int32(5)))(configs).counts
@@ -398,7 +398,7 @@ LAYER = Layer("fc", "Linear", "w", (1, 16), (0,), (1,))
 def test_training_finds_what_matters_and_magnitude_does_not():
     x, y, important, start = problem()
     config = resolve(layers=[LAYER], sparsity=0.75)
-    configs = movement.schedule(config, 300, warm_up=30, cool_down=200)
+    configs = movement.schedule(config, 300, begin_step=30, end_step=200)
     optimizer = optax.sgd(0.02)
 
     def step(carry, now):
@@ -433,7 +433,7 @@ def test_soft_training_in_torch_with_functional_call():
     params, config = dict(model.named_parameters()), resolve(layers=[layer], sparsity=None)
     scores = {name: s.requires_grad_() for name, s in movement.init(params, config).items()}
     optimizer = torch.optim.SGD([*params.values(), *scores.values()], 0.02)
-    ramp = movement.ramp(400, warm_up=20, cool_down=200)
+    ramp = movement.ramp(400, begin_step=20, end_step=200)
     for share in ramp.tolist():
         optimizer.zero_grad()
         seen = movement.apply(params, scores, config, threshold=0.45 * share)
@@ -528,19 +528,19 @@ def test_a_threshold_where_it_has_no_meaning_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "parts"),
     [
-        ({"warm_up": 11}, ValueError, ("warm_up=11", "cool_down=8", "steps=10")),
-        ({"warm_up": 8}, ValueError, ("warm_up < cool_down", "warm_up=8")),
-        ({"cool_down": 11}, ValueError, ("cool_down <= steps", "cool_down=11")),
-        ({"warm_up": -1}, ValueError, ("0 <= warm_up", "-1")),
+        ({"begin_step": 11}, ValueError, ("begin_step=11", "end_step=8", "steps=10")),
+        ({"begin_step": 8}, ValueError, ("begin_step < end_step", "begin_step=8")),
+        ({"end_step": 11}, ValueError, ("end_step <= steps", "end_step=11")),
+        ({"begin_step": -1}, ValueError, ("0 <= begin_step", "-1")),
         ({"steps": 0}, ValueError, ("steps=0",)),
-        ({"warm_up": 1.0}, TypeError, ("warm_up", "integer", "1.0")),
+        ({"begin_step": 1.0}, TypeError, ("begin_step", "integer", "1.0")),
         ({"steps": None}, TypeError, ("steps", "integer", "None")),
-        ({"cool_down": True}, TypeError, ("cool_down", "integer", "True")),
+        ({"end_step": True}, TypeError, ("end_step", "integer", "True")),
     ],
     ids=str,
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(change, error, parts):
-    given = {"steps": 10, "warm_up": 2, "cool_down": 8} | change
+    given = {"steps": 10, "begin_step": 2, "end_step": 8} | change
     with raises(error, "movement.ramp", *parts):
         movement.ramp(**given)
     with raises(error, "movement.schedule", *parts):
@@ -548,7 +548,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(change, error, parts):
 
 
 def test_a_config_without_counts_to_schedule_is_refused():
-    run = {"steps": 10, "warm_up": 2, "cool_down": 8}
+    run = {"steps": 10, "begin_step": 2, "end_step": 8}
     with raises(TypeError, "movement.schedule", "config", "list"):
         movement.schedule([], **run)
     with raises(ValueError, "movement.schedule", "rule 0", "'conv'", "with_sparsity"):
@@ -564,7 +564,7 @@ def test_a_config_without_counts_to_schedule_is_refused():
 
 
 def test_a_bad_step_is_refused():
-    configs = movement.schedule(resolve(), 10, warm_up=2, cool_down=8)
+    configs = movement.schedule(resolve(), 10, begin_step=2, end_step=8)
     with raises(ValueError, "movement.at", "step", "-1"):
         movement.at(configs, -1)
     for step in (1.0, True, jnp.float32(1), None):

@@ -30,7 +30,7 @@ UNEVEN = [
     {"op_names": ["a"], "final_sparsity": 0.5, "end_epoch": 9, "frequency": 4},
     {"op_names": ["b"], "final_sparsity": 0.9, "start_epoch": 3, "end_epoch": 8, "frequency": 2},
 ]
-SCHEDULE = pp.agp(begin=2, end=11, frequency=4)  # at 2, 6, 10, 11
+SCHEDULE = pp.agp(begin_step=2, end_step=11, frequency=4)  # at 2, 6, 10, 11
 STEPS = 14
 momentum = functools.partial(optax.sgd, 3e-2, momentum=0.9)
 
@@ -143,7 +143,7 @@ def test_pruning_beside_the_step_gives_the_same_bits():
 
 
 def test_without_jit_nothing_is_different():
-    tx = chain(pp.agp(begin=1, end=2))
+    tx = chain(pp.agp(begin_step=1, end_step=2))
     expected, _ = jit_once(lambda p: run(tx, p, steps=3))(start())
     params, state = start(), tx.init(start())
     for t, x in enumerate(batches(3)):
@@ -198,7 +198,7 @@ def test_the_optimizer_inside_forgets_what_is_pruned():
 
 def test_only_the_steps_of_multi_steps_count():
     """Three micro-batches to a step: the parameters, and what is pruned, change at every third."""
-    tx = optax.MultiSteps(chain(pp.linear(end=3)), 3)
+    tx = optax.MultiSteps(chain(pp.linear(end_step=3)), 3)
     history, state = jit_once(lambda p: run(tx, p, steps=14))(start())
     counts = [zeros(x) for x in history["a"]]
     assert counts == [0] * 5 + [16] * 3 + [32] * 3 + [48] * 3
@@ -207,7 +207,7 @@ def test_only_the_steps_of_multi_steps_count():
     # Around micro-batches instead, each of them is a step.
     tx = optax.chain(
         optax.MultiSteps(momentum(), 3).gradient_transformation(),
-        pp.prune_on_schedule(pp.level, pp.linear(end=3), CONFIG),
+        pp.prune_on_schedule(pp.level, pp.linear(end_step=3), CONFIG),
     )
     history, state = jit_once(lambda p: run(tx, p, steps=6))(start())
     assert [zeros(x) for x in history["a"]] == [0, 16, 32, 48, 48, 48]
@@ -215,14 +215,16 @@ def test_only_the_steps_of_multi_steps_count():
 
 def test_masks_to_begin_with():
     begin = {"a": jnp.arange(60).reshape(6, 10) >= 6, "b": None}
-    tx = chain(pp.linear(begin=3, end=4, initial=0.5), masks=begin)
+    tx = chain(pp.linear(begin_step=3, end_step=4, initial_sparsity=0.5), masks=begin)
     history, _ = jit_once(lambda p: run(tx, p, steps=6))(start())
     assert [zeros(x) for x in history["a"]] == [6, 6, 6, 30, 48, 48]
     assert not np.asarray(history["a"])[:, 0, :6].any()
 
 
 def test_statistics_are_an_extra_argument():
-    tx = optax.chain(momentum(), pp.prune_on_schedule(pp.random_pruning, pp.linear(end=3), CONFIG))
+    tx = optax.chain(
+        momentum(), pp.prune_on_schedule(pp.random_pruning, pp.linear(end_step=3), CONFIG)
+    )
     params, state, keys = start(), tx.init(start()), jax.random.split(jax.random.key(3), 4)
     step = jax.jit(functools.partial(update, tx))
     before = None
@@ -241,7 +243,7 @@ def test_statistics_are_an_extra_argument():
 def test_channels_and_global_scope():
     rules = [{"total_sparsity": 0.5, "op_types": ["Linear"]}]
     config = pp.resolve(rules, LAYERS, scope="global", granularity="output_channel")
-    history, state = jit_once(lambda p: run(chain(pp.linear(end=4), config, pp.l2_norm), p))(
+    history, state = jit_once(lambda p: run(chain(pp.linear(end_step=4), config, pp.l2_norm), p))(
         start()
     )
     for t, share in enumerate([0, 12, 25, 37, 50]):
@@ -311,7 +313,7 @@ def test_flax_train_state():
     layer = pp.make_layer(params, "kernel", "Linear", out_axes=1, in_axes=0, bias="bias")
     config = pp.resolve([{"sparsity": 0.9, "op_types": ["Linear"]}], [layer])
     state = TrainState.create(
-        apply_fn=model.apply, params=params, tx=chain(pp.linear(end=5), config)
+        apply_fn=model.apply, params=params, tx=chain(pp.linear(end_step=5), config)
     ).replace(step=jnp.array(0))
 
     @jax.jit
@@ -341,7 +343,7 @@ def test_nnx_optimizer(form):
         [{"sparsity": 0.5, "op_names": ["hidden"]}, {"sparsity": 0.75, "op_names": ["out"]}],
         interop_nnx.layers(model),
     )
-    optimizer = nnx.Optimizer(model, form(pp.linear(end=2), config), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, form(pp.linear(end_step=2), config), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
@@ -379,7 +381,7 @@ def test_orbax_resumes_in_the_middle(form, tmp_path):
         assert zeros(params[name]) == zeros(expected[name][-1])
         if form is chain:
             np.testing.assert_array_equal(params[name], expected[name][-1])
-    other = form(pp.linear(end=5)).init(start())
+    other = form(pp.linear(end_step=5)).init(start())
     with raises(ValueError, "another schedule", "times"):
         pp.check_resumed(restored["state"], other)
 
@@ -401,7 +403,7 @@ def test_mistakes_raise():
         pp.prune_on_schedule(pp.level, SCHEDULE, CONFIG, masks={"a": jnp.ones(7, bool)}).init(
             start()
         )
-    with raises(ValueError, "end=..."):
+    with raises(ValueError, "end_step=..."):
         pp.prune_on_schedule(pp.level, pp.agp(), CONFIG).init(start())
     with raises(ValueError, "get_masks"):
         pp.get_masks(momentum().init(start()))
