@@ -27,6 +27,7 @@ from flax import linen as nn
 from jax import Array
 
 import purepruning as pp
+from purepruning.training.lottery import LotteryState
 from purepruning_interop import linen
 
 Run = dict[str, Any]  # params and opt_state
@@ -61,8 +62,8 @@ class Ways(NamedTuple):
 class Ticket(NamedTuple):
     """A ticket between two rounds: where its two lotteries are, and what each has trained."""
 
-    lottery: pp.LotteryState
-    lottery_late: pp.LotteryState
+    lottery: LotteryState
+    lottery_late: LotteryState
     trained: Run
     trained_late: Run
 

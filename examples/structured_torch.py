@@ -39,6 +39,7 @@ from rich.console import Console
 from torch import nn
 
 import purepruning as pp
+from purepruning.jaxpr.shrink import Shrunk
 from purepruning_interop import linen
 from purepruning_interop import torch as interop
 
@@ -148,7 +149,7 @@ def as_flax(model: nn.Module) -> dict[str, Any]:
     return unflatten_dict(found)
 
 
-def halve_in_flax(model: nn.Module, x: np.ndarray) -> pp.Shrunk:
+def halve_in_flax(model: nn.Module, x: np.ndarray) -> Shrunk:
     """Returns what the lines of ``structured_flax.py`` make of the same weights."""
     variables, fn = as_flax(model), structured_flax.model
     coupling = pp.couple(fn, variables, x, False, outputs=(True, False))

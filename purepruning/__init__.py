@@ -7,24 +7,19 @@ config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 
 import importlib.metadata
 
-from purepruning.config.allocation import Allocation, KeptWhole
-from purepruning.config.config import Config, Pool
+from purepruning.config.config import Config
 from purepruning.config.resolve import resolve
-from purepruning.config.rules import Gradual
 from purepruning.counts import count_of
-from purepruning.coupling.cost import LayerCost, ModelCost
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.draw import draw as draw_coupling
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.shrink_report import ShrinkReport
-from purepruning.coupling.units import Family, FamilyAxis, FrozenAxis
 from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
-from purepruning.jaxpr.shrink import Shrunk, ShrunkFunction, shrink
+from purepruning.jaxpr.shrink import ShrunkFunction, shrink
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
-from purepruning.nni.names import Recipe, from_nni
+from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
@@ -36,22 +31,15 @@ from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
 from purepruning.saving.states import load_state, save_state
 from purepruning.schedules.curves import agp, cosine, exponential, linear, one_shot
-from purepruning.schedules.schedule import Event, Schedule, ScheduleState, check_resumed, vmap_axes
-from purepruning.search.annealing import Annealing, AnnealingState, annealing
+from purepruning.schedules.schedule import Schedule, check_resumed, vmap_axes
+from purepruning.search.annealing import annealing
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
-from purepruning.summary import LayerSummary, Summary, summarize
+from purepruning.summary import summarize
 from purepruning.training import admm, movement
 from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
-from purepruning.training.lottery import Lottery, LotteryState, lottery
-from purepruning.training.transforms import (
-    KeepPrunedState,
-    PruneOnScheduleState,
-    get_masks,
-    keep_pruned,
-    prune_on_schedule,
-    set_masks,
-)
+from purepruning.training.lottery import lottery
+from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
 
 __version__ = importlib.metadata.version("purepruning")
@@ -65,8 +53,6 @@ __all__ = [
     # Rules to config.
     "resolve",
     "Config",
-    "Pool",
-    "Gradual",
     "Block",
     "NM",
     "count_of",
@@ -93,47 +79,31 @@ __all__ = [
     "cosine",
     "exponential",
     "Schedule",
-    "ScheduleState",
-    "Event",
     "vmap_axes",
     # Lottery tickets, and what they are compared with.
     "lottery",
-    "Lottery",
-    "LotteryState",
     "reinitialize",
     "shuffle_masks",
     "invert_scores",
     # By NNI's names.
     "from_nni",
-    "Recipe",
     # Search for how a total sparsity is divided among layers.
     "annealing",
-    "Annealing",
-    "AnnealingState",
     # Running statistics that some pruners need.
     "stats",
     # Structure: what is coupled, and the smaller model.
     "couple",
     "Coupling",
     "draw_coupling",
-    "Family",
-    "FamilyAxis",
-    "FrozenAxis",
-    "Allocation",
-    "KeptWhole",
     "unit_scores",
     "prune_units",
     "group_norm",
     "shrink",
-    "Shrunk",
     "ShrunkFunction",
-    "ShrinkReport",
     "Plan",
     "save_plan",
     "load_plan",
     "count",
-    "ModelCost",
-    "LayerCost",
     # Masks.
     "apply_masks",
     "merge_masks",
@@ -141,8 +111,6 @@ __all__ = [
     "expand",
     "density",
     "summarize",
-    "Summary",
-    "LayerSummary",
     "save_masks",
     "load_masks",
     # Runs that are stopped and go on.
@@ -154,6 +122,4 @@ __all__ = [
     "prune_on_schedule",
     "get_masks",
     "set_masks",
-    "KeepPrunedState",
-    "PruneOnScheduleState",
 ]

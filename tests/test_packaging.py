@@ -123,6 +123,13 @@ def test_all_is_the_public_names():
     assert len(set(listed)) == len(listed)
 
 
+def test_classes_at_the_top_are_those_that_a_program_makes_or_takes():
+    """What functions return, and what they keep, stays in their modules."""
+    found = {n for n in purepruning.__all__ if isinstance(getattr(purepruning, n), type)}
+    made = {"Layer", "Block", "NM", "Criterion", "Schedule", "ShrunkFunction"}
+    assert found == made | {"Config", "Coupling", "Plan"}
+
+
 def test_version_is_that_of_the_installed_distribution():
     assert purepruning.__version__ == importlib.metadata.version("purepruning")
 

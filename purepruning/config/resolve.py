@@ -85,8 +85,8 @@ def resolve(
     - ``allow_empty``: if True, sparsity 1 is accepted: layers may lose all their units.
     - ``units``: with a coupling, the kind of units where an axis lies in two factors: ``"head"``
       (what is taken of attention unless said), ``"head_position"``, ``"position"`` (what is taken
-      elsewhere) or ``"block"``, see :class:`purepruning.Family`. Layers without a choice lose what
-      they have.
+      elsewhere) or ``"block"``, see :class:`purepruning.coupling.units.Family`. Layers without a
+      choice lose what they have.
 
     With a ``coupling`` coupled channels are pruned together (NNI's
     ``dependency_aware`` mode):

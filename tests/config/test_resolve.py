@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import purepruning as pp
-from purepruning import NM, Block, Config, Gradual, Layer, arrays, count_of, resolve
+from purepruning import NM, Block, Config, Layer, arrays, count_of, resolve
 from purepruning.config import rules
+from purepruning.config.rules import Gradual
 from purepruning.selection import prune
 from tests.messages import raises
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning import Gradual, resolve
+from purepruning import resolve
+from purepruning.config.rules import Gradual
 from purepruning_interop import linen
 from purepruning_interop import torch as interop_torch
 from tests.messages import raises

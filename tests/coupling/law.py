@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import purepruning as pp
+from purepruning.jaxpr.shrink import Shrunk
 from purepruning.trees import flatten
 from tests.fast import jit_once
 
@@ -17,7 +18,7 @@ class Found(NamedTuple):
     outputs: float
     gradients: float
     coupling: pp.Coupling
-    shrunk: pp.Shrunk
+    shrunk: Shrunk
 
 
 def half(coupling: pp.Coupling, seed: int = 0) -> np.ndarray:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning import NM, Layer, ScheduleState
+from purepruning import NM, Layer
+from purepruning.schedules.schedule import ScheduleState
 from tests.messages import raises
 
 GRADUAL = {
