@@ -5,8 +5,6 @@ A pruner is ``(params, stats, config) -> masks``. Layers come from an adapter of
 config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 """
 
-import importlib.metadata
-
 from purepruning.config.config import Config
 from purepruning.config.resolve import resolve
 from purepruning.counts import count_of
@@ -41,9 +39,7 @@ from purepruning.training.controls import invert_scores, reinitialize, shuffle_m
 from purepruning.training.lottery import lottery
 from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
-
-__version__ = importlib.metadata.version("purepruning")
-
+from purepruning.versions import __version__ as __version__
 
 __all__ = [
     # Layers: what the weights of a model are.

@@ -13,7 +13,6 @@ its ``mask_shape``, ``param_shape`` and the ``crc32`` of its bytes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from purepruning.arrays import is_torch, namespace
 from purepruning.masks import by_path, to_numpy
 from purepruning.saving.files import read_whole, write_whole
 from purepruning.trees import flatten
+from purepruning.versions import __version__
 
 FORMAT_VERSION = 1
 
@@ -62,7 +62,7 @@ def save_masks(path: str | os.PathLike[str], masks: Any, params: Any) -> None:
     header = {
         "format": "masks",
         "format_version": FORMAT_VERSION,
-        "library_version": importlib.metadata.version("purepruning"),
+        "library_version": __version__,
         "masks": {
             name: {
                 "mask_shape": list(mask.shape),

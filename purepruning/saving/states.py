@@ -15,7 +15,6 @@ what the rules were resolved to.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import zlib
@@ -33,6 +32,7 @@ from purepruning.config.config import Config
 from purepruning.masks import to_numpy
 from purepruning.saving.files import read_whole, write_whole
 from purepruning.schedules.schedule import check_resumed
+from purepruning.versions import __version__
 
 FORMAT_VERSION = 1
 
@@ -77,7 +77,7 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
     header = {
         "format": "state",
         "format_version": FORMAT_VERSION,
-        "library_version": importlib.metadata.version("purepruning"),
+        "library_version": __version__,
         "leaves": rows,
         "config": None if config is None else _description(config),
     }
