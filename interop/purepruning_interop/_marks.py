@@ -20,51 +20,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir, partial_eval
 
+from purepruning.jaxpr.internals import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    bind,
+    identity,
+    inner_jaxprs,
+    jaxpr_and_consts,
+    scan_sizes,
+)
 from purepruning_interop._table import split_static
 
-_mark = core.Primitive("purepruning_mark")
-
-
-_mark.multiple_results = True
-
-
-_mark.def_impl(lambda *arrays, key, put: list(arrays))
-
-
-_mark.def_abstract_eval(lambda *avals, key, put: list(avals))
-
-
-mlir.register_lowering(_mark, lambda ctx, *values, key, put: values)
-
-
-def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    return _mark.bind(*primals, **params), list(tangents)
-
-
-def _batch(arrays: Any, axes: Any, **params: Any) -> Any:
-    # What is not mapped (the state of a batch norm) must not become so.
-    pairs = zip(arrays, axes, strict=True)
-    front = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs]
-    return _mark.bind(*front, **params), [None if axis is None else 0 for axis in axes]
-
-
-def _partial_eval(trace: Any, *arrays: Any, **params: Any) -> Any:
-    # nn.scan runs its body once more, to see what does not depend on the loop, and uses no other
-    # part of that: a mark in it would stand for a second call.
-    return list(arrays)
-
-
-ad.primitive_jvps[_mark] = _jvp
-
-
-batching.primitive_batchers[_mark] = _batch
-
-
-partial_eval.custom_partial_eval_rules[_mark] = _partial_eval
+_mark = identity("purepruning_mark")
 
 
 # JAX keeps the traces of inner jitted functions. A trace with marks must serve no other call, nor
@@ -75,7 +45,7 @@ _marking = jax.make_user_context(None)
 def mark(key: str, value: Any) -> Any:
     """Returns ``value``, any pytree, and marks it for the :func:`collect` around the call."""
     arrays, put = split_static(value)
-    return put(_mark.bind(*arrays, key=key, put=put))
+    return put(_mark.bind(*arrays, layer=key, put=put))
 
 
 #: The attribute of a module of :func:`marking_class` that holds its key.
@@ -107,7 +77,7 @@ def marking(*key: Any) -> Iterator[None]:
 class Program(NamedTuple):
     """A traced function with marks in it, its arguments, and how its results are put together."""
 
-    jaxpr: core.ClosedJaxpr
+    jaxpr: ClosedJaxpr
     arrays: Sequence[Any]
     rebuild: Callable[[Sequence[Any]], Any]
 
@@ -163,13 +133,13 @@ def marked(program: Program) -> tuple[set[str], bool]:
     keys: set[str] = set()
     uses: Counter[int] = Counter()
 
-    def look(jaxpr: core.Jaxpr) -> bool:
+    def look(jaxpr: Jaxpr) -> bool:
         found = False
         for eqn in jaxpr.eqns:
             if eqn.primitive is _mark:
-                keys.add(eqn.params["key"])
+                keys.add(eqn.params["layer"])
                 found = True
-            for inner in core.jaxprs_in_params(eqn.params):
+            for inner in inner_jaxprs(eqn.params):
                 if look(inner):
                     uses[id(inner)] += 1
                     found = True
@@ -188,7 +158,7 @@ class _Taken(NamedTuple):
 
 
 def _run(
-    where: str, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+    where: str, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
 ) -> tuple[list[Any], list[_Taken]]:
     """Returns the results of a jaxpr and its marked values; a value is dropped after its last use.
 
@@ -196,23 +166,22 @@ def _run(
     """
     last: dict[Any, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        last |= {v: i for v in eqn.invars if not isinstance(v, core.Literal)}
-    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+        last |= {v: i for v in eqn.invars if not isinstance(v, Literal)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     taken: list[_Taken] = []
 
     def read(v: Any) -> Any:
-        return v.val if isinstance(v, core.Literal) else env[v]
+        return v.val if isinstance(v, Literal) else env[v]
 
     for i, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
         if eqn.primitive is _mark:
-            taken.append(_Taken(eqn.params["key"], eqn.params["put"], values))
+            taken.append(_Taken(eqn.params["layer"], eqn.params["put"], values))
             results = values
         elif not (keys := _keys(eqn)):
-            params = eqn.primitive.get_bind_params(eqn.params)
             with eqn.ctx.manager:
-                results = eqn.primitive.bind(*values, **params)
+                results = bind(eqn.primitive, values, eqn.params)
             results = results if eqn.primitive.multiple_results else [results]
         elif rule := _RULES.get(eqn.primitive.name):
             results, more = rule(where, eqn, values)
@@ -224,36 +193,36 @@ def _run(
             )
         env.update(zip(eqn.outvars, results, strict=True))
         for v in [*eqn.invars, *eqn.outvars]:
-            if not isinstance(v, core.Literal) and last.get(v, -1) <= i:
+            if not isinstance(v, Literal) and last.get(v, -1) <= i:
                 env.pop(v, None)
     return [read(v) for v in jaxpr.outvars], taken
 
 
-def _keys(eqn: core.JaxprEqn) -> list[str]:
+def _keys(eqn: JaxprEqn) -> list[str]:
     """Returns the keys of the marks inside the programs that an equation holds."""
     keys: list[str] = []
-    for inner in core.jaxprs_in_params(eqn.params):
+    for inner in inner_jaxprs(eqn.params):
         for e in inner.eqns:
-            keys += [e.params["key"]] if e.primitive is _mark else _keys(e)
+            keys += [e.params["layer"]] if e.primitive is _mark else _keys(e)
     return keys
 
 
-def _call(where: str, eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    closed = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-    return _run(where, closed.jaxpr, closed.consts, values)
+def _call(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+    inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    return _run(where, *jaxpr_and_consts(inner), values)
 
 
-def _checkpoint(where: str, eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    run, put = _split(lambda *values: _run(where, eqn.params["jaxpr"], (), values))
+def _checkpoint(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+    inner = jaxpr_and_consts(eqn.params["jaxpr"])
+    run, put = _split(lambda *values: _run(where, *inner, values))
     params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
     return put(jax.checkpoint(run, **params)(*values))
 
 
-def _scan(where: str, eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    closed = eqn.params["jaxpr"]
-    first = eqn.params["num_consts"]
-    carried = eqn.params["num_carry"]
-    run, put = _split(lambda *values: _run(where, closed.jaxpr, closed.consts, values))
+def _scan(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+    inner = jaxpr_and_consts(eqn.params["jaxpr"])
+    first, carried = scan_sizes(eqn.params)
+    run, put = _split(lambda *values: _run(where, *inner, values))
 
     def step(carry: Any, slices: Any) -> Any:
         results, arrays = run(*values[:first], *carry, *slices)
@@ -282,7 +251,7 @@ def _split(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[Any],
     return arrays_only, put
 
 
-_RULES: dict[str, Callable[[str, core.JaxprEqn, Sequence[Any]], Any]] = {
+_RULES: dict[str, Callable[[str, JaxprEqn, Sequence[Any]], Any]] = {
     "jit": _call,
     "closed_call": _call,
     "remat2": _checkpoint,

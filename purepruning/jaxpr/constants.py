@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from purepruning.jaxpr.internals import bind
 from purepruning.jaxpr.program import Program
 
 
@@ -36,7 +37,7 @@ def concrete(program: Program, number: int, limit: int = 1 << 20) -> np.ndarray 
     def evaluate(n: int) -> Any:
         if n not in memory:
             op = makers[n]
-            found = op.primitive.bind(*(evaluate(i) for i in op.inputs), **op.params)
+            found = bind(op.primitive, [evaluate(i) for i in op.inputs], op.params)
             for out, value in zip(
                 op.outputs, found if op.primitive.multiple_results else [found], strict=True
             ):

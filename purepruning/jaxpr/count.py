@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from purepruning.coupling.cost import LayerCost, ModelCost
+from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.program import Op, Program, trace
 from purepruning.trees import flatten
 
@@ -107,7 +108,7 @@ def _inner(
         n, m = op.params["cond_nconsts"], op.params["body_nconsts"]
         return _walk(op.inner[1], inputs[n : n + m] + [None] * len(op.outputs), times, products)
     if op.name == "scan":
-        n, m = op.params["num_consts"], op.params["num_carry"]
+        n, m = scan_sizes(op.params)
         given = inputs[:n] + [None] * m + inputs[n + m :]
         return _walk(op.inner[0], given, times * op.params["length"], products)
     return _walk(op.inner[0], inputs, times, products)

@@ -15,6 +15,7 @@ from purepruning.coupling.removal import Removal
 from purepruning.coupling.value import Value
 from purepruning.jaxpr.constants import concrete
 from purepruning.jaxpr.derivatives import custom_jvp, custom_vjp
+from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.interpret import Emit, Run, take
 from purepruning.jaxpr.primitives import SOURCES
 from purepruning.jaxpr.program import Op, Program, derivative, is_floating
@@ -302,7 +303,7 @@ def _while(r: Run, op: Op, arrays: Any, operands: Any, results: Any) -> Any:
 
 
 def _scan(r: Run, op: Op, arrays: Any, operands: Any, results: Any) -> Any:
-    n, m = op.params["num_consts"], op.params["num_carry"]
+    n, m = scan_sizes(op.params)
     length, reverse = op.params["length"], op.params["reverse"]
     consts, carry, scanned = arrays[:n], list(arrays[n : n + m]), list(arrays[n + m :])
     traces = r.trace.inner[r.index][0]

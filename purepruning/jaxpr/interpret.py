@@ -16,6 +16,7 @@ import numpy as np
 from purepruning.coupling.removal import WITHOUT, Removal
 from purepruning.coupling.shapes import blocks
 from purepruning.coupling.value import Value
+from purepruning.jaxpr.internals import bind
 from purepruning.jaxpr.primitives import ELEMENTWISE, SOURCES
 from purepruning.jaxpr.program import Op, Program
 from purepruning.jaxpr.walk import Trace
@@ -103,7 +104,7 @@ class Run:
     def bind(self, op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> list[Any]:
         """Returns the results of an operation on these arrays, with these parameters."""
         with op.context.manager:
-            found = op.primitive.bind(*arrays, **op.primitive.get_bind_params(params))
+            found = bind(op.primitive, arrays, params)
         return list(found) if op.primitive.multiple_results else [found]
 
     def mean(self, op: Op) -> Any:
@@ -201,7 +202,7 @@ def _elementwise(program: Program, arguments: Sequence[Any]) -> list[Any]:
         if op.inner:
             found = _elementwise(op.inner[0], given)
         else:
-            found = op.primitive.bind(*given, **op.primitive.get_bind_params(op.params))
+            found = bind(op.primitive, given, op.params)
             found = found if op.primitive.multiple_results else [found]
         arrays.update(zip(op.outputs, found, strict=True))
     return [arrays[n] for n in program.outputs]

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from purepruning.jaxpr.internals import Literal, bind, jaxpr_and_consts
 from purepruning.jaxpr.primitives import ELEMENTWISE
 
 #: Primitives that only call another jaxpr, and the parameter that holds it.
@@ -66,7 +66,7 @@ class Program:
 
 def flatten_jaxpr(closed: Any, scope: str = "", custom: bool = True) -> Program:
     """Returns the program of a (closed) jaxpr; ``custom``: with those of its derivatives."""
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+    jaxpr, consts = jaxpr_and_consts(closed)
     program = Program()
     for var in jaxpr.invars:
         program.inputs.append(program.new(var.aval))
@@ -88,7 +88,7 @@ def _inline(
         program.constants[numbers[var]] = value
 
     def number(atom: Any) -> int:
-        if isinstance(atom, core.Literal):
+        if isinstance(atom, Literal):
             n = program.new(atom.aval)
             program.constants[n] = atom.val
             return n
@@ -99,11 +99,8 @@ def _inline(
         inputs = [number(v) for v in eqn.invars]
         here = f"{scope}/{eqn.source_info.name_stack}".strip("/")
         if name in _CALLS and _CALLS[name] in eqn.params:
-            inner = eqn.params[_CALLS[name]]
-            inner_jaxpr, inner_consts = (
-                (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-            )
-            outputs = _inline(program, inner_jaxpr, inner_consts, inputs, here, custom)
+            inner = jaxpr_and_consts(eqn.params[_CALLS[name]])
+            outputs = _inline(program, *inner, inputs, here, custom)
             for var, out in zip(eqn.outvars, outputs, strict=True):
                 numbers[var] = out
             continue
@@ -171,7 +168,7 @@ def derivative(
         filled = list(given)
         for i, x in zip(floating, xs, strict=True):
             filled[i] = x
-        found = primitive.bind(*filled, **primitive.get_bind_params(params))
+        found = bind(primitive, filled, params)
         return [y for y, v in zip(found, outputs, strict=True) if is_floating(v.aval)]
 
     def forward(given: list[Any], tangents: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from purepruning.layers import Layer
@@ -76,7 +77,8 @@ def capture(
         copy = nnx.merge(graphdef, state)
         for name, module, _ in list(walk(copy, "", ())):
             if name in marked and callable(module):
-                object.__setattr__(module, "__class__", marking(type(module)))
+                pytree = not jax.tree_util.all_leaves([module])
+                object.__setattr__(module, "__class__", marking(type(module), pytree))
                 vars(module)[KEY] = name
         if callable(method):
             result = method(copy, *inputs, **kwargs)

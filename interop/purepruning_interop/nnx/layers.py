@@ -99,9 +99,9 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
 
 
 @functools.cache
-def marking(cls: Any) -> Any:
-    """Returns a class of modules that mark their outputs."""
-    return marking_class(cls, pytree=cls._pytree__is_pytree)
+def marking(cls: Any, pytree: bool) -> Any:
+    """Returns a subclass of modules that mark their outputs; ``pytree``: whether ``cls`` is one."""
+    return marking_class(cls, pytree=pytree)
 
 
 def walk(

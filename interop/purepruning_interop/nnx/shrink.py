@@ -79,7 +79,8 @@ def shrink(
     small = pp.shrink(fn, params, masks, coupling, *inputs, norms=norms, conflicts=conflicts)
     graph, _, rest = _split(model)
     made = nnx.merge(graph, small.params, rest, copy=True)
-    for path, module in nnx.iter_modules(made):
+    modules = [(p, m) for p, m in nnx.iter_graph(made) if isinstance(m, nnx.Module)]
+    for path, module in modules:
         prefix = "".join(f"{part}." for part in path)
         change = Change(small.report.plan, prefix)
         for name, value in attributes(_RULES, module, change).items():

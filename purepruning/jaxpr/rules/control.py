@@ -10,6 +10,7 @@ import numpy as np
 from purepruning.coupling import shapes
 from purepruning.coupling.removed_values import UNKNOWN
 from purepruning.coupling.value import Value, without_uniform
+from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.program import Op, elementwise_only, is_floating
 from purepruning.jaxpr.rules.shapes import all_are
 from purepruning.jaxpr.walk import Rule, Walk
@@ -89,7 +90,7 @@ def _while(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 
 def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
-    n, m = op.params["num_consts"], op.params["num_carry"]
+    n, m = scan_sizes(op.params)
     length, flow = op.params["length"], state.flow
     xs = [without_uniform(x) for x in xs]
     consts, carry, scanned = xs[:n], _carried(xs[n : n + m]), xs[n + m :]
