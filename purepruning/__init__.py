@@ -5,6 +5,12 @@ A pruner is ``(params, stats, config) -> masks``. Layers come from an adapter of
 config; masks are plain trees of booleans, applied with :func:`apply_masks`.
 """
 
+from purepruning.versions import __version__ as __version__
+from purepruning.versions import require as _require
+
+for _package in ("jax", "numpy", "optax", "safetensors"):
+    _require(_package, "purepruning")
+
 from purepruning.config.config import Config
 from purepruning.config.resolve import resolve
 from purepruning.counts import count_of
@@ -39,7 +45,6 @@ from purepruning.training.controls import invert_scores, reinitialize, shuffle_m
 from purepruning.training.lottery import lottery
 from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
-from purepruning.versions import __version__ as __version__
 
 __all__ = [
     # Layers: what the weights of a model are.
