@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 RANGES = {
     "jax": Range("0.7.2", "0.12"),
-    "numpy": Range("2.0"),
+    "numpy": Range("2.0.0"),
     "optax": Range("0.2.6"),
     "safetensors": Range("0.6.2"),
     "flax": Range("0.12.0", "0.12"),
