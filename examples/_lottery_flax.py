@@ -160,7 +160,8 @@ def lottery(data: Any, config: pp.Config, rounds: int, late: int) -> Functions:
         # Up to the step it goes back to there is no curve.
         curve_late = jnp.concatenate([jnp.full(late // EVERY, jnp.nan), rest])
         trained = jax.tree.map(lambda leaf: leaf[0], trained)
-        weights = [state.masks[layer.weight] for layer in config.layers]
+        masks = dict(zip(pp.leaf_paths(state.masks), jax.tree.leaves(state.masks), strict=True))
+        weights = [masks[layer.weight] for layer in config.layers]
         density = sum(w.sum() for w in weights) / sum(w.size for w in weights)
         ticket = Ticket(state, late_state, trained, trained_late)
         return ticket, Ways(curves[0], curve_late, *curves[1:]), density

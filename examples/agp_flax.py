@@ -60,7 +60,7 @@ def train(given: Numbers) -> tuple[Run, Any, Any]:
         params, state = carry = jax.lax.scan(step, carry, batches)[0]
         predicted = model.apply({"params": params}, given.test_images).argmax(-1)
         accuracy = (predicted == given.test_labels).mean()
-        return carry, (params, pp.get_masks(state), accuracy)
+        return carry, (params, pp.get_masks(state, params), accuracy)
 
     given = given._replace(images=jnp.asarray(given.images), labels=jnp.asarray(given.labels))
     images, start = given.images, (params, transform.init(params))
@@ -72,11 +72,11 @@ def train(given: Numbers) -> tuple[Run, Any, Any]:
     run = Run(
         "Flax",
         asked,
-        [{name: masks[f"{name}.kernel"][e] for name in SIZES} for e in range(EPOCHS)],
+        [{name: masks[name]["kernel"][e] for name in SIZES} for e in range(EPOCHS)],
         [{name: every[name]["kernel"][e] for name in SIZES} for e in range(EPOCHS)],
         accuracies.tolist(),
     )
-    return run, params, pp.get_masks(state)
+    return run, params, pp.get_masks(state, params)
 
 
 def main() -> None:

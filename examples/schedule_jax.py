@@ -13,4 +13,4 @@ state, update = tx.init(params), jax.jit(tx.update)
 for _ in range(10):
     updates, state = update(params, state, params)  # your gradients, as the first argument
     params = optax.apply_updates(params, updates)
-print(pp.summarize(params, pp.get_masks(state), layers))
+print(pp.summarize(params, pp.get_masks(state, params), layers))

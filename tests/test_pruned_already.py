@@ -32,7 +32,7 @@ def scheduled(config, schedule, steps=1, params=None, **settings):
     state = tx.init(params)
     for _ in range(steps):
         _, state = tx.update(optax.tree.zeros_like(params), state, params)
-    return pp.get_masks(state)
+    return pp.get_masks(state, params)
 
 
 def test_a_schedule_does_not_revive_what_it_was_told_is_pruned():
@@ -66,7 +66,7 @@ def test_single_weights_stay_pruned_under_a_channel_pruner():
     masks = {"w": jnp.array([[1, 0, 1, 0], [1, 1, 1, 1]], bool), "b": jnp.array([1, 1, 1, 0], bool)}
     tx = pp.prune_on_schedule(pp.l1_norm, pp.one_shot(), config, masks=masks)
     _, state = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
-    got = pp.get_masks(state)
+    got = pp.get_masks(state, params)
     assert bits(got["w"]) == [[0, 0, 1, 0], [0, 0, 1, 1]]
     assert bits(got["b"]) == [0, 0, 1, 0]
 
@@ -88,7 +88,7 @@ def test_a_shared_bias_follows_the_last_of_its_layers():
     state = tx.init(params)
     for expected in ([1, 1], [0, 1]):
         _, state = tx.update(optax.tree.zeros_like(params), state, params)
-        assert bits(pp.get_masks(state)["b"]) == expected
+        assert bits(pp.get_masks(state, params)["b"]) == expected
 
 
 def test_shuffled_masks_keep_the_bias_of_every_channel_that_lives():

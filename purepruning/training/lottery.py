@@ -23,12 +23,12 @@ class LotteryState(NamedTuple):
 
     Attributes:
         schedule: the rounds; its step is the number of rounds pruned so far.
-        masks: by parameter path and of the parameter's shape, what they pruned.
+        masks: what they pruned: a tree like the parameters, masks of their shapes.
         start: the parts of the run that every round goes back to.
     """
 
     schedule: ScheduleState
-    masks: dict[str, Any]
+    masks: Any
     start: dict[str, Any]
 
 
@@ -128,7 +128,8 @@ def lottery(
         for name in ("params", *names):
             if name not in run:
                 raise KeyError(missing(f"lottery: the run has no part {name!r}", name, run))
-        leaves = flatten(run["params"]).leaves
+        tree = flatten(run["params"])
+        leaves = tree.leaves
         paths = {layer.weight for layer in config.layers}
         if config.bias == "follow":
             paths |= {layer.bias for layer in config.layers if layer.bias is not None}
@@ -143,7 +144,7 @@ def lottery(
             if path in before:
                 masks[path] = masks[path] & spread_mask(before[path], leaf)
         start = {name: jax.tree.map(copied, run[name]) for name in names}
-        return LotteryState(schedule.init(config), masks, start)
+        return LotteryState(schedule.init(config), tree.rebuild(masks), start)
 
     def step(
         state: LotteryState, run: Mapping[str, Any], stats: Any = None
@@ -155,9 +156,10 @@ def lottery(
             if name not in run:
                 raise KeyError(missing(f"lottery: the run has no part {name!r}", name, run))
         at = config.with_counts(clock.counts(state.schedule)).with_masks(state.masks)
-        leaves = flatten(run["params"]).leaves
+        tree = flatten(run["params"])
+        leaves = tree.leaves
         new = by_path(named_masks(pruner(run["params"], stats, at)), leaves)
-        masks = dict(state.masks)
+        masks = named_masks(state.masks)
         for path, mask in new.items():
             whole = spread_mask(mask, leaves[path])
             masks[path] = whole & masks[path] if path in masks else copied(whole)
@@ -165,7 +167,8 @@ def lottery(
             name: jax.tree.map(copied, state.start.get(name, part)) for name, part in run.items()
         }
         parts["params"] = apply_masks(parts["params"], masks)
-        return LotteryState(clock.advance(state.schedule), masks, state.start), parts
+        merged = tree.rebuild(masks)
+        return LotteryState(clock.advance(state.schedule), merged, state.start), parts
 
     return Lottery(init, step)
 

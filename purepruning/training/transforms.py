@@ -281,21 +281,33 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, An
     return masks
 
 
-def get_masks(opt_state: Any) -> dict[str, Any]:
-    """Returns the masks in :func:`keep_pruned`'s state, wherever it is, by parameter path.
+def get_masks(opt_state: Any, params: Any) -> Any:
+    """Returns the masks in :func:`keep_pruned`'s state, wherever it is, as a tree like ``params``.
+
+    Of ``params`` only the structure matters.
 
     Raises:
         ValueError: there is no such state.
+        KeyError: a mask is for a parameter that is not in ``params``.
 
     >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
     >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, False])}))
-    >>> get_masks(tx.init({"w": jnp.ones(2)}))
-    {'w': Array([ True, False], dtype=bool)}
+    >>> get_masks(tx.init(params), params)
+    {'b': None, 'w': Array([ True, False], dtype=bool)}
     """
-    states = _states(opt_state)
+    states, tree = _states(opt_state), flatten(params)
     if not states:
-        raise ValueError("get_masks: there is no state of keep_pruned in this opt_state")
-    return {path: mask for state in states for path, mask in flatten(state.masks).leaves.items()}
+        raise ValueError(
+            "get_masks: there is no state of keep_pruned in this opt_state; give it what the "
+            "transform's init or update returned (optimizer.opt_state of an nnx.Optimizer)"
+        )
+    found = {path: mask for state in states for path, mask in flatten(state.masks).leaves.items()}
+    for path in found:
+        if path not in tree.leaves:
+            message = f"get_masks: params have no {path!r}, which the state has a mask for"
+            raise KeyError(missing(message, path, tree.leaves))
+    return tree.rebuild(found)
 
 
 def set_masks(opt_state: Any, masks: Any) -> Any:

@@ -155,8 +155,9 @@ def test_counts_and_masks_are_those_of_jax():
 
     data = jnp.asarray(batches().numpy())
     (params, state), _ = jax.lax.scan(step, (start, tx.init(start)), data)
+    masks = pp.get_masks(state, params)
     for name, mask in torch_masks.items():
-        np.testing.assert_array_equal(np.asarray(pp.get_masks(state)[name]), mask.numpy())
+        np.testing.assert_array_equal(np.asarray(masks[name]), mask.numpy())
     for name, p in model.named_parameters():
         np.testing.assert_allclose(params[name], p.detach().numpy(), atol=1e-5)
 

@@ -70,6 +70,21 @@ def test_rounds_prune_the_same_share_of_what_is_left_and_go_back(convert):
         tickets.step(state, run)
 
 
+def test_masks_are_a_tree_like_the_parameters():
+    params = {"net": [{"w": jnp.arange(1.0, 61).reshape(6, 10)}], "free": jnp.ones(2)}
+    layer = Layer("a", "Linear", "net.0.w", (6, 10), out_axes=(1,), in_axes=(0,))
+    config = pp.resolve(0.5, [layer])
+    tickets = pp.lottery(pp.level, config, rounds=1)
+    first = tickets.init({"params": params})
+    state, _ = tickets.step(first, {"params": params})
+    expected = {"net": [{"w": params["net"][0]["w"] > 30}], "free": None}
+    for found in (state.masks, pp.level(params, None, config)):
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        np.testing.assert_array_equal(found["net"][0]["w"], expected["net"][0]["w"])
+    assert first.masks["net"][0]["w"].all()
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+
+
 def test_the_masks_are_the_ones_found_by_hand():
     """The smallest of what is left, round by round."""
     tickets = pp.lottery(pp.level, CONFIG, rounds=3)

@@ -105,7 +105,7 @@ def test_counts_are_those_of_the_schedule_at_every_step(form):
     assert [zeros(x) for x in history["b"]] == [int(40 * s + 1e-9) for s in shares]
     for before, after in zip(history["a"][:-1], history["a"][1:], strict=True):
         assert (np.asarray(after)[np.asarray(before) == 0] == 0).all()  # nothing comes back
-    masks = pp.get_masks(state)
+    masks = pp.get_masks(state, start())
     assert masks.keys() == {"a", "b", "bias"}
     np.testing.assert_array_equal(masks["a"], history["a"][-1] != 0)
 
@@ -118,7 +118,7 @@ def event_by_event():
 
     @jax.jit
     def prune(params, opt_state, counts):
-        now = CONFIG.with_counts(counts).with_masks(pp.get_masks(opt_state))
+        now = CONFIG.with_counts(counts).with_masks(pp.get_masks(opt_state, params))
         return pp.set_masks(opt_state, pp.level(params, None, now))
 
     opt_state, clock = tx.init(params), SCHEDULE.init(CONFIG)
@@ -159,7 +159,7 @@ def test_a_pool_keeps_its_masks_until_its_turn():
     history, state = jit_once(lambda p: run(chain(pp.linear(), config), p))(start())
     assert [zeros(x) for x in history["a"]] == [0] * 4 + [15] * 4 + [30] * 6
     assert [zeros(x) for x in history["b"]] == [0] * 5 + [18] * 2 + [36] * 7
-    np.testing.assert_array_equal(pp.get_masks(state)["b"], history["b"][-1] != 0)
+    np.testing.assert_array_equal(pp.get_masks(state, start())["b"], history["b"][-1] != 0)
 
     # A pruner that prunes others every time, given the chance.
     def restless(params, stats, config):
@@ -234,7 +234,7 @@ def test_statistics_are_an_extra_argument():
         expected = pp.random_pruning(
             params, keys[t], config if before is None else config.with_masks(before)
         )
-        before = pp.get_masks(state)
+        before = pp.get_masks(state, params)
         np.testing.assert_array_equal(before["a"], expected["a"])
     with raises(TypeError, "random key", "None"):
         tx.update(params, tx.init(params), params)
@@ -254,7 +254,8 @@ def test_channels_and_global_scope():
         pruned = 6 * int((~columns[0]).sum()) + 10 * int((~columns[1]).sum())
         assert share - 10 < pruned <= share
     # The bias goes with its channel.
-    np.testing.assert_array_equal(pp.get_masks(state)["bias"], pp.get_masks(state)["b"].any(0))
+    masks = pp.get_masks(state, start())
+    np.testing.assert_array_equal(masks["bias"], masks["b"].any(0))
 
 
 # Many at once.
@@ -406,7 +407,7 @@ def test_mistakes_raise():
     with raises(ValueError, "end_step=..."):
         pp.prune_on_schedule(pp.level, pp.agp(), CONFIG).init(start())
     with raises(ValueError, "get_masks"):
-        pp.get_masks(momentum().init(start()))
+        pp.get_masks(momentum().init(start()), start())
 
     def more(params, stats, config):
         return pp.level(params, stats, config) | {"bias": jnp.ones(4, bool)}

@@ -15,9 +15,10 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 from purepruning.masks import apply_masks, expand
-from purepruning.training.transforms import KeepPrunedState, keep_pruned, set_masks
+from purepruning.training.transforms import KeepPrunedState, get_masks, keep_pruned, set_masks
 from purepruning.trees import flatten
 from tests.fast import jit_once, some_key
+from tests.messages import raises
 
 T, F = True, False
 rng = np.random.default_rng(0)
@@ -237,6 +238,27 @@ def states(tree):
     return found + [y for x in found for y in states(x.inner)]
 
 
+@pytest.mark.parametrize("how", ["chain", "inner", "multi"])
+def test_get_masks_is_a_tree_like_the_parameters(how):
+    params = {"one": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "two": [jnp.ones(4)]}
+    masks = {
+        "one": {"w": jnp.array([[True], [False]]), "b": None},
+        "two": [jnp.array([True, False, True, False])],
+    }
+    tx = {
+        "chain": optax.chain(optax.adam(0.1), keep_pruned(masks)),
+        "inner": keep_pruned(masks, optax.adam(0.1)),
+        "multi": optax.MultiSteps(keep_pruned(masks, optax.adam(0.1)), 2),
+    }[how]
+    state = tx.init(params)
+    for tree in (params, jax.eval_shape(lambda: params)):
+        got = get_masks(state, tree)
+        assert jax.tree.structure(got) == jax.tree.structure(masks)
+        jax.tree.map(np.testing.assert_array_equal, got, masks)
+    with raises(KeyError, "get_masks", "'two.0'"):
+        get_masks(state, {"one": params["one"]})
+
+
 def test_set_masks_is_pure_and_reaches_every_wrapper():
     params = {"w": jnp.ones(2), "v": jnp.ones(2)}
     masks = {"w": jnp.array([T, F]), "v": jnp.array([T, F])}
@@ -439,6 +461,10 @@ def test_nnx_optimizer(form):
     for _ in range(3):
         step(model, optimizer)
     assert_kept([T, T, F, F], out)
+    got = flatten(get_masks(optimizer.opt_state, nnx.state(model, nnx.Param))).leaves
+    assert {path: mask.tolist() for path, mask in got.items()} == {
+        path: mask.tolist() for path, mask in new.items()
+    }
 
     _, state = nnx.split(optimizer)
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
