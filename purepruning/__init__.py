@@ -11,6 +11,7 @@ from purepruning.versions import require as _require
 for _package in ("jax", "numpy", "optax", "safetensors"):
     _require(_package, "purepruning")
 
+from purepruning import criteria, stats
 from purepruning.config.config import Config
 from purepruning.config.resolve import resolve
 from purepruning.counts import count_of
@@ -29,6 +30,7 @@ from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
+from purepruning.pruners.scores import prune_scores
 from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.saving.masks import load_masks, save_masks
@@ -68,6 +70,9 @@ __all__ = [
     "apoz_rank",
     "mean_activation_rank",
     "taylor_fo",
+    "prune_scores",
+    # An own criterion: a module of what it is written with.
+    "criteria",
     "prune",
     "Criterion",
     # Pruning during training: modules of a few pure functions each.

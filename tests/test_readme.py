@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import purepruning as pp
+from purepruning.granularity import grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +54,12 @@ def test_the_pruner_in_contributing():
     layer = pp.Layer("fc", "Linear", "w", (2, 4), out_axes=(1,), in_axes=(0,))
     rules = [{"sparsity": 0.5, "op_types": ["Linear"]}]
     config = pp.resolve(rules, [layer], granularity="output_channel")
+    elements = pp.resolve(rules, [layer])
     for array in (jnp.asarray(weight), torch.from_numpy(weight)):
         masks = names["max_norm"]({"w": array}, None, config)
         assert masks["w"].tolist() == [[True, True, False, False]]
+        masks = names["max_norm"]({"w": array}, None, elements)
+        assert masks["w"].tolist() == [[False, True, False, False], [True, True, True, False]]
+    # A call on one CPU hands NumPy arrays in.
+    score = names["_MAX_NORM"].channel(weight, None, grid(layer, "output_channel"))
+    assert score.tolist() == [[3, 9, 2, 1]]

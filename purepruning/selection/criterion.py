@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arrays import namespace, replicated
+from purepruning.arrays import is_concrete, is_torch, namespace, replicated
 from purepruning.granularity import Grid, any_of, fold
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
@@ -19,27 +19,86 @@ LOWEST_FINITE = float(np.finfo(np.float32).min)
 
 
 class Criterion(NamedTuple):
-    """What a pruner ranks by. Scores are float32, and larger ones are more important.
+    """What a pruner ranks by. Larger scores are more important; they are compared in float32.
 
     Layers of one shape are scored by one compiled function, so that scores depend on a layer only
-    through its weight, its grid and what ``of`` returns for it.
+    through its weight, its grid and what ``of`` returns for it. Arrays may be JAX's, torch's or
+    NumPy's: take operations from :func:`purepruning.criteria.namespace`.
 
     Attributes:
         name: the pruner's name, for messages.
-        element: ``(weight, own) -> Piece``: how single weights score, for elements and N:M; None if
-            the criterion has no such meaning.
-        channel: ``(weight, own, grid) -> (members, units)``: how channels score; None if the
-            criterion has no such meaning.
+        element: ``(weight, own) -> scores``: how single weights score, in the shape of the weight,
+            for elements and N:M; None if the criterion has no such meaning.
+        channel: ``(weight, own, grid) -> scores``: how channels score, ``(members, units)`` as
+            :func:`purepruning.criteria.reduce_units` returns them; None if the criterion has no
+            such meaning.
         block: the same for blocks.
         of: ``(stats, layer) -> own``: what the statistics say of one layer, a tree of arrays; None
             if the pruner takes ``stats=None``.
     """
 
     name: str
-    element: Callable[[Any, Any], Piece] | None = None
+    element: Callable[[Any, Any], Any] | None = None
     channel: Callable[[Any, Any, Grid], Any] | None = None
     block: Callable[[Any, Any, Grid], Any] | None = None
     of: Callable[[Any, Layer], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A function of a criterion whose results are checked; compiled code is looked up by it.
+
+    Attributes:
+        criterion: name of the criterion.
+        field: ``"element"``, ``"channel"`` or ``"block"``.
+        function: what stands there.
+    """
+
+    criterion: str
+    field: str
+    function: Callable[..., Any]
+
+    def __call__(self, weight: Any, own: Any, *grids: Grid) -> Any:
+        """Returns what the function does: a piece, or float32 ``(members, units)``."""
+        try:
+            scores = self.function(weight, own, *grids)
+        except Exception as error:
+            error.add_note(
+                f"This is in {self.field} of the criterion {self.criterion!r}, which is given "
+                f"{type(weight).__name__}; take operations from criteria.namespace(weight)."
+            )
+            raise
+        if isinstance(scores, Piece) and not grids:
+            return scores
+        shape = (grids[0].n_members, grids[0].n_units) if grids else tuple(weight.shape)
+        scores = self._checked(scores, weight, shape)
+        return scores if grids else Piece((scores,), _stored)
+
+    def _checked(self, scores: Any, weight: Any, shape: tuple[int, ...]) -> Any:
+        where = f"{self.criterion}: {self.field} must return"
+        if not hasattr(scores, "shape") or is_torch(scores) != is_torch(weight):
+            raise TypeError(
+                f"{where} an array as the weight is, got {type(scores).__name__} for "
+                f"{type(weight).__name__}"
+            )
+        if tuple(scores.shape) != shape:
+            units = (
+                "(members, units) = " if self.field != "element" else "the shape of the weight, "
+            )
+            raise ValueError(
+                f"{where} scores of {units}{shape}, for a weight of shape {tuple(weight.shape)}, "
+                f"got {tuple(scores.shape)}"
+            )
+        if isinstance(weight, np.ndarray) and is_concrete(scores):
+            scores = np.asarray(scores)  # of a criterion in jax.numpy, where NumPy was handed in
+        xp = namespace(scores)
+        if not xp.isdtype(scores.dtype, ("real floating", "integral")):
+            raise TypeError(f"{where} real numbers, got {scores.dtype}")
+        return xp.astype(scores, xp.float32)
+
+
+def _stored(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
+    return arrays[0]
 
 
 class Source(NamedTuple):

@@ -13,7 +13,7 @@ from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, Granularity, Grid, grid
 from purepruning.masks import by_path
 from purepruning.selection.biases import with_biases
-from purepruning.selection.criterion import Criterion, Score, Source
+from purepruning.selection.criterion import Checked, Criterion, Score, Source
 from purepruning.selection.large import is_large, large_masks
 from purepruning.selection.nm import nm_masks
 from purepruning.selection.problem import Problem, Solved
@@ -39,6 +39,11 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
             Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
             and NaN ranks above infinity, so that it stays in the weights to be seen.
     """
+    if not isinstance(criterion, Criterion):
+        raise TypeError(
+            f"prune: criterion must be a Criterion, got {type(criterion).__name__}; make one, such "
+            "as pp.Criterion('mine', channel=function)"
+        )
     if not isinstance(config, Config):
         raise TypeError(
             f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
@@ -76,20 +81,21 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 
 def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., Any]:
     if granularity == "element" or isinstance(granularity, NM):
-        score: Callable[..., Any] | None = criterion.element
+        field = "element"
     else:
-        score = criterion.block if isinstance(granularity, Block) else criterion.channel
+        field = "block" if isinstance(granularity, Block) else "channel"
+    score = getattr(criterion, field)
     if score is None:
         kinds = {"single weights or NM": criterion.element, "channels": criterion.channel}
         kinds["blocks"] = criterion.block
-        ranks = " and ".join(kind for kind, known in kinds.items() if known)
+        ranks = " and ".join(kind for kind, known in kinds.items() if known) or "nothing"
         do = "resolve without granularity, or rank channels by their norm (pp.l1_norm)"
         if criterion.channel is not None:
             do = "give resolve granularity='output_channel'"
         raise ValueError(
             f"{criterion.name} ranks {ranks}, but the config has granularity={granularity!r}; {do}"
         )
-    return score
+    return Checked(criterion.name, field, score)
 
 
 def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
