@@ -31,7 +31,6 @@ from purepruning.config.rules import (
     gradual,
     integer,
     maximum,
-    selects_default,
     sparsity_of,
 )
 from purepruning.config.unit_sets import Selected, UnitSets, global_config
@@ -68,7 +67,6 @@ def allocate(
     asked = [x.iterations for x in selected if x.iterations is not None]
     if len(set(asked)) > 1:
         raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(set(asked))}")
-    names = tuple(x.layer.name for x in selected)
     by_group = {
         i: [x for x in selected if i in x.groups]
         for i in sorted({i for x in selected for i in x.groups})
@@ -80,6 +78,10 @@ def allocate(
             free[i] = members
         else:
             kept.append(_kept_whole(coupling, i, members, reason))
+    if scope == "layer" and options.extra == "none":
+        # Of the others nothing is pruned.
+        selected = [x for x in selected if any(i in free for i in x.groups)]
+    names = tuple(x.layer.name for x in selected)
     builder = UnitSets(coupling, selected, options)
     if scope == "global":
         for i, members in free.items():
@@ -94,7 +96,9 @@ def allocate(
         config = Config({}, tuple(builder.pools), "layer", "output_channel", bias)
     if (selected or kept) and not builder.sets:
         raise ValueError(
-            "nothing that the rules select can be pruned: " + "; ".join(map(str, kept[:3]))
+            "nothing that the rules select can be pruned: "
+            + "; ".join(map(str, kept[:8]))
+            + (f"; and {len(kept) - 8} more" if len(kept) > 8 else "")
         )
     budget = costs = None
     if scope == "global":
@@ -142,14 +146,13 @@ def _selected(
             units = channel_units(coupling, layer, f"rule {number}")
             if not units.any():
                 reason = frozen_reason(coupling, layer)
-                if selects_default(rule):
-                    one = (layer.name,)
-                    kept.append(KeptWhole(layer.name, layer.out_channels, one, reason))
-                    continue
-                raise ValueError(
-                    f"rule {number}: layer {layer.name!r} has no channel that can go: {reason}; "
-                    "exclude it"
-                )
+                if "op_names" in rule:  # asked for by name
+                    raise ValueError(
+                        f"rule {number}: layer {layer.name!r} has no channel that can go: "
+                        f"{reason}; take its name out of op_names"
+                    )
+                kept.append(KeptWhole(layer.name, layer.out_channels, (layer.name,), reason))
+                continue
             kinds.append(kinds_of(coupling, units))
             found.append(
                 Selected(
@@ -164,7 +167,7 @@ def _selected(
                     largest[layer.name],
                 )
             )
-        if "units" in rule and mine and not any(rule["units"] in k for k in kinds):
+        if "units" in rule and kinds and not any(rule["units"] in k for k in kinds):
             there = ", ".join(map(repr, sorted(set().union(*kinds))))
             raise ValueError(
                 f"rule {number}: no layer has units of kind {rule['units']!r}; there are {there} "

@@ -95,9 +95,9 @@ def resolve(
       them. Those layers lose the same units, as many as the *smallest* of their sparsities says;
       where channels lie in groups (of a grouped convolution), equally many of each group.
     - With ``extra="own"`` a layer whose sparsity is higher than that of its set then loses more,
-      by its own scores, until it has lost its own share. Such masks no longer agree, so that
-      :func:`purepruning.shrink` must be told what to do; ``extra="none"`` leaves it at the common
-      ones, as NNI does from 2.9 on.
+      by its own scores, until it has lost its own share. Such masks no longer agree: what only
+      some of the coupled layers prune stays in the shrunk model, as zeros; ``extra="none"``
+      leaves it at the common ones, as NNI does from 2.9 on.
     - A layer that makes such channels and that no rule selects, or that one excludes, protects
       them: nothing is pruned in common. :attr:`Config.kept_whole` lists what stays, and why. A
       layer whose channels all stay by themselves (the outputs of a model) is listed there if a rule

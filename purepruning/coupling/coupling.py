@@ -125,7 +125,7 @@ class Coupling:
         """
         return masks_of(self.leaves, self.removed(pruned), params)
 
-    def complete(self, masks: Any, params: Any, *, conflicts: Conflicts = "refuse") -> Any:
+    def complete(self, masks: Any, params: Any, *, conflicts: Conflicts = "keep") -> Any:
         """Returns masks with all that goes along: scales, biases, and what reads the channels.
 
         ``masks`` are those of any pruner, which cover the layers that it prunes. A model masked by
@@ -154,7 +154,7 @@ class Coupling:
         chosen = self.chosen(masks, params, conflicts=conflicts)
         return merge_masks(self.masks(np.flatnonzero(chosen.removed), params), masks)
 
-    def chosen(self, masks: Any, params: Any, *, conflicts: Conflicts = "refuse") -> Chosen:
+    def chosen(self, masks: Any, params: Any, *, conflicts: Conflicts = "keep") -> Chosen:
         """Returns the units that masks remove, and what was changed to make them agree.
 
         Args:

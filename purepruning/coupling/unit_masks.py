@@ -124,11 +124,19 @@ def units_of(
     asked, denied = asked | unread, denied & ~unread
     torn = asked & denied
     if torn.any() and conflicts == "refuse":
-        raise ValueError(_disagreement(families, torn))
+        raise ValueError(
+            _disagreement(families, torn) + ". Prune coupled layers together "
+            "(resolve(..., coupling=...)), or say conflicts='keep' or 'remove'"
+        )
     removed = asked if conflicts == "remove" else asked & ~denied
     removed[0] = False
     removed = _balanced(groups, removed, conflicts)
     check_removal(leaves, families, groups, removed)
+    if torn.any() and not removed.any():
+        raise ValueError(
+            "nothing can be removed: " + _disagreement(families, torn) + ". Select all layers that "
+            "make them in rules given to resolve(..., coupling=...), or say conflicts='remove'"
+        )
     return Chosen(
         removed,
         tuple(np.flatnonzero(asked & ~removed).tolist()),
@@ -180,8 +188,7 @@ def _disagreement(families: Sequence[Family], torn: np.ndarray) -> str:
             found.append(f"{n} of {family.name} (made by {', '.join(made[:4])})")
     return (
         f"the masks disagree on {int(torn.sum())} units: some of the layers that make them prune "
-        f"them, others do not: {'; '.join(found[:3])}. Prune coupled layers together "
-        "(resolve(..., coupling=...)), or say conflicts='keep' or 'remove'"
+        f"them, others do not: {'; '.join(found[:3])}"
     )
 
 

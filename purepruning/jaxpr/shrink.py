@@ -44,7 +44,7 @@ def shrink(
     coupling: Coupling,
     *inputs: Any,
     norms: Norms = "original",
-    conflicts: Conflicts = "refuse",
+    conflicts: Conflicts = "keep",
 ) -> Shrunk:
     """Returns a smaller model that computes what the masked one does.
 
@@ -61,11 +61,13 @@ def shrink(
         norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number
             of positions there were, and adds to sums what removed positions would: the masked model
             exactly. ``"kept"`` averages over what is kept, as a natively smaller layer does.
-        conflicts: what to do where the layers that make a unit disagree: ``"refuse"`` raises,
-            ``"keep"`` keeps the unit, ``"remove"`` removes it everywhere. The report lists it.
+        conflicts: what to do where the layers that make a unit disagree: ``"keep"`` keeps the
+            unit, with what is masked of it as zeros, ``"remove"`` removes it everywhere,
+            ``"refuse"`` raises. The report lists it.
 
     Raises:
-        ValueError: masks that disagree; uneven groups; an axis that would be emptied; another
+        ValueError: masks that disagree, so that no unit can be removed or with
+            ``conflicts="refuse"``; uneven groups; an axis that would be emptied; another
             ``fn`` or other parameters than were coupled; an unknown option.
         KeyError: a mask names no parameter.
 

@@ -290,7 +290,7 @@ def test_a_layer_that_is_not_pruned_protects_what_it_makes(rules, words):
 
 
 def test_without_selectors_the_outputs_of_a_model_stay():
-    """A sparsity prunes what can be pruned and lists the rest; a rule that names it fails."""
+    """A sparsity prunes what can be pruned and lists the rest; a rule that names a layer fails."""
     coupling = couple(RESNET)
     config = pp.resolve(0.5, RESNET.layers, coupling=coupling)
     named = pp.resolve([ANY | {"sparsity": 0.5}, exclude("fc")], RESNET.layers, coupling=coupling)
@@ -301,8 +301,11 @@ def test_without_selectors_the_outputs_of_a_model_stay():
     params = models.weights(RESNET.shapes, 3)
     both = [gone(pp.l1_norm(as_jax(params), None, c), RESNET) for c in (config, named)]
     assert both[0] == both[1]
-    with raises(ValueError, "'fc'", "no channel that can go", "exclude it"):
-        pp.resolve([ANY | {"sparsity": 0.5}], RESNET.layers, coupling=coupling)
+    by_type = pp.resolve([ANY | {"sparsity": 0.5}], RESNET.layers, coupling=coupling)
+    assert by_type.counts == named.counts
+    assert by_type.kept_whole == config.kept_whole
+    with raises(ValueError, "'fc'", "no channel that can go", "take its name out of op_names"):
+        pp.resolve([{"op_names": ["fc"], "sparsity": 0.5}], RESNET.layers, coupling=coupling)
     (fc,) = [x for x in RESNET.layers if x.name == "fc"]
     with raises(ValueError, "nothing that the rules select", "fc"):
         pp.resolve(0.5, [fc], coupling=coupling)
@@ -334,9 +337,10 @@ def test_only_the_set_of_a_protected_layer_is_protected():
     }
 
 
-def test_a_layer_whose_channels_must_stay_is_an_error():
-    with raises(ValueError, "rule 0", "'fc'", "'an output'", "exclude it"):
-        pp.resolve([ANY | {"sparsity": 0.5}], models.Added.layers, coupling=couple(models.Added))
+def test_a_named_layer_whose_channels_must_stay_is_an_error():
+    rules = [{"op_names": ["fc"], "sparsity": 0.5}]
+    with raises(ValueError, "rule 0", "'fc'", "'an output'", "take its name out of op_names"):
+        pp.resolve(rules, models.Added.layers, coupling=couple(models.Added))
 
 
 def test_scales_alone_speak_for_what_they_scale():
@@ -446,8 +450,8 @@ def test_masks_that_go_beyond_need_to_be_told():
     masks = pp.l1_norm(params, None, added())
     coupling = couple(models.Added)
     with raises(ValueError, "disagree", "conflicts='keep'"):
-        coupling.complete(masks, params)
-    kept = coupling.complete(masks, params, conflicts="keep")
+        coupling.complete(masks, params, conflicts="refuse")
+    kept = coupling.complete(masks, params)
     assert gone(kept, models.Added) == gone(masks, models.Added) | {"fc": []}
     assert int(np.sum(~kept["fc.w"])) == 2
     assert int(np.sum(~coupling.complete(masks, params, conflicts="remove")["fc.w"])) == 3

@@ -367,8 +367,12 @@ def test_disagreeing_masks_are_refused_kept_or_removed():
     mask[:2] = False
     masks = {"a.weight": mask}
     with pytest.raises(ValueError, match="the masks disagree on 2 units"):
+        ppt.shrink(model, masks, coupling, *inputs, conflicts="refuse")
+    with pytest.raises(ValueError, match="nothing can be removed: the masks disagree on 2 units"):
         ppt.shrink(model, masks, coupling, *inputs)
-    _, kept = ppt.shrink(model, masks, coupling, *inputs, conflicts="keep")
+    other = torch.ones(8, 6, 3, 3, dtype=torch.bool)
+    other[1:3] = False
+    _, kept = ppt.shrink(model, masks | {"c.weight": other}, coupling, *inputs)
     assert len(kept.restored) == 2
     small, removed = ppt.shrink(model, masks, coupling, *inputs, conflicts="remove")
     assert len(removed.extended) == 2

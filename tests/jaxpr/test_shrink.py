@@ -231,13 +231,19 @@ def test_scales_and_readers_follow_what_makes_a_channel(coupling):
 
 
 def test_masks_that_disagree_are_refused_with_what_to_do(coupling):
+    masks = channel_masks(stem=[1, 2])
     with pytest.raises(ValueError, match=r"disagree on 2 units.*params.back.kernel.*conflicts="):
+        pp.shrink(NET.apply, VARIABLES, masks, coupling, X, conflicts="refuse")
+
+
+def test_masks_of_which_nothing_can_go_are_refused_with_what_to_do(coupling):
+    with pytest.raises(ValueError, match=r"nothing can be removed.*back.kernel.*Select all layers"):
         pp.shrink(NET.apply, VARIABLES, channel_masks(stem=[1, 2]), coupling, X)
 
 
 def test_masks_that_disagree_keep_the_units(coupling):
     masks = channel_masks(stem=[1, 2], back=[2, 3], wide=[0])
-    small = pp.shrink(NET.apply, VARIABLES, masks, coupling, X, conflicts="keep")
+    small = pp.shrink(NET.apply, VARIABLES, masks, coupling, X)
     assert small.params["params"]["norm"]["scale"].shape == (7,)
     assert len(small.report.restored) == 2
     # What stays although it is masked stays as zeros.

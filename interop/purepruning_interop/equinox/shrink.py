@@ -54,7 +54,7 @@ def shrink(
     *inputs: Any,
     call: Callable[..., Any] | None = None,
     norms: Norms = "original",
-    conflicts: Conflicts = "refuse",
+    conflicts: Conflicts = "keep",
 ) -> ShrunkModule:
     """Returns a model of the same classes with smaller arrays, where one computes the same.
 

@@ -56,7 +56,7 @@ def shrink(
     *inputs: Any,
     call: Callable[..., Any] | None = None,
     norms: Norms = "original",
-    conflicts: Conflicts = "refuse",
+    conflicts: Conflicts = "keep",
 ) -> ShrunkModule:
     """Returns a model of the same class with smaller arrays, where one computes the same.
 

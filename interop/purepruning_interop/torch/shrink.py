@@ -74,7 +74,7 @@ def shrink(
     coupling: Coupling,
     *inputs: Any,
     norms: Norms = "original",
-    conflicts: Conflicts = "refuse",
+    conflicts: Conflicts = "keep",
     **kwargs: Any,
 ) -> ShrunkModule:
     """Returns a smaller module that computes what the masked one does, and a report.
@@ -98,7 +98,8 @@ def shrink(
         conflicts: as in :func:`purepruning.shrink`.
 
     Raises:
-        ValueError: masks that disagree; uneven groups; an axis that would be emptied; another model
+        ValueError: masks that disagree, so that no unit can be removed or with
+            ``conflicts="refuse"``; uneven groups; an axis that would be emptied; another model
             than was coupled; an unknown option; ``torch.export`` refuses the model.
         KeyError: a mask names no parameter.
         RuntimeError: the result does not compute what the masked model does.
