@@ -28,11 +28,13 @@ from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
+from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
 from purepruning.pruners.scores import prune_scores
 from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
+from purepruning.pruners.zeros import masks_from_zeros
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
 from purepruning.saving.states import load_state, save_state
@@ -71,6 +73,7 @@ __all__ = [
     "mean_activation_rank",
     "taylor_fo",
     "prune_scores",
+    "masks_from_zeros",
     # An own criterion: a module of what it is written with.
     "criteria",
     "prune",
@@ -104,6 +107,7 @@ __all__ = [
     "unit_scores",
     "prune_units",
     "group_norm",
+    "group_penalty",
     "shrink",
     "ShrunkFunction",
     "Plan",

@@ -91,9 +91,7 @@ def unit_scores(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    wanted = [roles] if isinstance(roles, str) else list(roles)
-    if not wanted or set(wanted) - set(ROLES):
-        raise ValueError(f"roles must be some of {', '.join(map(repr, ROLES))}, got {roles!r}")
+    wanted = checked_roles(roles)
     leaves = {}
     for path, x in flatten(values).leaves.items():
         if path not in coupling.leaves or x is None:
@@ -122,6 +120,14 @@ def unit_scores(
         return zeros(like, (coupling.n_units,), "float32")
     score = compiled(like, _unit_scores, "key", "reduce", "normalize")
     return score(sums, key=_Coupled(coupling), reduce=reduce, normalize=normalize)
+
+
+def checked_roles(roles: Collection[str]) -> list[str]:
+    """Returns the roles as a list; raises if one is unknown, or there is none."""
+    wanted = [roles] if isinstance(roles, str) else list(roles)
+    if not wanted or set(wanted) - set(ROLES):
+        raise ValueError(f"roles must be some of {', '.join(map(repr, ROLES))}, got {roles!r}")
+    return wanted
 
 
 def group_norm(
@@ -306,7 +312,7 @@ def _unit_scores(sums: dict[str, Any], *, key: _Coupled, reduce: str, normalize:
         members = []
         for m in (m for m in family.axes if _name(m) in sums):
             units = coupling.leaves[m.path].units[m.axis]
-            index = _places(units, family.units, m.positions)
+            index = places_of_units(units, family.units, m.positions)
             each = xp.take(sums[_name(m)], int32(xp, index.reshape(-1), like))
             members.append(_normalized(xp, _total(xp, xp.reshape(each, index.shape)), normalize))
         if members:
@@ -318,7 +324,7 @@ def _unit_scores(sums: dict[str, Any], *, key: _Coupled, reduce: str, normalize:
     return xp.take(xp.concat(found), int32(xp, back, like))
 
 
-def _places(units: Any, numbers: np.ndarray, positions: int) -> np.ndarray:
+def places_of_units(units: Any, numbers: np.ndarray, positions: int) -> np.ndarray:
     """Returns the flat positions of each unit, ``(units, positions)``."""
     flat = units.reshape(-1)
     order = np.argsort(flat, kind="stable")
