@@ -139,6 +139,14 @@ def matmul(xp: Any, a: Any, b: Any) -> Any:
     return jnp.matmul(a, b, precision="highest") if xp is jnp else xp.matmul(a, b)
 
 
+def sqrt(x: Any) -> Any:
+    """Returns the correctly rounded roots of float32 ``x``; on a CPU those of torch are not."""
+    xp = namespace(x)
+    if is_torch(x) and x.device.type == "cpu":
+        return xp.astype(xp.sqrt(xp.astype(x, xp.float64)), xp.float32)
+    return xp.sqrt(x)
+
+
 def erfc(xp: Any, x: Any) -> Any:
     """Returns the complementary error function of ``x``."""
     return jax.scipy.special.erfc(x) if xp is jnp else xp.special.erfc(x)

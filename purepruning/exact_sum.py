@@ -11,26 +11,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from purepruning.arrays import bits_float, float_bits, namespace
+import numpy as np
+
+from purepruning.arrays import bits_float, float_bits, int32, namespace
 
 
-def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
+def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = None) -> Any:
     """Returns the sums of float32 ``values`` over ``axes``, bit for bit the same in any order.
 
-    With M the largest magnitude among the n terms of a sum, every term is cut into integer limbs of
-    b bits below M, b = 30 - log2(n), so that the int32 sum of each limb is exact; enough limbs are
-    kept that what is cut off is less than 2**-24 M. The result is within a unit in the last place
-    or two of the true sum of non-negative terms. A sum over NaN or infinity is NaN or infinity.
-    Terms below 2**-126 count as zero, since some devices flush them, and a sum is rounded to
-    multiples of 2**-126.
+    Where ``times`` is given, whole numbers that broadcast to the sums with their axes kept, every
+    term of a sum counts so many times.
+
+    With M the largest magnitude among the n terms of a sum, repeated ones included, every term is
+    cut into integer limbs of b bits below M, b = 30 - log2(n), so that the int32 sum of each limb
+    is exact; enough limbs are kept that what is cut off is less than 2**-24 M. The result is within
+    a unit in the last place or two of the true sum of non-negative terms. A sum over NaN or
+    infinity is NaN or infinity. Terms below 2**-126 count as zero, since some devices flush them,
+    and a sum is rounded to multiples of 2**-126.
     """
     xp = namespace(values)
     axes = tuple(a % values.ndim for a in axes)
     n = math.prod(values.shape[a] for a in axes)
-    if n == 0 or not axes:
+    if n == 0 or (not axes and times is None):
         return xp.sum(values, axis=axes) if axes else values
-    top = xp.max(xp.abs(values), axis=axes, keepdims=True)
-    log_n = (n - 1).bit_length()
+    magnitude = xp.abs(values)
+    top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
+    log_n = (n * (1 if times is None else int(times.max())) - 1).bit_length()
     bits = min(30 - log_n, 23)
     limbs = -(-(24 + log_n) // bits)
     scale, unscale = power_of_two_scale(top, bits, 126 - bits * (limbs - 1))
@@ -38,7 +44,8 @@ def exact_sum(values: Any, axes: tuple[int, ...]) -> Any:
     totals = []
     for _ in range(limbs):
         limb = xp.astype(rest, xp.int32)
-        totals.append(xp.sum(limb, axis=axes, keepdims=True, dtype=xp.int32))
+        total = xp.sum(limb, axis=axes, keepdims=True, dtype=xp.int32) if axes else limb
+        totals.append(total if times is None else total * int32(xp, times, total))
         rest = (rest - xp.astype(limb, xp.float32)) * 2.0**bits
     result = xp.astype(totals[-1], xp.float32)
     for total in reversed(totals[:-1]):

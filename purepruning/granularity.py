@@ -112,6 +112,20 @@ class Grid:
             )
         return cost.reshape(-1)
 
+    @functools.cached_property
+    def repeats(self) -> np.ndarray:
+        """How often each weight of a unit must count for all units to count equally many.
+
+        Whole numbers that broadcast to the split weight; all 1 where no tile is smaller.
+        """
+        cost = np.ones((1,) * len(self.split), np.int64)
+        for a in self.units:
+            n, size = self.shape[a // 2], self.sizes[a // 2]
+            along = [1] * len(self.split)
+            along[a] = self.tiles[a // 2]
+            cost = cost * np.minimum(size, n - size * np.arange(along[a])).reshape(along)
+        return np.lcm.reduce(np.unique(cost)) // cost
+
     @property
     def is_padded(self) -> bool:
         """Whether some tile at the edge is smaller than the others."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from purepruning.arrays import iota, is_torch, matmul, namespace
+from purepruning.arrays import iota, is_torch, matmul, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum, power_of_two_scale
 from purepruning.granularity import Grid, by_unit
@@ -62,11 +63,12 @@ def _distances(weight: Any, own: None, g: Grid) -> Any:
         squares = xp.concat([own_squares, squares], axis=1)
         square = own_squares[:, :, None] + squares[:, None, :] - 2 * products
         itself = place[None, rows, None] == place[None, None, behind]
-        distance = xp.sqrt(xp.where(itself | (square < 0), 0.0, square))
+        distance = sqrt(xp.where(itself | (square < 0), 0.0, square))
         total = xp.concat(
             [exact_sum(distance, (2,)), total + exact_sum(distance[:, :, size:], (1,))], axis=1
         )
-    return total * unscale[:, :, 0]
+    # Of a channel alone the distance to itself is no number either, if one of its weights is none.
+    return xp.where(xp.isfinite(top[:, :, 0]), total * unscale[:, :, 0], math.nan)
 
 
 _FPGM = Criterion("fpgm", channel=_distances)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import is_torch, namespace
+from purepruning.arrays import array_like, bits_float, float_bits, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum, power_of_two_scale
 from purepruning.granularity import Grid, fold
@@ -43,7 +45,8 @@ def l1_norm(params: Any, stats: None, config: Config) -> Any:
 
     For configs of output channels, input channels or blocks; a block cut off at the edge is scaled
     up to the size of a whole one. Norms are summed exactly (:mod:`purepruning.exact_sum`), so that
-    the same weights give the same masks in every framework, layout and device count. See
+    the same weights give the same masks in every framework, layout and device count, and blocks of
+    equal means tie whatever their sizes are. See
     :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     Li et al. 2016, arXiv:1608.08710; NNI's L1 norm (L1 filter) pruner.
@@ -56,7 +59,9 @@ def l2_norm(params: Any, stats: None, config: Config) -> Any:
 
     $$s_u = \sqrt{\sum_{i \in u} w_i^2}$$
 
-    Otherwise as :func:`l1_norm`. NNI's L2 norm (L2 filter) pruner.
+    Units are ranked by the sums of squares, since rounded roots of different sums may be equal;
+    where channels are coupled, norms are added. Otherwise as :func:`l1_norm`. NNI's L2 norm (L2
+    filter) pruner.
     """
     return prune(_L2, params, stats, config)
 
@@ -74,28 +79,72 @@ def _magnitude(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:
 def l1(weight: Any, own: None, g: Grid) -> Any:
     """Returns the sums of magnitudes of all units, ``(members, units)``."""
     xp = namespace(weight)
-    norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, exact_sum)
-    return norm * _edge_scale(norm, g) if g.is_padded else norm
+    times, share = _edges(g, weight)
+
+    def total(magnitude: Any, axes: tuple[int, ...]) -> Any:
+        return exact_sum(magnitude, axes, times) * share
+
+    return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
 
 
 def _l2(weight: Any, own: None, g: Grid) -> Any:
+    """Returns the L2 norms of all units, ``(members, units)``."""
+
+    def root(squares: Any, unscale: Any) -> Any:
+        return sqrt(squares) * unscale
+
+    return _of_squares(weight, g, root)
+
+
+def _l2_rank(weight: Any, own: None, g: Grid) -> Any:
+    """Returns what ranks units by their sums of squares, ``(members, units)``."""
+    return _of_squares(weight, g, ordered_squares)
+
+
+def _of_squares(weight: Any, g: Grid, finish: Callable[[Any, Any], Any]) -> Any:
+    """Returns ``finish(squares, unscale)`` of sums of squares that are ``squares * unscale**2``."""
     xp = namespace(weight)
-    norm = fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, _root_of_squares)
-    return norm * xp.sqrt(_edge_scale(norm, g)) if g.is_padded else norm
+    times, share = _edges(g, weight)
+
+    def total(magnitude: Any, axes: tuple[int, ...]) -> Any:
+        # Squares are taken of numbers near 1: the largest of them neither overflow nor vanish.
+        top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
+        scale, unscale = power_of_two_scale(top, 0, 63)
+        scaled = magnitude * scale
+        squares = exact_sum(scaled * scaled, axes, times) * share
+        return finish(squares, xp.reshape(unscale, squares.shape))
+
+    return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
 
 
-def _root_of_squares(magnitude: Any, axes: tuple[int, ...]) -> Any:
-    xp = namespace(magnitude)
-    # Squares are taken of numbers near 1, so that the largest of them neither overflow nor vanish.
-    scale, unscale = power_of_two_scale(xp.max(magnitude, axis=axes, keepdims=True), 0, 63)
-    scaled = magnitude * scale
-    return xp.sqrt(exact_sum(scaled * scaled, axes)) * xp.squeeze(unscale, axis=axes)
+def ordered_squares(squares: Any, unscale: Any) -> Any:
+    """Returns float32 in the order of ``squares * unscale**2``, ``unscale`` a power of two.
+
+    Exponents of float32 do not reach for all squares of float32. Results are the products
+    themselves between 2**-120 and 2**121. What lies beyond is moved closer, with 18 of its 23 bits.
+    """
+    xp = namespace(squares)
+    bits, scale = float_bits(xp, squares), float_bits(xp, unscale)
+    exponent = (bits >> 23) - 127 + 2 * ((scale >> 23) - 127)
+    inside = xp.clip(exponent, -120, 121)
+    rest = ((exponent - inside) << 23) + (bits & 0x7FFFFF)
+    rest = xp.where((exponent < -120) | (exponent > 120), rest >> 5, rest)
+    ordered = bits_float(xp, ((inside + 127) << 23) + rest)
+    return xp.where((squares > 0) & xp.isfinite(squares), ordered, squares)
 
 
-def _edge_scale(norm: Any, g: Grid) -> Any:
-    cost = np.asarray(g.cost)
-    scale = (cost.max() / cost)[None, :].astype(np.float32)
-    return namespace(norm).asarray(scale, device=norm.device if is_torch(norm) else None)
+#: Up to so many terms of a unit, each counted as often as it counts, are summed as such.
+_MOST_TERMS = 2**22
+
+
+def _edges(g: Grid, like: Any) -> tuple[np.ndarray | None, Any]:
+    """Returns how often weights are to count, and a factor for the sums: as of whole blocks."""
+    if not g.is_padded:
+        return None, 1.0
+    repeats, least = g.repeats, int(g.repeats.min())
+    if int(repeats.max()) * math.prod(g.split[a] for a in g.inside) <= _MOST_TERMS:
+        return repeats, float(np.float32(1 / least))
+    return None, array_like(like, np.squeeze(repeats / least, g.inside).astype(np.float32))
 
 
 _LEVEL = Criterion("level", element=element)
@@ -104,4 +153,4 @@ _LEVEL = Criterion("level", element=element)
 _L1 = Criterion("l1_norm", channel=l1, block=l1)
 
 
-_L2 = Criterion("l2_norm", channel=_l2, block=_l2)
+_L2 = Criterion("l2_norm", channel=_l2, block=_l2, rank=_l2_rank)

@@ -35,6 +35,9 @@ class Criterion(NamedTuple):
         block: the same for blocks.
         of: ``(stats, layer) -> own``: what the statistics say of one layer, a tree of arrays; None
             if the pruner takes ``stats=None``.
+        rank: as ``channel``, the same order of channels and blocks in other numbers, of which fewer
+            are rounded to the same; None if there are none. Where channels are coupled, scores are
+            added, and these are not.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Criterion(NamedTuple):
     channel: Callable[[Any, Any, Grid], Any] | None = None
     block: Callable[[Any, Any, Grid], Any] | None = None
     of: Callable[[Any, Layer], Any] | None = None
+    rank: Callable[[Any, Any, Grid], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Checked:
 
     Attributes:
         criterion: name of the criterion.
-        field: ``"element"``, ``"channel"`` or ``"block"``.
+        field: ``"element"``, ``"channel"``, ``"block"`` or ``"rank"``.
         function: what stands there.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 from purepruning.arguments import missing
 from purepruning.arrays import compiled, is_concrete, namespace, stop_gradient
 from purepruning.config.config import Config
-from purepruning.granularity import NM, Block, Granularity, Grid, grid
+from purepruning.granularity import NM, Block, Grid, grid
 from purepruning.masks import by_path
 from purepruning.selection.biases import with_biases
 from purepruning.selection.criterion import Checked, Criterion, Score, Source
@@ -51,7 +51,7 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
         )
     if stats is not None and criterion.of is None:
         raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
-    score = _score_of(criterion, config.granularity)
+    score = _score_of(criterion, config)
     tree = flatten(params)
     if set(tree.leaves) == {""} and not hasattr(params, "shape"):
         raise TypeError(
@@ -79,8 +79,10 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     return with_biases(masks, tree, config)
 
 
-def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., Any]:
-    if granularity == "element" or isinstance(granularity, NM):
+def _score_of(criterion: Criterion, config: Config) -> Callable[..., Any]:
+    granularity = config.granularity
+    in_units = granularity != "element" and not isinstance(granularity, NM)
+    if not in_units:
         field = "element"
     else:
         field = "block" if isinstance(granularity, Block) else "channel"
@@ -95,6 +97,8 @@ def _score_of(criterion: Criterion, granularity: Granularity) -> Callable[..., A
         raise ValueError(
             f"{criterion.name} ranks {ranks}, but the config has granularity={granularity!r}; {do}"
         )
+    if in_units and criterion.rank is not None and config.allocation is None:
+        field, score = "rank", criterion.rank
     return Checked(criterion.name, field, score)
 
 
