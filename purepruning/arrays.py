@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,26 +26,55 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+class _NumPy:
+    """NumPy as an array-API namespace: also before 2.1, and for bfloat16, which is of ml_dtypes."""
+
+    isdtype = staticmethod(jnp.isdtype)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(np, name)
+        setattr(self, name, found)
+        return found
+
+    @staticmethod
+    def astype(x: Any, dtype: Any, *, copy: bool = True) -> Any:
+        return x.astype(dtype, copy=copy)
+
+    @staticmethod
+    def clip(x: Any, min: Any = None, max: Any = None) -> Any:
+        return np.clip(x, min, max)
+
+    @staticmethod
+    def cumulative_sum(
+        x: Any, *, axis: int, dtype: Any = None, include_initial: bool = False
+    ) -> Any:
+        found = np.cumsum(x, axis=axis, dtype=dtype or x.dtype)
+        return np.insert(found, 0, 0, axis=axis) if include_initial else found
+
+
+NUMPY: Any = _NumPy()
+
+
 def namespace(x: Any) -> Any:
-    """Returns the array-API namespace of ``x``: ``jax.numpy``, or array-api-compat's torch.
+    """Returns the array-API namespace of ``x``: ``jax.numpy``, array-api-compat's torch, or NumPy.
 
-    NumPy arrays and Python scalars belong to ``jax.numpy``.
+    Python scalars belong to ``jax.numpy``.
     """
-    if not is_torch(x):
-        return jnp
-    # torch.compile can look a module up, but not import it.
-    name = "array_api_compat.torch"
-    return sys.modules.get(name) or importlib.import_module(name)
+    if is_torch(x):
+        # torch.compile can look a module up, but not import it.
+        name = "array_api_compat.torch"
+        return sys.modules.get(name) or importlib.import_module(name)
+    return NUMPY if is_numpy(x) else jnp
 
 
-def host_namespace(x: Any) -> Any:
-    """Returns NumPy for its own arrays, else :func:`namespace`: for counters that steer a loop."""
-    return np if isinstance(x, np.ndarray | np.generic) else namespace(x)
+def is_numpy(x: Any) -> bool:
+    """Whether ``x`` is an array or a scalar of NumPy."""
+    return isinstance(x, np.ndarray | np.generic)
 
 
 def compiled(x: Any, function: Callable[..., Any], *static: str) -> Callable[..., Any]:
-    """Returns ``function`` compiled for the framework of ``x``: jitted in JAX, itself in torch."""
-    return function if is_torch(x) else _jitted(function, static)
+    """Returns ``function`` compiled for the framework of ``x``: jitted in JAX, else itself."""
+    return function if is_torch(x) or is_numpy(x) else _jitted(function, static)
 
 
 @functools.cache
@@ -56,7 +86,10 @@ def copied(x: Any) -> Any:
     """Returns a copy of one leaf that shares no memory and no gradient history with it."""
     if is_torch(x):
         return x.detach().clone()
-    return jnp.array(x, copy=True) if isinstance(x, jax.Array) else copy.deepcopy(x)
+    if isinstance(x, jax.core.Tracer):
+        return jnp.array(x, copy=True)
+    # Unlike jnp.array, this compiles nothing.
+    return jax.device_put(x, may_alias=False) if isinstance(x, jax.Array) else copy.deepcopy(x)
 
 
 def is_concrete(x: Any) -> bool:
@@ -67,23 +100,120 @@ def is_concrete(x: Any) -> bool:
 
 
 def is_on_host(x: Any) -> bool:
-    """Whether NumPy can see ``x`` where it lies: a JAX array of numbers on one CPU device."""
-    if not isinstance(x, jax.Array) or not is_concrete(x):
-        return False
-    devices = x.devices()
-    plain = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    return plain and len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    """Whether NumPy can read ``x`` where it lies: numbers that are known, on one CPU device."""
+    if isinstance(x, jax.Array):
+        if not is_concrete(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return False
+        devices = x.devices()
+        return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    if not is_torch(x):
+        return is_numpy(x) or isinstance(x, bool | int | float)
+    torch = sys.modules["torch"]
+    # Subclasses stand for other things than their numbers, and gradients have to be seen.
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
-def by_numpy(function: Callable[..., np.ndarray], x: jax.Array, *more: jax.Array) -> jax.Array:
-    """Returns what NumPy computes, laid out as ``x`` is; all :func:`is_on_host`.
+def by_numpy(function: Callable[..., Any], *trees: Any) -> Any:
+    """Returns ``function(*trees)``, computed by NumPy where all leaves are on one CPU and known.
 
-    For what is done once: XLA would compile a kernel for every shape.
+    Nothing is compiled there, where XLA would compile for every shape. ``function`` is given the
+    memory of the leaves as NumPy arrays, and must neither write to them nor return them. What it
+    returns becomes arrays of their framework and device, without a copy where JAX allows it
+    (:func:`empty`); where all leaves are NumPy's, it stays so. Elsewhere ``function`` is given the
+    leaves as they are.
     """
-    # A step whose first call gets some committed arrays and others is compiled a second time.
-    with jax.default_device(next(iter(x.devices()))):
-        place = x.sharding if x.committed else None
-        return jax.device_put(function(*map(np.asarray, (x, *more))), place)
+    if is_compiling():
+        return function(*trees)
+    leaves = jax.tree.leaves(trees)
+    arrays = [x for x in leaves if isinstance(x, jax.Array) or is_torch(x)]
+    if not all(map(is_on_host, leaves)) or not _are_together(arrays):
+        return function(*trees)
+    with np.errstate(all="ignore"):
+        result = function(*jax.tree.map(_as_numpy, trees))
+    if not arrays:
+        return result
+    return jax.tree.map(functools.partial(_handed_back, arrays[0]), result)
+
+
+def is_compiling() -> bool:
+    """Whether this is seen by ``torch.compile``."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def _are_together(arrays: list[Any]) -> bool:
+    """Whether arrays are of one framework, and on one device."""
+    if any(map(is_torch, arrays)):
+        return all(map(is_torch, arrays))
+    return len({device for x in arrays for device in x.devices()}) <= 1
+
+
+def _as_numpy(x: Any) -> Any:
+    """Returns an array that is on the host as NumPy's, without a copy; anything else as it is."""
+    if isinstance(x, jax.Array):
+        return np.asarray(x)
+    if not is_torch(x):
+        return x
+    x, torch = x.detach().resolve_conj().resolve_neg(), sys.modules["torch"]
+    name = str(x.dtype).removeprefix("torch.")
+    if not _is_of_ml_dtypes(name):
+        return x.numpy()
+    return x.view({1: torch.int8, 2: torch.int16}[x.itemsize]).numpy().view(jnp.dtype(name))
+
+
+def _is_of_ml_dtypes(dtype: str) -> bool:
+    """Whether a dtype is one that JAX adds to NumPy."""
+    return dtype == "bfloat16" or dtype.startswith("float8")
+
+
+def _handed_back(like: Any, x: Any) -> Any:
+    """Returns a NumPy array in the framework, and on the device, of ``like``."""
+    if not is_numpy(x):
+        return x
+    x = np.require(x, requirements=["C", "W"])
+    if is_torch(like):
+        torch, name = sys.modules["torch"], str(x.dtype)
+        if not _is_of_ml_dtypes(name):
+            return torch.from_numpy(x)
+        return torch.from_numpy(x.view(f"i{x.itemsize}")).view(getattr(torch, name))
+    place = next(iter(like.devices()))
+    with jax.default_device(place):
+        if isinstance(like.sharding, jax.sharding.NamedSharding):
+            place = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec())
+        # A step whose first call gets some committed arrays and others is compiled a second time.
+        return jax.device_put(x, place if like.committed else None)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns an array of NumPy to be filled, whose memory JAX takes as its own."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def chosen(mask: Any, x: Any, rest: float) -> Any:
+    """Returns ``x`` where ``mask``, of its shape, is True, and elsewhere the number ``rest``."""
+    xp = namespace(x)
+    if xp is not NUMPY or x.dtype.kind == "c":
+        return xp.where(mask, x, xp.full_like(x, rest))
+    # Products of bits, which clear NaN too, take a fraction of the time of np.where.
+    bits = x.view(f"i{x.dtype.itemsize}")
+    found = np.multiply(bits, mask, out=empty(x.shape, bits.dtype))
+    if rest:
+        found += ~mask * np.asarray(rest, x.dtype).view(bits.dtype)
+    return found.view(x.dtype)
+
+
+_ALIGNMENT = 64  # bytes, of the memory that XLA does not copy
 
 
 def is_batched(x: Any) -> bool:
@@ -118,6 +248,8 @@ def int32(xp: Any, values: Any, like: Any) -> Any:
     """Returns ``values`` as an int32 array on the device of ``like``."""
     if xp is jnp:
         return jnp.asarray(values, jnp.int32)
+    if xp is NUMPY:
+        return np.asarray(values, np.int32)
     if is_torch(values):
         return values.to(device=like.device, dtype=xp.int32)
     # A copy, since torch warns of arrays it may not write to, such as those of JAX.
@@ -126,7 +258,7 @@ def int32(xp: Any, values: Any, like: Any) -> Any:
 
 def part(x: Any, start: Any, size: int) -> Any:
     """Returns ``size`` elements of a vector from ``start`` on, which may be traced."""
-    if is_torch(x):
+    if is_torch(x) or is_numpy(x):
         return x[start : start + size]
     return jax.lax.dynamic_slice(x, (start,), (size,))
 
@@ -149,13 +281,13 @@ def sqrt(x: Any) -> Any:
 
 def erfc(xp: Any, x: Any) -> Any:
     """Returns the complementary error function of ``x``."""
-    return jax.scipy.special.erfc(x) if xp is jnp else xp.special.erfc(x)
+    return xp.special.erfc(x) if is_torch(x) else jax.scipy.special.erfc(x)
 
 
 def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Returns zeros in the framework, and in torch on the device, of ``like``."""
     if not is_torch(like):
-        return jnp.zeros(shape, dtype)
+        return namespace(like).zeros(shape, dtype)
     xp = namespace(like)
     return xp.zeros(shape, dtype=getattr(xp, dtype), device=like.device)
 
@@ -176,12 +308,12 @@ def stop_gradient(x: Any) -> Any:
 
 def spans_devices(x: Any) -> bool:
     """Whether ``x`` may be laid out over several devices, which under ``jit`` cannot be seen."""
-    return not is_torch(x) and jax.device_count() > 1
+    return not is_torch(x) and not is_numpy(x) and jax.device_count() > 1
 
 
 def replicated(x: Any) -> Any:
     """Returns ``x`` whole on every device of an explicit mesh, where axes cannot be split."""
-    if is_torch(x):
+    if is_torch(x) or is_numpy(x):
         return x
     spec = getattr(jax.typeof(x), "sharding", None)
     if spec is None or all(axis is None for axis in spec.spec):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from purepruning.arguments import missing
-from purepruning.arrays import by_numpy, is_concrete, is_on_host, is_torch, namespace
+from purepruning.arrays import by_numpy, chosen, is_concrete, is_torch, namespace
 from purepruning.trees import flatten
 
 
@@ -98,7 +98,7 @@ def invert(masks: Any) -> Any:
     leaves = named_masks(masks)
     for path, mask in leaves.items():
         _check_bool(path, mask)
-    return rebuild({path: ~mask for path, mask in leaves.items()})
+    return rebuild({path: by_numpy(operator.invert, mask) for path, mask in leaves.items()})
 
 
 def expand(masks: Any, params: Any) -> Any:
@@ -119,13 +119,9 @@ def expand(masks: Any, params: Any) -> Any:
     tree = flatten(params)
     keep = by_path(masks, tree.leaves)
 
-    def full(path: str, leaf: Any) -> Any:
-        xp = namespace(leaf)
-        if path in keep:
-            return xp.astype(spread_mask(keep[path], leaf), xp.bool, copy=True)
-        return xp.ones_like(leaf, dtype=xp.bool) if _is_array(leaf) else xp.ones((), dtype=xp.bool)
-
-    return tree.rebuild({path: full(path, leaf) for path, leaf in tree.leaves.items()})
+    return tree.rebuild(
+        {path: by_numpy(_whole, keep.get(path), leaf) for path, leaf in tree.leaves.items()}
+    )
 
 
 def density(masks: Any, params: Any) -> Any:
@@ -176,8 +172,7 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
 
 def zero_pruned(x: Any, mask: Any) -> Any:
     """Returns one array with zeros where its mask is False."""
-    xp = namespace(x)
-    return xp.where(spread_mask(mask, x), x, xp.zeros_like(x))
+    return by_numpy(lambda x, mask: chosen(spread_mask(mask, x), x, 0), x, mask)
 
 
 def spread_mask(mask: Any, x: Any) -> Any:
@@ -292,11 +287,20 @@ def _merge(path: str, group: list[Any], op: Any) -> Any:
     except ValueError:
         listed = " and ".join(map(str, shapes))
         raise ValueError(f"masks: the masks of {path!r} do not broadcast: {listed}") from None
-    if all(map(is_on_host, group)):
-        return by_numpy(lambda *found: np.array(functools.reduce(op, found)), *group)
-    xp = namespace(group[0])
-    whole = [xp.broadcast_to(mask, shape) for mask in group]
-    return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)
+
+    def merged(*group: Any) -> Any:
+        xp = namespace(group[0])
+        whole = [xp.broadcast_to(mask, shape) for mask in group]
+        return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)
+
+    return by_numpy(merged, *group)
+
+
+def _whole(mask: Any, x: Any) -> Any:
+    xp = namespace(x)
+    if mask is not None:
+        return xp.astype(spread_mask(mask, x), xp.bool, copy=True)
+    return xp.ones_like(x, dtype=xp.bool) if _is_array(x) else xp.ones((), dtype=xp.bool)
 
 
 def _traced_density(keep: dict[str, Any], shapes: dict[str, tuple[int, ...]], total: int) -> Any:

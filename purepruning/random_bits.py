@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import bits_float, int32, is_torch, namespace
+from purepruning.arrays import bits_float, int32, is_numpy, is_torch, namespace
 
 
 def key_words(key: Any) -> tuple[Any, Any]:
@@ -47,6 +47,8 @@ def _low_word(xp: Any, x: Any) -> Any:
     """Returns the low 32 bits of integers, as int32."""
     if xp is jnp:
         return jax.lax.bitcast_convert_type(jnp.asarray(x).astype(jnp.uint32), jnp.int32)
+    if is_numpy(x):
+        return x.astype(np.uint32).view(np.int32)
     return (((x.to(xp.int64) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(xp.int32)
 
 

@@ -6,12 +6,14 @@ of its own.
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
+from purepruning import arrays
 from purepruning.trees import flatten
 
 
@@ -50,6 +52,11 @@ def stacked(tree):
     return jax.tree.map(between_decoys, tree)
 
 
+def off_host():
+    """What eager calls do where arrays are not on a CPU: nothing is handed to NumPy."""
+    return mock.patch.object(arrays, "is_on_host", return_value=False)
+
+
 @functools.cache
 def _jitted(pruner):
     return jax.jit(pruner)
@@ -72,6 +79,12 @@ def jax_eager(pruner, params, stats, config):
     return as_numpy(pruner(as_jax(params), moved(as_jax, stats), config))
 
 
+def jax_device(pruner, params, stats, config):
+    """Eager, as on another device than a CPU."""
+    with off_host():
+        return jax_eager(pruner, params, stats, config)
+
+
 def jax_jit(pruner, params, stats, config):
     return as_numpy(_jitted(pruner)(as_jax(params), stats, config))
 
@@ -87,6 +100,12 @@ def jax_vmap_counts(pruner, params, stats, config):
 
 def torch_eager(pruner, params, stats, config):
     return as_numpy(pruner(as_torch(params), moved(as_torch, stats), config))
+
+
+def torch_device(pruner, params, stats, config):
+    """Eager, as on another device than a CPU."""
+    with off_host():
+        return torch_eager(pruner, params, stats, config)
 
 
 def torch_vmap(pruner, params, stats, config):
@@ -105,10 +124,12 @@ MODES = {
     mode.__name__: mode
     for mode in (
         jax_eager,
+        jax_device,
         jax_jit,
         jax_vmap_params,
         jax_vmap_counts,
         torch_eager,
+        torch_device,
         torch_vmap,
         torch_vmap_counts,
     )

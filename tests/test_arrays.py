@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 
 from purepruning.arrays import (
+    NUMPY,
     bits_float,
     compiled,
     float_bits,
@@ -36,7 +37,8 @@ TORCH = array_api_compat.torch
 
 
 def test_which_namespace():
-    assert namespace(jnp.ones(2)) is namespace(np.ones(2)) is namespace(3.0) is jnp
+    assert namespace(jnp.ones(2)) is namespace(3.0) is jnp
+    assert namespace(np.ones(2)) is namespace(np.float32(1)) is NUMPY
     assert namespace(torch.ones(2)) is TORCH
     assert is_torch(torch.ones(2))
     assert not is_torch(np.ones(2))

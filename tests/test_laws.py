@@ -128,6 +128,10 @@ ROWS = (
 )
 
 
+#: All kinds of selection. Where that alone matters, XLA compiles these rows, each for seconds.
+SELECTIONS = (*ROWS[:5], ROWS[7])
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled():
     """Linux lets a process map only so many regions, and every compiled function takes some."""
@@ -152,9 +156,14 @@ def floats(seed=0):
 
 
 def modes_of(row):
-    """Eager and jitted, and mapped over parameters or over counts: rows take turns."""
+    """Eager and jitted, and mapped over parameters or over counts: rows take turns.
+
+    What JAX does eagerly on other devices, it does compiled too, but for the pieces it is in.
+    """
     over_counts = not isinstance(row.granularity, NM) and ROWS.index(row) % 2
     left_out = OVER_PARAMS if over_counts else OVER_COUNTS
+    if row not in SELECTIONS:
+        left_out = (*left_out, "jax_device")
     return [m for m in MODES if m not in left_out]
 
 
@@ -309,15 +318,10 @@ def test_pruning_again_to_the_same_count_changes_nothing(row, run):
     assert_equal(prune(row, apply(params, masks), run=run), masks)
 
 
-# Every JAX case of these two compiles anew, for seconds; it is selection that they are about, of
-# which these are all the kinds, and torch runs them all.
-SELECTIONS = (*ROWS[:5], ROWS[7])
-
-
 @pytest.mark.parametrize(
     ("row", "mode"),
     [(row, mode) for row in ROWS for mode in ("torch_eager", "torch_vmap")]
-    + [(row, "jax_eager") for row in SELECTIONS]
+    + [(row, mode) for row in SELECTIONS for mode in ("jax_device", "torch_device")]
     + [(ROWS[0], "jax_vmap_params")],
     ids=str,
 )
@@ -348,7 +352,7 @@ def test_what_is_pruned_stays_pruned(row, mode):
     [
         (row, mode)
         for row in ROWS
-        for mode in ("torch_eager", "jax_eager")
+        for mode in ("torch_eager", "torch_device", "jax_device")
         if row.scope == "layer" and row.granularity != NM(1, 2)
         if mode == "torch_eager" or row in SELECTIONS
     ],

@@ -321,6 +321,9 @@ def _check_nm(number: int, layer: Layer, nm: NM) -> None:
             f"type {layer.type!r} has none"
         )
     size = math.prod(layer.shape[a] for a in layer.in_axes)
+    if layer.groups > 1 and layer.grouped == "out":
+        # All input channels lie along the axis, and an output contracts those of its own group.
+        size //= layer.groups
     if size % nm.of:
         raise ValueError(
             f"rule {number}: layer {layer.name!r} contracts {size} weights, which groups of "

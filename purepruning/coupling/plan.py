@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import array_like, by_numpy, is_on_host, namespace
+from purepruning.arrays import array_like, by_numpy, namespace
 from purepruning.coupling.coupling import Coupling
 from purepruning.trees import flatten
 
@@ -139,8 +139,10 @@ def plan_of(coupling: Coupling, removed: np.ndarray) -> Plan:
 
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
     """Returns what stays of an array; a new array wherever something goes."""
-    if is_on_host(array):
-        return by_numpy(lambda x: cut_array(x, cuts), array)
+    return by_numpy(functools.partial(_cut, cuts), array) if cuts else array
+
+
+def _cut(cuts: Sequence[Any], array: Any) -> Any:
     # What differs from block to block is cut first, while the blocks still lie where they were.
     for cut in sorted(cuts, key=lambda c: c.by is None):
         if cut.by is None:
@@ -152,17 +154,15 @@ def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
 
 def take(array: Any, positions: np.ndarray, axis: int) -> Any:
     """Returns the given positions of an axis."""
-    if isinstance(array, np.ndarray):
-        return np.take(array, positions, axis)
     return namespace(array).take(array, array_like(array, positions), axis=axis)
 
 
 def _cut_blocks(array: Any, positions: np.ndarray, axis: int, by: int) -> Any:
     size = array.shape[by] // len(positions)
     parts = []
-    xp = np if isinstance(array, np.ndarray) else namespace(array)
+    xp = namespace(array)
     for block, rows in enumerate(positions):
         index = [slice(None)] * len(array.shape)
         index[by] = slice(block * size, (block + 1) * size)
         parts.append(take(array[tuple(index)], rows, axis))
-    return np.concatenate(parts, by) if xp is np else xp.concat(parts, axis=by)
+    return xp.concat(parts, axis=by)

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from purepruning.arguments import missing, one_of
-from purepruning.arrays import by_numpy, is_on_host
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.plan import Plan, plan_of
 from purepruning.coupling.removal import Removal
@@ -93,7 +92,7 @@ def shrink(
     found = analyse(fn, params, inputs, coupling.outputs)
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
-    masked = {p: _masked(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
+    masked = {p: zero_pruned(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
     small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
     function = ShrunkFunction(fn, plan, norms, coupling.outputs)
     before, after = found.coupling.cost(), found.coupling.cost(chosen.removed)
@@ -108,12 +107,6 @@ def shrink(
         chosen.extended,
     )
     return Shrunk(function, small, report)
-
-
-def _masked(x: Any, mask: Any) -> Any:
-    if not (is_on_host(x) and is_on_host(mask)):
-        return zero_pruned(x, mask)
-    return by_numpy(lambda x, mask: np.where(mask, x, np.zeros_like(x)), x, mask)
 
 
 class ShrunkFunction:

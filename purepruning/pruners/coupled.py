@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
 
 from purepruning.arrays import (
+    by_numpy,
     compiled,
     int32,
     is_concrete,
@@ -105,21 +107,25 @@ def unit_scores(
             leaves[path] = stop_gradient(x)
     if not leaves:
         raise ValueError("unit_scores: values hold no floating array that is coupled")
-    like = next(iter(leaves.values()))
-    # Parameters of one shape are summed by one compiled function.
-    add = compiled(like, _positions, "axis", "by", "blocks")
-    sums: dict[str, Any] = {}
-    for m in (m for family in coupling.families for m in family.axes):
-        if m.path in leaves and m.role in wanted and _name(m) not in sums:
-            leaf = coupling.leaves[m.path]
-            units = leaf.units[m.axis]
-            assert units is not None
-            blocks = len(units) if units.ndim == 3 else 1
-            sums[_name(m)] = add(leaves[m.path], axis=m.axis, by=leaf.by[m.axis], blocks=blocks)
-    if not sums:
-        return zeros(like, (coupling.n_units,), "float32")
-    score = compiled(like, _unit_scores, "key", "reduce", "normalize")
-    return score(sums, key=_Coupled(coupling), reduce=reduce, normalize=normalize)
+
+    def score(leaves: dict[str, Any]) -> Any:
+        like = next(iter(leaves.values()))
+        # Parameters of one shape are summed by one compiled function.
+        add = compiled(like, _positions, "axis", "by", "blocks")
+        sums: dict[str, Any] = {}
+        for m in (m for family in coupling.families for m in family.axes):
+            if m.path in leaves and m.role in wanted and _name(m) not in sums:
+                leaf = coupling.leaves[m.path]
+                units = leaf.units[m.axis]
+                assert units is not None
+                blocks = len(units) if units.ndim == 3 else 1
+                sums[_name(m)] = add(leaves[m.path], axis=m.axis, by=leaf.by[m.axis], blocks=blocks)
+        if not sums:
+            return zeros(like, (coupling.n_units,), "float32")
+        total = compiled(like, _unit_scores, "key", "reduce", "normalize")
+        return total(sums, key=_Coupled(coupling), reduce=reduce, normalize=normalize)
+
+    return by_numpy(score, leaves)
 
 
 def checked_roles(roles: Collection[str]) -> list[str]:
@@ -176,7 +182,7 @@ def group_norm(
         raise ValueError(f"group_norm: p must be positive, got {p!r}")
     tree = flatten(params)
     powers = {
-        path: _power(x, p)
+        path: by_numpy(_power, stop_gradient(x), p)
         for path, x in tree.leaves.items()
         if hasattr(x, "dtype") and namespace(x).isdtype(x.dtype, "real floating")
     }
@@ -226,17 +232,24 @@ def prune_units(scores: Any, params: Any, config: Config) -> Any:
         )
     if not weights:
         return tree.rebuild({})
-    xp = namespace(scores)
-    scores = stop_gradient(scores)[-n:] if n else scores
     order = np.concatenate([s.units.reshape(-1) for s in allocation.sets]) - 1
-    ranked = xp.take(xp.astype(scores, xp.float32), int32(xp, order, scores))
-    ranked = -ranked if config.inverted else ranked
-    if is_concrete(ranked) and bool(xp.any(xp.isnan(ranked))):
-        raise ValueError("prune_units: scores of units are NaN")
     grids = {x.name: grid(x, config.granularity) for x in config.layers}
-    keep = _kept(config, allocation, tree.leaves, grids)
-    masks = masks_of_units(ranked, keep, grids, checked_counts(config), config)
-    return with_biases({x.weight: masks[x.name] for x in config.layers}, tree, config)
+    before = by_path(config.masks, tree.leaves) if config.masks else {}
+
+    def solve(scores: Any, weights: Any, before: Any, counts: Any) -> dict[str, Any]:
+        xp = namespace(scores)
+        scores = scores[-n:] if n else scores
+        ranked = xp.take(xp.astype(scores, xp.float32), int32(xp, order, scores))
+        ranked = -ranked if config.inverted else ranked
+        if is_concrete(ranked) and bool(xp.any(xp.isnan(ranked))):
+            raise ValueError("prune_units: scores of units are NaN")
+        keep = _kept(config, allocation, weights, before, grids)
+        masks = masks_of_units(ranked, keep, grids, counts, config)
+        return with_biases({x.weight: masks[x.name] for x in config.layers}, tree, config)
+
+    weights = {path: stop_gradient(x) for path, x in weights.items()} if before else {}
+    counts = checked_counts(config)
+    return tree.rebuild(by_numpy(solve, stop_gradient(scores), weights, before, counts))
 
 
 def _allocation(where: str, config: Any) -> Allocation:
@@ -249,14 +262,13 @@ def _allocation(where: str, config: Any) -> Allocation:
     return config.allocation
 
 
-def _kept(config: Config, allocation: Allocation, leaves: Any, grids: Any) -> Any:
+def _kept(config: Config, allocation: Allocation, weights: Any, before: Any, grids: Any) -> Any:
     """Returns of every channel whether it is not pruned already; None if none is."""
-    before = by_path(config.masks, leaves) if config.masks else {}
     if not any(x.weight in before for x in config.layers):
         return None
     keeps = {}
     for x in config.layers:
-        weight = leaves[x.weight]
+        weight = weights[x.weight]
         xp, g = namespace(weight), grids[x.name]
         if x.weight in before:
             whole = spread_mask(before[x.weight], weight)
@@ -268,10 +280,11 @@ def _kept(config: Config, allocation: Allocation, leaves: Any, grids: Any) -> An
 
 def _power(x: Any, p: float) -> Any:
     xp = namespace(x)
-    magnitude = xp.abs(xp.astype(stop_gradient(x), xp.float32))
-    if p == 1:
-        return magnitude
-    return magnitude * magnitude if p == 2 else magnitude ** float(p)
+    magnitude = xp.abs(xp.astype(x, xp.float32))
+    if p in (1, 2, 3, 4):
+        # Products are rounded alike everywhere, other powers are not.
+        return functools.reduce(operator.mul, [magnitude] * int(p))
+    return magnitude ** float(p)
 
 
 class _Coupled:

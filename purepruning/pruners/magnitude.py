@@ -68,7 +68,7 @@ def l2_norm(params: Any, stats: None, config: Config) -> Any:
 
 def element(weight: Any, own: None) -> Piece:
     """Returns single weights, which score their magnitude."""
-    return Piece((weight,), _magnitude)
+    return Piece((weight,), _magnitude, indexed=False)
 
 
 def _magnitude(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:

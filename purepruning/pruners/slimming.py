@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from purepruning.arguments import missing
-from purepruning.arrays import namespace
+from purepruning.arrays import by_numpy, namespace
 from purepruning.config.config import Config
 from purepruning.granularity import any_of, fold, grid, spread
 from purepruning.layers import Layer
@@ -65,12 +65,17 @@ def slim(
     if not pairs:
         return masks
     found = flatten(masks).leaves
-    for norm, layer in pairs:
-        xp, keep = namespace(found[norm.weight]), _kept(norm, found[norm.weight])
-        found[layer.weight] = spread(xp, keep, grid(layer, "output_channel"))
-        if config.bias == "follow" and layer.bias is not None:
-            found[layer.bias] = xp.reshape(keep, tuple(tree.leaves[layer.bias].shape))
-    return tree.rebuild(found)
+
+    def fed(masks: dict[str, Any]) -> dict[str, Any]:
+        more = {}
+        for norm, layer in pairs:
+            xp, keep = namespace(masks[norm.weight]), _kept(norm, masks[norm.weight])
+            more[layer.weight] = spread(xp, keep, grid(layer, "output_channel"))
+            if config.bias == "follow" and layer.bias is not None:
+                more[layer.bias] = xp.reshape(keep, tuple(tree.leaves[layer.bias].shape))
+        return more
+
+    return tree.rebuild(found | by_numpy(fed, found))
 
 
 def slim_penalty(params: Any, layers: Config | Iterable[Layer], *, scale: float = 1e-4) -> Any:

@@ -97,7 +97,7 @@ def _of(totals: dict[str, Sum], layer: Layer) -> Sum:
 
 
 def _element(weight: Any, own: Sum) -> Piece:
-    return Piece(tuple(own), _total)
+    return Piece(tuple(own), _total, indexed=False)
 
 
 def _total(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from purepruning.arguments import fraction
-from purepruning.arrays import host_namespace, is_concrete
+from purepruning.arrays import is_concrete, namespace
 from purepruning.config.config import Config, Pool
 from purepruning.granularity import NM
 
@@ -137,7 +137,7 @@ class Schedule:
 
 def advance(state: ScheduleState) -> ScheduleState:
     """Returns the state one step on."""
-    xp = host_namespace(state.step)
+    xp = namespace(state.step)
     return state._replace(step=xp.asarray(xp.clip(state.step, 0, LAST_STEP - 1) + 1))
 
 

@@ -12,13 +12,15 @@ from purepruning.layers import Layer
 from purepruning.trees import Flat
 
 
-def with_biases(masks: dict[str, Any], tree: Flat, config: Config) -> Any:
-    """Returns a tree of the masks of all layers, by path of their weights, and of their biases."""
-    if config.bias == "follow":
-        biases = bias_masks(config.layers, masks, config.granularity)
-        for path, mask in biases.items():
-            masks[path] = namespace(mask).reshape(mask, tuple(tree.leaves[path].shape))
-    return tree.rebuild(masks)
+def with_biases(masks: dict[str, Any], tree: Flat, config: Config) -> dict[str, Any]:
+    """Returns the masks of all layers, by path of their weights, and those of their biases."""
+    if config.bias != "follow":
+        return masks
+    biases = bias_masks(config.layers, masks, config.granularity)
+    return masks | {
+        path: namespace(mask).reshape(mask, tuple(tree.leaves[path].shape))
+        for path, mask in biases.items()
+    }
 
 
 # Biases.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arrays import is_concrete, is_torch, namespace, replicated
+from purepruning.arrays import chosen, is_concrete, is_torch, namespace, replicated
 from purepruning.granularity import Grid, any_of, fold
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
@@ -76,7 +76,7 @@ class Checked:
             return scores
         shape = (grids[0].n_members, grids[0].n_units) if grids else tuple(weight.shape)
         scores = self._checked(scores, weight, shape)
-        return scores if grids else Piece((scores,), _stored)
+        return scores if grids else Piece((scores,), _stored, indexed=False)
 
     def _checked(self, scores: Any, weight: Any, shape: tuple[int, ...]) -> Any:
         where = f"{self.criterion}: {self.field} must return"
@@ -176,6 +176,5 @@ def _with_lowest(scores: Any, keep: Any, inverted: bool) -> Any:
     scores = -scores if inverted else scores
     if keep is None:
         return scores
-    xp = namespace(scores)
     # Scores of -inf still rank above what is pruned already.
-    return xp.where(keep, xp.clip(scores, min=LOWEST_FINITE), -math.inf)
+    return chosen(keep, namespace(scores).clip(scores, min=LOWEST_FINITE), -math.inf)

@@ -29,12 +29,14 @@ class Piece(NamedTuple):
             compiled together.
         own: what else goes into the scores of this piece, a tree of scalars.
         offset: the first element's index, as ``score`` is told it.
+        indexed: whether the score depends on the index; where not, it may be None.
     """
 
     arrays: tuple[Any, ...]
     score: Callable[[tuple[Any, ...], Any, Any], Any]
     own: Any = ()
     offset: Any = 0
+    indexed: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +55,7 @@ class Piece(NamedTuple):
 
     def scores(self, arrays: tuple[Any, ...], index: Any) -> Any:
         """Returns the scores of the elements at ``index``, from these parts of the arrays."""
-        return self.score(arrays, index + self.offset, self.own)
+        return self.score(arrays, None if index is None else index + self.offset, self.own)
 
 
 class Threshold(NamedTuple):

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import compiled, int32, is_batched, is_concrete, namespace, spans_devices
+from purepruning.arrays import (
+    compiled,
+    int32,
+    is_batched,
+    is_concrete,
+    is_numpy,
+    namespace,
+    spans_devices,
+)
 from purepruning.selection.criterion import Score, Source
 from purepruning.selection.keys import Threshold
 from purepruning.selection.problem import (
@@ -33,7 +41,9 @@ def is_large(source: Source, plan: Problem, counts: dict[str, Any]) -> bool:
     like = piece.arrays[0]
     if any(map(is_batched, (*piece.arrays, *piece.own, *counts.values()))):
         return False
-    return spans_devices(like) or sum(math.prod(x.shape) for x in plan.layers) > SMALL
+    if is_numpy(like) or spans_devices(like):
+        return True
+    return sum(math.prod(x.shape) for x in plan.layers) > SMALL
 
 
 # Elements that are too many to copy their scores.
@@ -45,16 +55,17 @@ def large_masks(
     ks = counts_of_rows(like, counts, plan)
     cuts, nan = compiled(like, _thresholds, "plan", "check")(some, ks, plan=plan, check=check)
     mask = compiled(like, _large_mask, "score", "stack_axes")
-    masks, has_nan, start = {}, {}, 0
-    flags = np.asarray(nan) if check and is_concrete(nan) else None
-    for layer in plan.layers:
-        masks[layer.weight] = mask(
-            some[layer.name], cuts, start, score=plan.score, stack_axes=layer.stack_axes
-        )
-        stop = start + n_members(layer)
-        if flags is not None:
-            has_nan[layer.name] = flags[start:stop].any()
-        start = stop
+    starts = np.cumsum([0, *map(n_members, plan.layers)]).tolist()
+    has_nan = {}
+    if check and is_concrete(nan):
+        flags = np.split(np.asarray(nan), starts[1:-1])
+        has_nan = {x.name: part.any() for x, part in zip(plan.layers, flags, strict=True)}
+    if any(has_nan.values()):
+        return {}, has_nan
+    masks = {
+        x.weight: mask(some[x.name], cuts, start, score=plan.score, stack_axes=x.stack_axes)
+        for x, start in zip(plan.layers, starts, strict=False)
+    }
     return masks, has_nan
 
 

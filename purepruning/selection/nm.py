@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from purepruning.arrays import compiled, is_concrete, is_torch, namespace
+from purepruning.arrays import compiled, is_numpy, namespace
 from purepruning.granularity import NM
-from purepruning.selection import kth_torch
+from purepruning.selection import kth_host
 from purepruning.selection.criterion import Score, Source
 from purepruning.selection.keys import HIGHEST
 from purepruning.selection.problem import Problem, Solved, kernel_of
@@ -30,22 +30,26 @@ def nm_masks(sources: dict[str, Source], plan: Problem, nm: NM) -> Solved:
 
 def _nm_mask(source: Source, *, score: Score, in_axes: tuple[int, ...], nm: NM) -> tuple[Any, Any]:
     """Returns the mask that keeps the highest of every group, and whether a score is NaN."""
-    piece = score.piece(source)
+    xp, piece = namespace(source.weight), score.piece(source)
     ndim = len(piece.shape)
-    if is_torch(source.weight) and is_concrete(source.weight) and in_axes[-1] == ndim - 1:
-        keep = functools.partial(_highest_of_groups, axis=1, nm=nm)
-        return kth_torch.by_rows(piece, nm.of, keep)
-    xp = namespace(source.weight)
-    keys, _ = piece.keys(xp)
     rest = tuple(a for a in range(ndim) if a not in in_axes)
     lead = tuple(a for a in rest if a < in_axes[0])
     order = (*lead, *in_axes, *(a for a in rest if a not in lead))
-    moved = xp.permute_dims(keys, order)
-    before, after = moved.shape[: len(lead)], moved.shape[len(lead) + len(in_axes) :]
-    groups = xp.reshape(moved, (*before, -1, nm.of, *after))
-    mask = xp.reshape(_highest_of_groups(groups, len(before) + 1, nm), moved.shape)
-    keep = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
-    return keep, xp.any(keys == HIGHEST)
+    moved = tuple(piece.shape[a] for a in order)
+    before, after = moved[: len(lead)], moved[len(lead) + len(in_axes) :]
+
+    def grouped(x: Any) -> Any:
+        return xp.reshape(xp.permute_dims(x, order), (*before, -1, nm.of, *after))
+
+    axis = len(before) + 1
+    if is_numpy(source.weight):
+        choose = functools.partial(_highest_of_groups, axis=0, nm=nm)
+        mask, nan = kth_host.by_groups(piece, grouped, axis, choose)
+    else:
+        keys, _ = piece.keys(xp)
+        mask, nan = _highest_of_groups(grouped(keys), axis, nm), xp.any(keys == HIGHEST)
+    mask = xp.reshape(mask, moved)
+    return xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim))), nan
 
 
 def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:

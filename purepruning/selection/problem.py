@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arrays import int32, is_torch, namespace
+from purepruning.arrays import int32, is_numpy, is_torch, namespace
 from purepruning.config.config import Pool
 from purepruning.config.rules import Scope
 from purepruning.granularity import Granularity
 from purepruning.layers import Layer
-from purepruning.selection import kth_jax, kth_torch
+from purepruning.selection import kth_host, kth_jax, kth_torch
 from purepruning.selection.criterion import Score
 from purepruning.selection.keys import Piece
 
@@ -43,7 +43,9 @@ Solved = tuple[dict[str, Any], dict[str, Any]]
 
 
 def kernel_of(like: Any) -> ModuleType:
-    """Returns the module that selects best in the framework of ``like``; both find the same."""
+    """Returns the module that selects best in the framework of ``like``; all find the same."""
+    if is_numpy(like):
+        return kth_host
     return kth_torch if is_torch(like) else kth_jax
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from purepruning.arguments import missing
-from purepruning.arrays import compiled, is_concrete, namespace, stop_gradient
+from purepruning.arrays import by_numpy, compiled, is_concrete, namespace, stop_gradient
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, Grid, grid
 from purepruning.masks import by_path
@@ -65,18 +65,24 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
     pools = tuple(pool.problem for pool in config.pools)
     plan = Problem(Score(score, config.inverted), pools, config.scope, config.granularity)
     counts = {} if isinstance(config.granularity, NM) else checked_counts(config)
-    check = all(map(is_concrete, weights.values()))
     before = by_path(config.masks, tree.leaves) if config.masks else {}
     of = criterion.of or (lambda stats, layer: None)
     sources = {
         x.name: Source(weights[x.weight], of(stats, x), before.get(x.weight)) for x in config.layers
     }
-    solve = _masks if config.allocation is None else functools.partial(_coupled_masks, config)
-    masks, has_nan = solve(sources, counts, plan, check)
-    nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
-    if nan:
-        raise ValueError(f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    return with_biases(masks, tree, config)
+
+    def solve(sources: dict[str, Source], counts: dict[str, Any]) -> dict[str, Any]:
+        check = all(is_concrete(source.weight) for source in sources.values())
+        how = _masks if config.allocation is None else functools.partial(_coupled_masks, config)
+        masks, has_nan = how(sources, counts, plan, check)
+        nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
+        if nan:
+            raise ValueError(
+                f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN"
+            )
+        return with_biases(masks, tree, config)
+
+    return tree.rebuild(by_numpy(solve, sources, counts))
 
 
 def _score_of(criterion: Criterion, config: Config) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import int32
+from purepruning.arrays import int32, is_numpy
 from purepruning.selection.keys import HIGHEST
 from purepruning.selection.problem import kernel_of
 
@@ -16,6 +16,10 @@ _FEW = 1 << 18
 
 def lowest_of_rows(xp: Any, keys: list[Any], counts: Any) -> Any:
     """Returns the ``counts[i]`` lowest of row i of all ``keys``, in one vector of their units."""
+    if is_numpy(counts):
+        ends = np.cumsum([k.shape[0] for k in keys])[:-1]
+        rows = zip(keys, np.split(counts, ends), strict=True)
+        return xp.concat([xp.reshape(kernel_of(k).lowest(k, n, None), (-1,)) for k, n in rows])
     widths = [k.shape[1] for k in keys]
     row_widths = np.repeat(widths, [k.shape[0] for k in keys])
     starts = np.cumsum(row_widths) - row_widths

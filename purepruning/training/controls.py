@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from purepruning.arrays import iota, namespace
+import numpy as np
+
+from purepruning.arrays import by_numpy, iota, namespace, replicated
 from purepruning.config.config import Config
 from purepruning.granularity import NM, any_of, fold, grid, spread
 from purepruning.masks import named_masks
@@ -49,10 +51,13 @@ def reinitialize(params: Any, key: Any) -> Any:
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             shuffled[path] = x
             continue
-        xp = namespace(x)
-        rows = xp.reshape(x, (1, -1))
-        shuffled[path] = xp.reshape(_shuffled(rows, own_words(words, path)), tuple(x.shape))
+        shuffled[path] = by_numpy(_reordered, x, own_words(words, path))
     return tree.rebuild(shuffled)
+
+
+def _reordered(x: Any, words: tuple[Any, Any, int]) -> Any:
+    xp = namespace(x)
+    return xp.reshape(_shuffled(xp.reshape(replicated(x), (1, -1)), words), tuple(x.shape))
 
 
 def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
@@ -84,25 +89,36 @@ def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
     if config.allocation is not None:
         raise ValueError("shuffle_masks shuffles every layer alone, not coupled channels")
     words, tree = key_words(key), flatten(masks)
-    named, new = named_masks(masks), {}
+    named = named_masks(masks)
     for layer in config.layers:
         if layer.weight not in named:
             raise KeyError(f"shuffle_masks: layer {layer.name!r}: masks have no {layer.weight!r}")
-        mask, g = named[layer.weight], grid(layer, config.granularity)
-        xp = namespace(mask)
+        shape = tuple(named[layer.weight].shape)
         try:
-            whole = xp.broadcast_to(mask, layer.shape)
-        except (ValueError, RuntimeError):
+            fits = np.broadcast_shapes(shape, layer.shape) == layer.shape
+        except ValueError:
+            fits = False
+        if not fits:
             raise ValueError(
-                f"shuffle_masks: the mask of layer {layer.name!r} has shape {tuple(mask.shape)}, "
+                f"shuffle_masks: the mask of layer {layer.name!r} has shape {shape}, "
                 f"which does not broadcast to {layer.shape}"
-            ) from None
-        kept = _shuffled(fold(xp, whole, g, any_of), own_words(words, layer.name))
-        new[layer.weight] = spread(xp, kept, g)
-    for path, bias in bias_masks(config.layers, new, config.granularity).items():
-        if path in named:
-            new[path] = namespace(bias).reshape(bias, tuple(named[path].shape))
-    return tree.rebuild(named | new)
+            )
+
+    def shuffled(old: dict[str, Any], words: tuple[Any, Any]) -> dict[str, Any]:
+        new = {}
+        for layer in config.layers:
+            mask, g = replicated(old[layer.weight]), grid(layer, config.granularity)
+            xp = namespace(mask)
+            rows = fold(xp, xp.broadcast_to(mask, layer.shape), g, any_of)
+            new[layer.weight] = spread(xp, _shuffled(rows, own_words(words, layer.name)), g)
+        biases = bias_masks(config.layers, new, config.granularity)
+        return new | {
+            path: namespace(bias).reshape(bias, tuple(named[path].shape))
+            for path, bias in biases.items()
+            if path in named
+        }
+
+    return tree.rebuild(named | by_numpy(shuffled, named, words))
 
 
 def invert_scores(pruner: Pruner) -> Pruner:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from purepruning.arguments import missing, whole_number
-from purepruning.arrays import copied, is_concrete, namespace
+from purepruning.arrays import by_numpy, copied, is_concrete, namespace
 from purepruning.config.config import Config, Pool
 from purepruning.granularity import NM
 from purepruning.masks import apply_masks, by_path, named_masks, spread_mask
@@ -139,10 +139,7 @@ def lottery(
         before = by_path(config.masks, leaves) if config.masks else {}
         masks = {}
         for path in sorted(paths):
-            leaf = leaves[path]
-            masks[path] = namespace(leaf).ones_like(leaf, dtype=namespace(leaf).bool)
-            if path in before:
-                masks[path] = masks[path] & spread_mask(before[path], leaf)
+            masks[path] = by_numpy(_whole, leaves[path], before.get(path))
         start = {name: jax.tree.map(copied, run[name]) for name in names}
         return LotteryState(schedule.init(config), tree.rebuild(masks), start)
 
@@ -161,8 +158,7 @@ def lottery(
         new = by_path(named_masks(pruner(run["params"], stats, at)), leaves)
         masks = named_masks(state.masks)
         for path, mask in new.items():
-            whole = spread_mask(mask, leaves[path])
-            masks[path] = whole & masks[path] if path in masks else copied(whole)
+            masks[path] = by_numpy(_whole, leaves[path], mask, masks.get(path))
         parts = {
             name: jax.tree.map(copied, state.start.get(name, part)) for name, part in run.items()
         }
@@ -171,6 +167,14 @@ def lottery(
         return LotteryState(clock.advance(state.schedule), merged, state.start), parts
 
     return Lottery(init, step)
+
+
+def _whole(leaf: Any, *masks: Any) -> Any:
+    """Returns a mask of the shape of ``leaf`` that keeps what all of ``masks`` keep."""
+    keep = namespace(leaf).ones_like(leaf, dtype=namespace(leaf).bool)
+    for mask in masks:
+        keep = keep if mask is None else keep & spread_mask(mask, leaf)
+    return keep
 
 
 def _rounds(n: int, pool: Pool, final: float) -> list[tuple[int, float]]:

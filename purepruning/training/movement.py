@@ -35,6 +35,7 @@ import numpy as np
 from purepruning.arguments import missing
 from purepruning.arrays import (
     array_like,
+    by_numpy,
     int32,
     iota,
     is_concrete,
@@ -48,7 +49,7 @@ from purepruning.counts import counts_of
 from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
 from purepruning.layers import Layer
 from purepruning.masks import by_path, spread_mask, zero_pruned
-from purepruning.selection.biases import bias_masks
+from purepruning.selection.biases import with_biases
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune, weights_of
@@ -407,32 +408,34 @@ def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cu
         raise ValueError(f"{where}: a threshold has no meaning for inverted scores")
     if config.allocation is not None:
         raise ValueError(f"{where}: a threshold looks at every channel alone, not at coupled ones")
-    tree, found = flatten(params), {}
+    tree = flatten(params)
     before = by_path(config.masks, tree.leaves) if config.masks else {}
-    nan = []
-    for pool in config.pools:
-        for layer in pool.layers:
-            g = grid(layer, config.granularity)
-            xp = namespace(scores[layer.name])
-            score = xp.astype(scores[layer.name], xp.float32)
-            if not _in_units(config):
-                score = fold(xp, score, g, xp.sum)  # of one weight each: only the order changes
-            if layer.weight in before:
-                whole = spread_mask(before[layer.weight], tree.leaves[layer.weight])
-                score = xp.where(fold(xp, whole, g, any_of), score, -math.inf)
-            keep = ~(score <= cut)  # what is NaN under jit stays to be seen
-            if not pool.allow_empty:
-                keep = keep | _highest(xp, score)
-            found[layer.weight] = spread(xp, keep, g)
-            flag = xp.any(xp.isnan(score))
-            if is_concrete(flag) and bool(flag):
-                nan.append(layer.name)
-    if nan:
-        raise ValueError(f"{where}: scores of layer {', '.join(map(repr, nan))} are NaN")
-    if config.bias == "follow":
-        for path, keep in bias_masks(config.layers, found, config.granularity).items():
-            found[path] = namespace(keep).reshape(keep, tuple(tree.leaves[path].shape))
-    return tree.rebuild(found)
+    weights = {x.name: tree.leaves[x.weight] for x in config.layers if x.weight in before}
+
+    def kept(scores: Any, weights: Any, before: Any, cut: Any) -> dict[str, Any]:
+        found, nan = {}, []
+        for pool in config.pools:
+            for layer in pool.layers:
+                g = grid(layer, config.granularity)
+                xp = namespace(scores[layer.name])
+                score = xp.astype(scores[layer.name], xp.float32)
+                if not _in_units(config):
+                    score = fold(xp, score, g, xp.sum)  # of one weight each: only the order changes
+                if layer.weight in before:
+                    whole = spread_mask(before[layer.weight], weights[layer.name])
+                    score = xp.where(fold(xp, whole, g, any_of), score, -math.inf)
+                keep = ~(score <= cut)  # what is NaN under jit stays to be seen
+                if not pool.allow_empty:
+                    keep = keep | _highest(xp, score)
+                found[layer.weight] = spread(xp, keep, g)
+                flag = xp.any(xp.isnan(score))
+                if is_concrete(flag) and bool(flag):
+                    nan.append(layer.name)
+        if nan:
+            raise ValueError(f"{where}: scores of layer {', '.join(map(repr, nan))} are NaN")
+        return with_biases(found, tree, config)
+
+    return tree.rebuild(by_numpy(kept, scores, weights, before, cut))
 
 
 def _highest(xp: Any, score: Any) -> Any:
@@ -451,7 +454,7 @@ def _through(score: Any) -> Any:
 
 
 def _element(weight: Any, score: Any) -> Piece:
-    return Piece((score,), _first)
+    return Piece((score,), _first, indexed=False)
 
 
 def _first(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Scores to masks, against stable sorts: on the path for small layers and on that for large ones.
+"""Scores to masks, against stable sorts: by NumPy, and as on other devices.
 
-The large path is made to run on small arrays by shrinking its thresholds. They are read when a
-function is traced, so each path has a criterion of its own, which is part of what XLA's cache is
-keyed by.
+There, small layers take another path than large ones, which is made to run on small arrays by
+shrinking its thresholds. They are read when a function is traced, so each path has a criterion of
+its own, which is part of what XLA's cache is keyed by.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ import purepruning as pp
 from purepruning import NM, Block, Criterion, Layer
 from purepruning.arrays import namespace
 from purepruning.granularity import fold
-from purepruning.selection import kth_jax, kth_torch, prune
+from purepruning.selection import kth_host, kth_jax, kth_torch, prune
+from purepruning.selection import large as large_module
 from purepruning.selection.keys import Piece
 from tests import oracle
 from tests.messages import raises
-from tests.modes import as_jax, as_numpy, as_torch
+from tests.modes import as_jax, as_numpy, as_torch, off_host
 
 INF, NAN = float("inf"), float("nan")
 DEFAULT = {"op_types": ["default"], "allow_empty": True}
@@ -56,7 +57,7 @@ def scoring():
 @contextlib.contextmanager
 def large():
     with (
-        mock.patch.multiple(prune, SMALL=0),
+        mock.patch.multiple(large_module, SMALL=0),
         mock.patch.multiple(kth_jax, CHUNK=64, SAMPLE=300, GROUP=2),
         mock.patch.multiple(kth_torch, CHUNK=50, SAMPLE=20),
     ):
@@ -68,13 +69,16 @@ paths = pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small", "large"])
 
 
 def masks_of(path, params, config):
-    """Masks from both frameworks, which have to be the same."""
+    """Masks from both frameworks, by NumPy and as on other devices: all have to be the same."""
     criterion, settings = path
-    with settings():
-        by_jax = as_numpy(prune.prune(criterion, as_jax(params), None, config))
-        by_torch = as_numpy(prune.prune(criterion, as_torch(params), None, config))
-    np.testing.assert_equal(by_torch, by_jax)
-    return by_jax
+    with mock.patch.multiple(kth_host, CHUNK=50, SAMPLE=20, SMALL=30):
+        masks = as_numpy(prune.prune(criterion, as_jax(params), None, config))
+        others = [prune.prune(criterion, as_torch(params), None, config)]
+    with settings(), off_host():
+        others += [prune.prune(criterion, f(params), None, config) for f in (as_jax, as_torch)]
+    for other in others:
+        np.testing.assert_equal(as_numpy(other), masks)
+    return masks
 
 
 def vector(n, name="v"):
@@ -610,7 +614,7 @@ def test_layers_of_one_table_may_have_different_dtypes():
 def test_a_criterion_without_a_meaning_for_a_granularity():
     only_elements = Criterion("single", SMALL[0].element)
     config = pp.resolve([DEFAULT], SHAPED[:1], granularity="output_channel")
-    with raises(ValueError, "single", "elements", "output_channel"):
+    with raises(ValueError, "single", "single weights or NM", "output_channel"):
         prune.prune(only_elements, shaped(0), None, config)
 
 
@@ -629,7 +633,7 @@ def test_masks_are_the_same_with_64_bit_types(pruner, granularity, stats):
     rules = [{"op_types": ["default"], "sparsity": 0.4}]
     config = pp.resolve(rules, layers, scope="global", granularity=granularity)
     expected = as_numpy(pruner(as_jax(params), stats, config))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), off_host():
         double = {path: jnp.asarray(x, "float64") for path, x in params.items()}
         np.testing.assert_equal(as_numpy(pruner(double, stats, config)), expected)
 
@@ -638,6 +642,6 @@ def test_counting_is_the_same_with_64_bit_types():
     config = pp.resolve([DEFAULT | {"sparsity": 0.4}], LAYERS[:2], scope="global")
     path = (scoring(), large)
     expected = masks_of(path, several(9), config)
-    with jax.enable_x64(True), large():
+    with jax.enable_x64(True), large(), off_host():
         masks = as_numpy(prune.prune(path[0], as_jax(several(9)), None, config))
     np.testing.assert_equal(masks, expected)
