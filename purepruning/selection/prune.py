@@ -88,10 +88,8 @@ def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
 def _score_of(criterion: Criterion, config: Config) -> Callable[..., Any]:
     granularity = config.granularity
     in_units = granularity != "element" and not isinstance(granularity, NM)
-    if not in_units:
-        field = "element"
-    else:
-        field = "block" if isinstance(granularity, Block) else "channel"
+    field = "block" if isinstance(granularity, Block) else "channel"
+    field = field if in_units else "element"
     score = getattr(criterion, field)
     if score is None:
         kinds = {"single weights or NM": criterion.element, "channels": criterion.channel}

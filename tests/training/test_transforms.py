@@ -476,7 +476,7 @@ def test_explicit_meshes():
     code = """
         import jax, jax.numpy as jnp, optax
         from purepruning.masks import apply_masks, density, expand
-        from purepruning.transform import keep_pruned
+        from purepruning.training.transforms import keep_pruned
 
         mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
         jax.set_mesh(mesh)
