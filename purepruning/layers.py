@@ -10,10 +10,11 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from purepruning.arguments import missing
 from purepruning.trees import flatten
+from purepruning.types import Params
 
 #: Canonical op types: PyTorch's class names, which NNI-style rules are written in.
 #: A normalisation whose spatial rank the model does not reveal is plain ``"BatchNorm"`` or
@@ -177,8 +178,12 @@ class Layer:
         return rankless and selector in {f"{self.type}{d}d" for d in (1, 2, 3)}
 
 
+#: A layer table: rows, as an adapter returns them.
+Layers: TypeAlias = Iterable[Layer]
+
+
 def make_layer(
-    params: Any,
+    params: Params,
     weight: str,
     type: str,
     *,
@@ -240,7 +245,7 @@ def make_layer(
     return layer
 
 
-def checked_table(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+def checked_table(layers: Layers) -> tuple[Layer, ...]:
     """Returns the rows of a layer table.
 
     Raises:

@@ -20,9 +20,10 @@ import numpy as np
 from purepruning.arguments import missing
 from purepruning.arrays import by_numpy, chosen, is_concrete, is_torch, namespace
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
-def apply_masks(params: Any, masks: Any) -> Any:
+def apply_masks(params: Params, masks: Masks) -> Params:
     r"""Returns ``params`` with every pruned weight set to zero.
 
     $$w_i \leftarrow w_i \text{ if } m_i \text{ else } 0$$
@@ -46,7 +47,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
     return tree.rebuild({**tree.leaves, **masked})
 
 
-def merge_masks(*masks: Any, how: Literal["and", "or"] = "and") -> Any:
+def merge_masks(*masks: Masks, how: Literal["and", "or"] = "and") -> Masks:
     """Returns one mask tree of several: ``"and"`` keeps what all keep, ``"or"`` what any keeps.
 
     A parameter without a mask is kept whole: with ``"and"`` the other masks decide, with ``"or"``
@@ -82,7 +83,7 @@ def merge_masks(*masks: Any, how: Literal["and", "or"] = "and") -> Any:
     return rebuild(merged)
 
 
-def invert(masks: Any) -> Any:
+def invert(masks: Masks) -> Masks:
     """Returns masks that keep what ``masks`` prune, and prune what they keep.
 
     A parameter without a mask still has none.
@@ -101,7 +102,7 @@ def invert(masks: Any) -> Any:
     return rebuild({path: by_numpy(operator.invert, mask) for path, mask in leaves.items()})
 
 
-def expand(masks: Any, params: Any) -> Any:
+def expand(masks: Masks, params: Params) -> Masks:
     """Returns a boolean of the full shape for every leaf of ``params``: True where not pruned.
 
     There is no None among the result's leaves, so that it can be mapped over together with
@@ -124,7 +125,7 @@ def expand(masks: Any, params: Any) -> Any:
     )
 
 
-def density(masks: Any, params: Any) -> Any:
+def density(masks: Masks, params: Params) -> Any:
     r"""Returns the fraction of weights kept, of the parameters that have a mask.
 
     $$\sum_l \mathrm{kept}_l \,/\, \sum_l \mathrm{size}_l$$

@@ -7,16 +7,17 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from purepruning.arguments import missing
 from purepruning.granularity import fold, grid
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Layers
 from purepruning.masks import by_path, count_kept, to_numpy
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
 class LayerSummary(NamedTuple):
@@ -138,7 +139,7 @@ class Summary:
         ]
 
 
-def summarize(params: Any, masks: Any, layers: Iterable[Layer]) -> Summary:
+def summarize(params: Params, masks: Masks, layers: Layers) -> Summary:
     """Returns how much of every layer, and of the whole model, the masks keep.
 
     Only shapes are read from ``params``. All arrays in it count as parameters; pass the trainable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from purepruning.counts import count_of
 from purepruning.granularity import NM, Granularity
 from purepruning.layers import Layer
 from purepruning.masks import named_masks
+from purepruning.types import Masks, Params, Stats
 
 if TYPE_CHECKING:
     from purepruning.config.allocation import Allocation, KeptWhole
@@ -184,7 +185,7 @@ class Config:
                 raise KeyError(f"counts have none for pool {name!r}")
         return dataclasses.replace(self, counts={name: counts[name] for name in names})
 
-    def with_masks(self, masks: Any) -> Config:
+    def with_masks(self, masks: Masks) -> Config:
         """Returns the config by which what ``masks`` prune is pruned first, whatever its score.
 
         Counts include it. A pruner's masks are then nested in ``masks``, unless a count, or in
@@ -242,6 +243,10 @@ class Config:
         fractions = [fraction(s, where) for s in sparsity]
         counts = [checked_count(pool, s, where) for s in fractions]
         return np.asarray(counts, np.int32)
+
+
+#: What prunes: ``(params, stats, config) -> masks``.
+Pruner: TypeAlias = Callable[[Params, Stats, Config], Masks]
 
 
 def checked_count(pool: Pool, sparsity: float, where: str) -> int:

@@ -27,7 +27,7 @@ from purepruning.config.rules import (
 )
 from purepruning.counts import count_of
 from purepruning.granularity import NM, Block, Granularity, Grid, grid
-from purepruning.layers import Layer, checked_table
+from purepruning.layers import Layer, Layers, checked_table
 
 if TYPE_CHECKING:
     from purepruning.coupling.coupling import Coupling
@@ -47,7 +47,7 @@ _UNITS_LIMIT = 2**31
 
 def resolve(
     rules: float | Rule | Iterable[Rule],
-    layers: Iterable[Layer],
+    layers: Layers,
     *,
     scope: Scope = "layer",
     granularity: Granularity | str | None = None,

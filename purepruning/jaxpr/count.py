@@ -12,12 +12,13 @@ from purepruning.coupling.cost import LayerCost, ModelCost
 from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.program import Op, Program, trace
 from purepruning.trees import flatten
+from purepruning.types import Params
 
 #: What depends on parameters alone: their paths; None depends on inputs.
 Origin = frozenset[str] | None
 
 
-def count(fn: Callable[..., Any], params: Any, *inputs: Any) -> ModelCost:
+def count(fn: Callable[..., Any], params: Params, *inputs: Any) -> ModelCost:
     """Returns parameters, multiply-adds and activation bytes of ``fn(params, *inputs)``.
 
     Read off the jaxpr: loops count as often as they run (``while`` once), of branches the most

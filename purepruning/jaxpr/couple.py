@@ -17,6 +17,7 @@ from purepruning.jaxpr.program import Program, trace
 from purepruning.jaxpr.rules.table import RULES
 from purepruning.jaxpr.walk import Trace, leaf_uses, walk
 from purepruning.trees import flatten
+from purepruning.types import Params
 
 
 class Analysis(NamedTuple):
@@ -33,7 +34,7 @@ class Analysis(NamedTuple):
 
 def couple(
     fn: Callable[..., Any],
-    params: Any,
+    params: Params,
     *inputs: Any,
     outputs: Any = True,
 ) -> Coupling:

@@ -20,6 +20,7 @@ from purepruning.jaxpr.interpret import Run
 from purepruning.jaxpr.program import holds_tracers
 from purepruning.masks import by_path, merge_masks, zero_pruned
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
 class Shrunk(NamedTuple):
@@ -38,8 +39,8 @@ class Shrunk(NamedTuple):
 
 def shrink(
     fn: Callable[..., Any],
-    params: Any,
-    masks: Any,
+    params: Params,
+    masks: Masks,
     coupling: Coupling,
     *inputs: Any,
     norms: Norms = "original",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from purepruning.arguments import missing
-from purepruning.config.config import Config
+from purepruning.config.config import Config, Pruner
 from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
 from purepruning.coupling.coupling import Coupling
 from purepruning.granularity import Granularity
-from purepruning.layers import Layer, checked_table
+from purepruning.layers import Layers, checked_table
 from purepruning.nni.config_list import translate
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
@@ -22,8 +22,6 @@ from purepruning.pruners.taylor import taylor_fo
 from purepruning.schedules.curves import agp, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule
 from purepruning.training import admm
-
-Pruner = Callable[[Any, Any, Config], Any]
 
 
 class _Base(NamedTuple):
@@ -98,7 +96,7 @@ class Recipe(NamedTuple):
 def from_nni(
     name: str,
     config_list: Iterable[Rule],
-    layers: Iterable[Layer],
+    layers: Layers,
     *,
     pruning_algorithm: str = "level",
     total_iteration: int | None = None,

@@ -13,9 +13,10 @@ from purepruning.stats.accumulate import Count, Sum, value
 from purepruning.stats.activations import ActivationStats, channels
 from purepruning.stats.checks import match, placed, refuse_empty
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
-def apoz_rank(params: Any, stats: ActivationStats, config: Config) -> Any:
+def apoz_rank(params: Params, stats: ActivationStats, config: Config) -> Masks:
     r"""Returns masks that prune the channels whose activation is zero most often.
 
     $$s_c = 1 - \mathrm{APoZ}_c = 1 - \frac{1}{N M} \sum_{n, m} [a_c(n, m) = 0]$$
@@ -51,7 +52,7 @@ def apoz_rank(params: Any, stats: ActivationStats, config: Config) -> Any:
     return prune(_APOZ, params, _checked("apoz_rank", params, stats, config), config)
 
 
-def mean_activation_rank(params: Any, stats: ActivationStats, config: Config) -> Any:
+def mean_activation_rank(params: Params, stats: ActivationStats, config: Config) -> Masks:
     r"""Returns masks that prune the channels of smallest mean activation.
 
     $$s_c = \frac{1}{N M} \sum_{n, m} a_c(n, m)$$

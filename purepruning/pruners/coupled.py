@@ -32,6 +32,7 @@ from purepruning.selection.biases import with_biases
 from purepruning.selection.coupled import joined, masks_of_units
 from purepruning.selection.prune import checked_counts, weights_of
 from purepruning.trees import flatten
+from purepruning.types import Array, Masks, Params
 
 Reduce = Literal["sum", "mean", "max", "prod"]
 
@@ -50,7 +51,7 @@ def unit_scores(
     reduce: Reduce = "sum",
     normalize: Normalize = "none",
     roles: Collection[str] = ROLES,
-) -> Any:
+) -> Array:
     r"""Returns how important each unit is, from how important its weights are: ``(n_units,)``.
 
     A unit lies in several axes m of parameters: what makes its channels, what scales and shifts
@@ -137,7 +138,7 @@ def checked_roles(roles: Collection[str]) -> list[str]:
 
 
 def group_norm(
-    params: Any,
+    params: Params,
     stats: None,
     config: Config,
     *,
@@ -145,7 +146,7 @@ def group_norm(
     reduce: Reduce = "mean",
     normalize: Normalize = "mean",
     roles: Collection[str] = ROLES,
-) -> Any:
+) -> Masks:
     r"""Returns masks that prune the units whose weights, of all that goes with them, are smallest.
 
     $$s_u = \operatorname{mean}_m \frac{v_{u,m}}{\operatorname{mean}_{u'} v_{u',m}}, \qquad
@@ -196,7 +197,7 @@ def group_norm(
     return prune_units(scores, params, config)
 
 
-def prune_units(scores: Any, params: Any, config: Config) -> Any:
+def prune_units(scores: Array, params: Params, config: Config) -> Masks:
     """Returns the masks of a config with a coupling, from the scores of its units.
 
     As :func:`purepruning.prune`, which sums the scores of channels, but with scores that may come

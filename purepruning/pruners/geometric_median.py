@@ -11,6 +11,7 @@ from purepruning.exact_sum import exact_sum, power_of_two_scale
 from purepruning.granularity import Grid, by_unit
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
+from purepruning.types import Masks, Params
 
 # A layer's units, in this many blocks: distances of one block are held at a time. XLA's kernels
 # lose more by a third block than its symmetry saves.
@@ -20,7 +21,7 @@ JAX_BLOCKS, TORCH_BLOCKS = 2, 4
 LEAST_ROWS = 64  # of a block
 
 
-def fpgm(params: Any, stats: None, config: Config) -> Any:
+def fpgm(params: Params, stats: None, config: Config) -> Masks:
     r"""Returns masks that prune the channels closest to all others of their layer.
 
     $$s_u = \sum_v \lVert w_u - w_v \rVert_2$$

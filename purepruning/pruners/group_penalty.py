@@ -14,16 +14,17 @@ from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.units import Family, FamilyAxis
 from purepruning.pruners.coupled import ROLES, checked_roles, places_of_units
 from purepruning.trees import flatten
+from purepruning.types import Array, Params
 
 
 def group_penalty(
-    params: Any,
+    params: Params,
     coupling: Coupling | Config,
     *,
     scale: float = 1e-4,
     weighted: bool = True,
     roles: Collection[str] = ROLES,
-) -> Any:
+) -> Array:
     r"""Returns the group lasso penalty over coupled units, a float32 scalar to add to the loss.
 
     $$\lambda \sum_u \sqrt{n_u} \sqrt{\sum_m \sum_{i \in u_m} w_i^2}$$

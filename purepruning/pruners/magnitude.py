@@ -15,9 +15,10 @@ from purepruning.granularity import Grid, fold
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
+from purepruning.types import Masks, Params
 
 
-def level(params: Any, stats: None, config: Config) -> Any:
+def level(params: Params, stats: None, config: Config) -> Masks:
     r"""Returns masks that prune the weights of smallest magnitude.
 
     $$s_i = |w_i|$$
@@ -38,7 +39,7 @@ def level(params: Any, stats: None, config: Config) -> Any:
     return prune(_LEVEL, params, stats, config)
 
 
-def l1_norm(params: Any, stats: None, config: Config) -> Any:
+def l1_norm(params: Params, stats: None, config: Config) -> Masks:
     r"""Returns masks that prune the channels or blocks of smallest L1 norm.
 
     $$s_u = \sum_{i \in u} |w_i|$$
@@ -54,7 +55,7 @@ def l1_norm(params: Any, stats: None, config: Config) -> Any:
     return prune(_L1, params, stats, config)
 
 
-def l2_norm(params: Any, stats: None, config: Config) -> Any:
+def l2_norm(params: Params, stats: None, config: Config) -> Masks:
     r"""Returns masks that prune the channels or blocks of smallest L2 norm.
 
     $$s_u = \sqrt{\sum_{i \in u} w_i^2}$$

@@ -12,9 +12,10 @@ from purepruning.random_bits import key_words, noise, own_words
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
+from purepruning.types import Masks, Params, Stats
 
 
-def random_pruning(params: Any, stats: Any, config: Config) -> Any:
+def random_pruning(params: Params, stats: Stats, config: Config) -> Masks:
     """Returns masks that prune units at random.
 
     The key stands in the place of the statistics: a seed below 2**32, a ``jax.random`` key, or two

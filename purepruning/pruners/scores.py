@@ -14,9 +14,10 @@ from purepruning.layers import Layer
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params, Scores
 
 
-def prune_scores(scores: Any, params: Any, config: Config) -> Any:
+def prune_scores(scores: Scores, params: Params, config: Config) -> Masks:
     """Returns the masks that prune the units of lowest score, as :func:`purepruning.prune` does.
 
     Args:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from purepruning.arguments import missing
 from purepruning.arrays import by_numpy, namespace
 from purepruning.config.config import Config
 from purepruning.granularity import any_of, fold, grid, spread
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Layers
 from purepruning.pruners import magnitude
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.stats.checks import watched
 from purepruning.trees import flatten
+from purepruning.types import Array, Masks, Params
 
 
 def slim(
-    params: Any, stats: None, config: Config, *, feeds: Mapping[str, Layer] | None = None
-) -> Any:
+    params: Params, stats: None, config: Config, *, feeds: Mapping[str, Layer] | None = None
+) -> Masks:
     r"""Returns masks that prune the channels of smallest normalisation scale.
 
     $$s_c = |\gamma_c|$$
@@ -78,7 +79,7 @@ def slim(
     return tree.rebuild(found | by_numpy(fed, found))
 
 
-def slim_penalty(params: Any, layers: Config | Iterable[Layer], *, scale: float = 1e-4) -> Any:
+def slim_penalty(params: Params, layers: Config | Layers, *, scale: float = 1e-4) -> Array:
     r"""Returns the sparsity penalty of network slimming, a float32 scalar to add to the loss.
 
     $$\lambda \sum_l \sum_c |\gamma_{l,c}|$$
@@ -124,7 +125,7 @@ def _kept(norm: Layer, mask: Any) -> Any:
     return fold(xp, whole, grid(norm, "output_channel"), any_of)
 
 
-def _refuse_others(where: str, layers: Iterable[Layer]) -> None:
+def _refuse_others(where: str, layers: Layers) -> None:
     for layer in layers:
         if "Norm" not in layer.type or layer.in_axes or not layer.out_axes:
             raise ValueError(

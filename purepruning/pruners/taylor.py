@@ -16,11 +16,12 @@ from purepruning.stats import gradients
 from purepruning.stats.accumulate import Sum, value
 from purepruning.stats.checks import match, placed, refuse_empty
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
 def taylor_fo(
-    params: Any, stats: gradients.GradientStats, config: Config, *, grouped: bool = False
-) -> Any:
+    params: Params, stats: gradients.GradientStats, config: Config, *, grouped: bool = False
+) -> Masks:
     r"""Returns masks that prune the units whose removal changes the loss least, to first order.
 
     $$s_u = \sum_t \sum_{i \in u} (g_{t,i} w_{t,i})^2$$

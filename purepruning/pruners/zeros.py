@@ -16,11 +16,12 @@ from purepruning.masks import to_numpy
 from purepruning.selection.biases import with_biases
 from purepruning.selection.prune import weights_of
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 _NAME = "masks_from_zeros"
 
 
-def masks_from_zeros(params: Any, config: Config) -> Any:
+def masks_from_zeros(params: Params, config: Config) -> Masks:
     """Returns the masks that ``params`` were pruned with before: what is zero now is pruned.
 
     An element is pruned if it is 0; a channel or block if all its weights are; with a coupling, a

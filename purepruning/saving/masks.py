@@ -29,12 +29,13 @@ from purepruning.arrays import is_torch, namespace
 from purepruning.masks import by_path, to_numpy
 from purepruning.saving.files import read_whole, write_whole
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 from purepruning.versions import __version__
 
 FORMAT_VERSION = 1
 
 
-def save_masks(path: str | os.PathLike[str], masks: Any, params: Any) -> None:
+def save_masks(path: str | os.PathLike[str], masks: Masks, params: Params) -> None:
     """Writes masks to a file, one bit per mask element; returns nothing.
 
     ``params`` is what the masks belong to; only its names and shapes are written. The file appears
@@ -77,7 +78,7 @@ def save_masks(path: str | os.PathLike[str], masks: Any, params: Any) -> None:
     write_whole(Path(path), safetensors.numpy.save(bits, metadata=metadata))
 
 
-def load_masks(path: str | os.PathLike[str], params: Any) -> Any:
+def load_masks(path: str | os.PathLike[str], params: Params) -> Masks:
     """Returns the masks in a file, as a tree like ``params`` and in its framework.
 
     A mask saved in one framework loads into the other where names and shapes are the same.

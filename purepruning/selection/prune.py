@@ -19,9 +19,10 @@ from purepruning.selection.nm import nm_masks
 from purepruning.selection.problem import Problem, Solved
 from purepruning.selection.ranked import ranked_masks
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params, Stats
 
 
-def prune(criterion: Criterion, params: Any, stats: Any, config: Config) -> Any:
+def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) -> Masks:
     """Returns the masks of a criterion: True keeps, None is not pruned.
 
     What the config's masks prune is pruned first (:meth:`purepruning.Config.with_masks`).

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from purepruning.arguments import missing
 from purepruning.arrays import compiled, erfc, namespace, stop_gradient, zeros
 from purepruning.config.config import Config
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Layers
 from purepruning.stats import chunked_sums
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
 from purepruning.stats.checks import match, refuse_non_finite, refuse_others, watched
 from purepruning.trees import flatten
+from purepruning.types import Params
 
 Activation = Literal["relu", "gelu", "relu6", "identity"] | Callable[[Any], Any]
 
@@ -44,7 +45,7 @@ class ActivationStats(NamedTuple):
     squares: dict[str, Sum]
 
 
-def init(params: Any, layers: Config | Iterable[Layer]) -> ActivationStats:
+def init(params: Params, layers: Config | Layers) -> ActivationStats:
     """Returns the statistics of nothing, in the framework and on the devices of ``params``.
 
     Args:
@@ -89,7 +90,7 @@ def init(params: Any, layers: Config | Iterable[Layer]) -> ActivationStats:
 def update(
     stats: ActivationStats,
     outputs: Mapping[str, Any],
-    layers: Config | Iterable[Layer],
+    layers: Config | Layers,
     *,
     activation: Activation,
 ) -> ActivationStats:

@@ -8,11 +8,11 @@ from typing import Any
 from purepruning.arguments import missing
 from purepruning.arrays import array_like, compiled, is_concrete, is_torch, namespace
 from purepruning.config.config import Config
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Layers
 from purepruning.stats.accumulate import Count, Sum
 
 
-def watched(layers: Config | Iterable[Layer]) -> tuple[Layer, ...]:
+def watched(layers: Config | Layers) -> tuple[Layer, ...]:
     """Returns the rows that ``layers`` stands for; a config stands for those that it prunes.
 
     Raises:

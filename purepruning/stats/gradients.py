@@ -15,6 +15,7 @@ from purepruning.layers import Layer
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
 from purepruning.stats.checks import match, refuse_non_finite, refuse_others
 from purepruning.trees import flatten
+from purepruning.types import Params
 
 Kept = Literal["squares", "grouped", "signed"]
 
@@ -50,7 +51,7 @@ class GradientStats(NamedTuple):
     signed: dict[str, Sum]
 
 
-def init(params: Any, config: Config, *, keep: Iterable[Kept] = ("squares",)) -> GradientStats:
+def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",)) -> GradientStats:
     """Returns the statistics of nothing, in the framework and on the devices of ``params``.
 
     Args:
@@ -84,7 +85,7 @@ def init(params: Any, config: Config, *, keep: Iterable[Kept] = ("squares",)) ->
     return GradientStats(steps, *map(nothing, KEPT))
 
 
-def update(stats: GradientStats, params: Any, grads: Any, config: Config) -> GradientStats:
+def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> GradientStats:
     """Returns the statistics with one step added: gradients, and the weights they were taken at.
 
     Runs under ``jit``, ``vmap`` and ``jax.lax.scan``. Products are of float32 and sums within a

@@ -19,18 +19,17 @@ learning via the alternating direction method of multipliers", whose scaled form
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from purepruning.arguments import missing
 from purepruning.arrays import compiled, is_concrete, is_torch, namespace, stop_gradient
-from purepruning.config.config import Config
+from purepruning.config.config import Config, Pruner
 from purepruning.layers import Layer
 from purepruning.masks import by_path
 from purepruning.selection.prune import weights_of
 from purepruning.trees import flatten
-
-Pruner = Callable[[Any, Any, Config], Any]
+from purepruning.types import Array, Masks, Params, Stats
 
 
 class State(NamedTuple):
@@ -60,7 +59,7 @@ class Residuals(NamedTuple):
     layer_dual: dict[str, Any]
 
 
-def init(params: Any, config: Config) -> State:
+def init(params: Params, config: Config) -> State:
     """Returns the state to begin with: Z a copy of the weights, U zero.
 
     Until the first :func:`step`, :func:`penalty` holds the weights where they are, as in NNI.
@@ -76,7 +75,7 @@ def init(params: Any, config: Config) -> State:
     return State(z, {path: namespace(x).zeros_like(x) for path, x in z.items()})
 
 
-def penalty(params: Any, state: State, config: Config, rho: Any = 1e-4) -> Any:
+def penalty(params: Params, state: State, config: Config, rho: Any = 1e-4) -> Array:
     r"""Returns what to add to the loss while training, a scalar.
 
     $$\sum_l \frac{\rho_l}{2} \lVert W_l - Z_l + U_l \rVert^2$$
@@ -124,13 +123,13 @@ def penalty(params: Any, state: State, config: Config, rho: Any = 1e-4) -> Any:
 
 
 def step(
-    params: Any,
+    params: Params,
     state: State,
     config: Config,
     rho: Any = 1e-4,
     *,
     pruner: Pruner,
-    stats: Any = None,
+    stats: Stats = None,
 ) -> tuple[State, Residuals]:
     r"""Returns the state after a round of training, and the residuals.
 
@@ -182,7 +181,9 @@ def step(
     return new, Residuals(_together(primal), _together(dual), primal, dual)
 
 
-def masks(params: Any, state: State, config: Config, *, pruner: Pruner, stats: Any = None) -> Any:
+def masks(
+    params: Params, state: State, config: Config, *, pruner: Pruner, stats: Stats = None
+) -> Masks:
     """Returns the masks of the trained weights, ``pruner(params, stats, config)``: the last step.
 
     As in the paper and in NNI. Where ADMM has converged they keep what is nonzero in ``state.z``;

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from purepruning.arrays import by_numpy, iota, namespace, replicated
-from purepruning.config.config import Config
+from purepruning.config.config import Config, Pruner
 from purepruning.granularity import NM, any_of, fold, grid, spread
 from purepruning.masks import named_masks
 from purepruning.random_bits import key_words, noise, own_words
 from purepruning.selection.biases import bias_masks
 from purepruning.selection.keys import ordered_bits
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
-Pruner = Callable[[Any, Any, Config], Any]
 
-
-def reinitialize(params: Any, key: Any) -> Any:
+def reinitialize(params: Params, key: Any) -> Params:
     """Returns ``params`` with the values of every array in random order.
 
     Of freshly initialised parameters that is another draw from the same distribution, wherever the
@@ -60,7 +58,7 @@ def _reordered(x: Any, words: tuple[Any, Any, int]) -> Any:
     return xp.reshape(_shuffled(xp.reshape(replicated(x), (1, -1)), words), tuple(x.shape))
 
 
-def shuffle_masks(masks: Any, config: Config, key: Any) -> Any:
+def shuffle_masks(masks: Masks, config: Config, key: Any) -> Masks:
     """Returns masks that prune as many units of every layer as ``masks`` do, but random ones.
 
     Units are those of the config; of stacked layers each keeps its number. Biases follow. The order

@@ -10,7 +10,7 @@ import jax
 
 from purepruning.arguments import missing, whole_number
 from purepruning.arrays import by_numpy, copied, is_concrete, namespace
-from purepruning.config.config import Config, Pool
+from purepruning.config.config import Config, Pool, Pruner
 from purepruning.granularity import NM
 from purepruning.masks import apply_masks, by_path, named_masks, spread_mask
 from purepruning.schedules import schedule as clock
@@ -45,7 +45,7 @@ class Lottery(NamedTuple):
 
 
 def lottery(
-    pruner: Callable[[Any, Any, Config], Any],
+    pruner: Pruner,
     config: Config,
     *,
     rounds: int | None = None,

@@ -54,9 +54,10 @@ from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune, weights_of
 from purepruning.trees import flatten
+from purepruning.types import Array, Masks, Params
 
 
-def init(params: Any, config: Config) -> dict[str, Any]:
+def init(params: Params, config: Config) -> dict[str, Any]:
     """Returns scores of zero for every unit that ``config`` may prune, float32 by layer name.
 
     Where units are single weights (elements, N:M) scores have the weight's shape, else
@@ -72,7 +73,9 @@ def init(params: Any, config: Config) -> dict[str, Any]:
     }
 
 
-def masks(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any = None) -> Any:
+def masks(
+    params: Params, scores: Mapping[str, Any], config: Config, threshold: Any = None
+) -> Masks:
     r"""Returns masks of the units with the highest scores.
 
     Without a threshold, all but as many as the counts of ``config`` say, for any scope and
@@ -114,7 +117,9 @@ def masks(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
     return _masks(where, params, scores, config, threshold)
 
 
-def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any = None) -> Any:
+def apply(
+    params: Params, scores: Mapping[str, Any], config: Config, threshold: Any = None
+) -> Params:
     r"""Returns ``params`` as the model is to see them: zeros where pruned, scores attached.
 
     The value is that of ``apply_masks(params, masks(params, scores, config, threshold))``.
@@ -170,7 +175,7 @@ def apply(params: Any, scores: Mapping[str, Any], config: Config, threshold: Any
     return tree.rebuild({**tree.leaves, **seen})
 
 
-def penalty(scores: Mapping[str, Any]) -> Any:
+def penalty(scores: Mapping[str, Any]) -> Array:
     r"""Returns the regulariser of the soft form, a float32 scalar in [0, 1].
 
     $$\frac{1}{L} \sum_l \operatorname{mean}_u \sigma(s_{l,u})$$

@@ -5,7 +5,6 @@ And pruning in one: :func:`prune_on_schedule` makes the masks as training goes o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ import optax
 
 from purepruning.arguments import missing
 from purepruning.arrays import is_concrete
-from purepruning.config.config import Config
+from purepruning.config.config import Config, Pruner
 from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import Schedule, ScheduleState
 from purepruning.trees import flatten
+from purepruning.types import Masks, Params
 
 
 class KeepPrunedState(NamedTuple):
@@ -34,7 +34,7 @@ class KeepPrunedState(NamedTuple):
 
 
 def keep_pruned(
-    masks: Any, inner: optax.GradientTransformation | optax.MultiSteps | None = None
+    masks: Masks, inner: optax.GradientTransformation | optax.MultiSteps | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns a transform after which pruned weights are exactly zero; it goes last in a chain.
 
@@ -133,12 +133,12 @@ class PruneOnScheduleState(NamedTuple):
 
 
 def prune_on_schedule(
-    pruner: Callable[[Any, Any, Config], Any],
+    pruner: Pruner,
     schedule: Schedule | ScheduleState,
     config: Config,
     inner: optax.GradientTransformation | optax.MultiSteps | None = None,
     *,
-    masks: Any = None,
+    masks: Masks = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns :func:`keep_pruned` with masks that the pruner makes anew when the schedule says so.
 
@@ -281,7 +281,7 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, An
     return masks
 
 
-def get_masks(opt_state: Any, params: Any) -> Any:
+def get_masks(opt_state: Any, params: Params) -> Masks:
     """Returns the masks in :func:`keep_pruned`'s state, wherever it is, as a tree like ``params``.
 
     Of ``params`` only the structure matters.
@@ -310,7 +310,7 @@ def get_masks(opt_state: Any, params: Any) -> Any:
     return tree.rebuild(found)
 
 
-def set_masks(opt_state: Any, masks: Any) -> Any:
+def set_masks(opt_state: Any, masks: Masks) -> Any:
     """Returns ``opt_state`` with other masks in :func:`keep_pruned`'s state, wherever it is.
 
     Pure, and traceable. The state keeps its shapes, so that nothing is compiled again; a weight
