@@ -208,6 +208,28 @@ def test_mistakes_of_single_weights():
         prune(relative, params, None, config)
 
 
+def of_jax(weight, own, grid):
+    return jnp.abs(weight).sum(0)[None]
+
+
+def of_torch(weight, own, grid):
+    return torch.sum(torch.abs(weight), 0)[None]
+
+
+def test_a_criterion_of_one_framework_only():
+    """An eager call hands NumPy arrays in: to jax.numpy they are arrays, to torch they are not."""
+    config = pp.resolve(0.5, [FC], granularity=CHANNEL)
+    expected = as_numpy(pp.l1_norm(as_jax(parameters()), None, config))
+    found = prune(Criterion("mine", channel=of_jax), as_jax(parameters()), None, config)
+    np.testing.assert_equal(as_numpy(found), expected)
+    with pytest.raises(TypeError) as caught:
+        prune(Criterion("mine", channel=of_torch), as_torch(parameters()), None, config)
+    assert any("is given ndarray" in note for note in caught.value.__notes__)
+    params = as_torch(parameters())
+    scores = {"net.fc": of_torch(params["net.fc.w"], None, None)}
+    np.testing.assert_equal(as_numpy(pp.prune_scores(scores, params, config)), expected)
+
+
 def test_an_error_inside_says_which_criterion_it_is_in():
     config = pp.resolve(0.5, [FC], granularity=CHANNEL)
     mine = Criterion("mine", channel=functools.partial(lambda w, own, g: w.nothing))

@@ -148,6 +148,11 @@ def test_dependency_groups_are_found_by_the_coupling():
     entries = [{"op_names": ["one", "two"], "sparse_ratio": 0.3, "dependency_group_id": "a"}]
     recipe = pp.from_nni("l1", entries, models.Added.layers, coupling=coupling)
     assert recipe.config.counts == {"one + two": 3}
+    # The outputs of the model are no part of it.
+    all_of_them = [{"op_names_re": [".*"], "sparse_ratio": 0.3}]
+    recipe = pp.from_nni("l1", all_of_them, models.Added.layers, coupling=coupling)
+    assert recipe.config.counts == {"one + two": 3}
+    assert [x.layers for x in recipe.config.kept_whole] == [("fc",)]
     for key, value in (("dependency_group_id", 1), ("internal_metric_block", 2)):
         with raises(ValueError, "rule 0", key, "coupling=pp.couple("):
             counts([CONVS | {"sparse_ratio": 0.5, key: value}], "l1")

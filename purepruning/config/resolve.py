@@ -100,8 +100,8 @@ def resolve(
       leaves it at the common ones, as NNI does from 2.9 on.
     - A layer that makes such channels and that no rule selects, or that one excludes, protects
       them: nothing is pruned in common. :attr:`Config.kept_whole` lists what stays, and why. A
-      layer whose channels all stay by themselves (the outputs of a model) is listed there if a rule
-      without selectors selects it, and is an error if a rule names it.
+      layer whose channels all stay by themselves (the outputs of a model) is listed there too, and
+      is an error if a rule names it.
     - With ``scope="global"`` the units of all layers are ranked together, and the lowest go until
       the whole model's parameters or multiply-adds are at most ``1 - sparsity`` of what they were:
       fewer would not do.

@@ -7,6 +7,7 @@ in the entry or, by target, in its ``target_settings``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -239,8 +240,12 @@ def _ours(entry: _Entry) -> dict[str, Any]:
 
 
 def _local_rule(entry: _Entry) -> dict[str, Any]:
-    names = [layer.name for layer in entry.layers]
-    return {"op_names": names, "sparsity": _bounded(entry)} | _ours(entry)
+    return {"op_names_re": _patterns(entry.layers), "sparsity": _bounded(entry)} | _ours(entry)
+
+
+def _patterns(layers: list[Layer]) -> list[str]:
+    # As names they would be an error where a coupling keeps all channels of a layer.
+    return [re.escape(layer.name) + "$" for layer in layers]
 
 
 def _bounded(entry: _Entry) -> float:
@@ -275,7 +280,8 @@ def _global_rule(group: list[_Entry]) -> dict[str, Any]:
         high = _ratio(entry, "max_sparse_ratio")
         if high is not None:
             most |= {layer.name: high for layer in entry.layers}
-    rule = {"op_names": [x.name for entry in group for x in entry.layers], "sparsity": ratio}
+    layers = [layer for entry in group for layer in entry.layers]
+    rule = {"op_names_re": _patterns(layers), "sparsity": ratio}
     if most:
         rule["max_sparsity_per_layer"] = most
     return rule | _common(group, "allow_empty, units or prune_iterations", _ours)

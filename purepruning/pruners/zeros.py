@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from purepruning.arrays import compiled, int32, is_concrete, namespace, stop_gradient
+from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
 from purepruning.config.allocation import Allocation
 from purepruning.config.config import Config, Pool
 from purepruning.config.rules import Scope
@@ -56,10 +57,19 @@ def masks_from_zeros(params: Params, config: Config) -> Masks:
     weights = weights_of(_NAME, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
-    grids = {
-        x.name: grid(x, "element" if isinstance(config.granularity, NM) else config.granularity)
-        for x in config.layers
-    }
+    biases = {x.bias: tree.leaves[x.bias] for x in config.layers if x.bias in tree.leaves}
+
+    def find(weights: dict[str, Any], biases: dict[str, Any]) -> dict[str, Any]:
+        masks = with_biases(_masks(weights, config), tree, config)
+        return {p: m | (biases[p] != 0) if p in biases else m for p, m in masks.items()}
+
+    return tree.rebuild(by_numpy(find, *jax.tree.map(stop_gradient, (weights, biases))))
+
+
+def _masks(weights: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Returns the masks of weights by path, checked against what the config expects."""
+    granularity = "element" if isinstance(config.granularity, NM) else config.granularity
+    grids = {x.name: grid(x, granularity) for x in config.layers}
     keeps = {x.name: _kept(weights[x.weight], grids[x.name]) for x in config.layers}
     stays = None
     if config.allocation is not None:
@@ -69,19 +79,15 @@ def masks_from_zeros(params: Params, config: Config) -> Masks:
         if isinstance(config.granularity, NM):
             for layer in config.layers:
                 _check_groups(layer, weights[layer.weight], config.granularity)
-    masks = {}
-    for x in config.layers:
-        keep = keeps[x.name]
-        masks[x.weight] = spread(namespace(keep), keep, grids[x.name])
-    found = flatten(with_biases(masks, tree, config)).leaves
-    for path in {x.bias for x in config.layers if x.bias in found}:
-        found[path] = found[path] | (stop_gradient(tree.leaves[path]) != 0)
-    return tree.rebuild(found)
+    return {
+        x.weight: spread(namespace(keeps[x.name]), keeps[x.name], grids[x.name])
+        for x in config.layers
+    }
 
 
 def _kept(weight: Any, g: Grid) -> Any:
     """Returns which units have a weight that is not zero, ``(members, units)``."""
-    return compiled(weight, _not_zero, "g")(stop_gradient(weight), g=g)
+    return compiled(weight, _not_zero, "g")(weight, g=g)
 
 
 def _not_zero(weight: Any, *, g: Grid) -> Any:
@@ -162,7 +168,7 @@ def _found(
 
 
 def _check_groups(layer: Layer, weight: Any, nm: NM) -> None:
-    kept = to_numpy(stop_gradient(weight) != 0)
+    kept = to_numpy(weight != 0)
     inside = range(-len(layer.in_axes), 0)
     rows = np.moveaxis(kept, layer.in_axes, inside).reshape(-1, nm.of)
     wrong = int((rows.sum(1) > nm.keep).sum())
