@@ -73,3 +73,56 @@ def whole_number(value: Any, where: str, lowest: int) -> int:
     if value < lowest:
         raise ValueError(f"{where} must be at least {lowest}, got {value!r}")
     return int(value)
+
+
+#: The classes of the models that each adapter of ``purepruning_interop`` is for, as their names
+#: begin and end: no framework is imported to recognise one.
+_MODELS = {
+    "linen": ("flax.linen.", ("Module",)),
+    "nnx": ("flax.nnx.", ("Module",)),
+    "equinox": ("equinox.", ("Module",)),
+    "haiku": (
+        "haiku.",
+        (
+            "Module",
+            "Transformed",
+            "TransformedWithState",
+            "MultiTransformed",
+            "MultiTransformedWithState",
+        ),
+    ),
+    "torch": ("torch.nn.", ("Module",)),
+}
+
+
+def adapter_of(model: Any) -> str | None:
+    """Returns the adapter that a model, or a class of models, is for; None for anything else.
+
+    >>> adapter_of(np.ones(3))
+    """
+    for cls in (model if isinstance(model, type) else type(model)).__mro__:
+        for adapter, (start, names) in _MODELS.items():
+            if f"{cls.__module__}.".startswith(start) and cls.__name__ in names:
+                return adapter
+    return None
+
+
+def wrong_model(where: str, model: Any, adapter: str, wanted: str, remedy: str = "") -> TypeError:
+    """Returns the error for what is no model of an adapter; names the adapter that it is for.
+
+    Args:
+        where: the call, for the message.
+        model: what came.
+        adapter: where it came.
+        wanted: what was expected.
+        remedy: what to do where that is not known from the object.
+    """
+    found = adapter_of(model)
+    if isinstance(model, type):
+        what, remedy = f"the class {model.__name__}", "pass an instance of it"
+    else:
+        what = type(model).__name__
+    if found not in (None, adapter):
+        remedy = f"use purepruning_interop.{found} for it"
+    end = f"; {remedy}" if remedy else ""
+    return TypeError(f"{where}: model must be {wanted}, got {what}{end}")

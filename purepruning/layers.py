@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
-from purepruning.arguments import missing
+from purepruning.arguments import adapter_of, missing
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -252,6 +252,12 @@ def checked_table(layers: Layers) -> tuple[Layer, ...]:
         TypeError: it is no table, or holds something else than rows.
         ValueError: two rows have the same name or weight, or a bias is another row's weight.
     """
+    adapter = adapter_of(layers)
+    if adapter is not None:
+        raise TypeError(
+            f"layers must be a table of Layer rows, got a model, {type(layers).__name__}; make the "
+            f"table by purepruning_interop.{adapter}.layers"
+        )
     if isinstance(layers, Layer) or not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
     table = tuple(layers)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from purepruning.arguments import missing
+from purepruning.arguments import adapter_of, missing
 from purepruning.arrays import by_numpy, chosen, is_concrete, is_torch, namespace
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
@@ -34,7 +34,8 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     Raises:
         KeyError: a mask names no parameter.
         ValueError: a mask does not broadcast to its parameter, or lies on another torch device.
-        TypeError: a mask is not boolean, or of the other framework than its parameter.
+        TypeError: a mask is not boolean, or of the other framework than its parameter; or
+            ``params`` is a module.
 
     >>> import jax.numpy as jnp
     >>> params = {"w": jnp.array([[1.0, 2.0], [jnp.nan, 4.0]]), "b": jnp.array([5.0, 6.0])}
@@ -42,6 +43,11 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     >>> apply_masks(params, masks)["w"].tolist()
     [[1.0, 2.0], [0.0, 0.0]]
     """
+    if adapter_of(params) == "torch":
+        raise TypeError(
+            f"apply_masks: params must be a dict of tensors, got the module {type(params).__name__}"
+            "; use purepruning_interop.torch.apply_(model, masks)"
+        )
     tree = flatten(params)
     masked = {p: zero_pruned(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
     return tree.rebuild({**tree.leaves, **masked})

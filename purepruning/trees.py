@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from purepruning.arguments import adapter_of
 from purepruning.arrays import is_torch
+
+#: Models that are no trees of arrays, by adapter: how their parameters are had.
+_PARAMETERS = {
+    "torch": "dict(model.named_parameters()), or use apply_, keep_pruned and masked_call of "
+    "purepruning_interop.torch, which take the module",
+    "nnx": "nnx.state(model, nnx.Param)",
+    "linen": "what model.init returned, such as its ['params']",
+    "haiku": "the parameters that its init returned",
+}
 
 
 class Flat(NamedTuple):
@@ -29,11 +39,18 @@ def flatten(tree: Any) -> Flat:
     only.
 
     Raises:
+        TypeError: ``tree`` is a model of torch, Flax or Haiku, not its parameters.
         ValueError: two leaves have the same path, or torch tensors are not in one flat dict.
 
     >>> flatten({"b": {"w": 1.0}, "a": [2.0, 3.0]}).leaves
     {'a.0': 2.0, 'a.1': 3.0, 'b.w': 1.0}
     """
+    adapter = adapter_of(tree)
+    if adapter in _PARAMETERS:
+        raise TypeError(
+            f"expected a tree of arrays, got a model, {type(tree).__name__}; give "
+            f"{_PARAMETERS[adapter]}"
+        )
     if isinstance(tree, Mapping) and tree and all(map(is_torch, tree.values())):
         leaves = {name: tree[name] for name in sorted(tree)}
         return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from purepruning.arguments import missing
+from purepruning.arguments import adapter_of, missing
 from purepruning.arrays import is_concrete
 from purepruning.config.config import Config, Pruner
 from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
@@ -34,7 +34,7 @@ class KeepPrunedState(NamedTuple):
 
 
 def keep_pruned(
-    masks: Masks, inner: optax.GradientTransformation | optax.MultiSteps | None = None
+    masks: Masks, inner: optax.GradientTransformation | optax.MultiSteps | None = None, *others: Any
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns a transform after which pruned weights are exactly zero; it goes last in a chain.
 
@@ -64,9 +64,11 @@ def keep_pruned(
     Args:
         masks: tree of booleans with None where nothing is pruned, matched to parameters by path.
         inner: optimizer to keep off pruned weights.
+        *others: nothing; what is given here was meant for the function of that name for torch.
 
     Raises:
         KeyError, ValueError, TypeError: by ``init``, as :func:`purepruning.apply_masks`.
+        TypeError: at once, if ``masks`` is a model or ``inner`` no Optax transform.
         ValueError: by ``update``, without ``params``.
         KeyError: by ``update``, if params or updates lack a masked parameter.
 
@@ -78,6 +80,7 @@ def keep_pruned(
     >>> optax.apply_updates(params, updates)["w"].tolist()
     [0.5, 0.0]
     """
+    _check_arguments(masks, inner, others)
     if isinstance(inner, optax.MultiSteps):
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     elif inner is not None:
@@ -118,6 +121,29 @@ def keep_pruned(
         return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_arguments(masks: Any, inner: Any, others: tuple[Any, ...]) -> None:
+    """Raises for what belongs to the function of the same name for torch, or to none."""
+    adapter = adapter_of(masks)
+    if adapter == "torch" or type(inner).__module__.startswith("torch."):
+        raise TypeError(
+            "keep_pruned makes an Optax transform, and got a module or an optimizer of torch; use "
+            "purepruning_interop.torch.keep_pruned(model, masks, optimizer)"
+        )
+    if adapter not in (None, "equinox"):  # whose modules may be masks
+        raise TypeError(
+            f"keep_pruned: masks must be a tree of booleans, got a model, {type(masks).__name__}; "
+            "call keep_pruned(masks, optimizer), and give its update the parameters"
+        )
+    if others:
+        raise TypeError(f"keep_pruned takes (masks, inner), got {2 + len(others)} arguments")
+    known = optax.GradientTransformation | optax.MultiSteps | None
+    if not isinstance(inner, known):
+        raise TypeError(
+            "keep_pruned: inner must be an Optax transform, such as optax.adam(1e-3), got "
+            f"{type(inner).__name__}"
+        )
 
 
 class PruneOnScheduleState(NamedTuple):
