@@ -34,15 +34,17 @@ def build(
         outputs: which outputs keep their size.
     """
     paths = sorted(leaves)
-    resolved, by, parts = _settle(flow, paths, leaves, axes)
-    atoms, first = _order(resolved, paths)
-    numbers = np.zeros(flow.atoms.size, np.int64)
-    numbers[atoms[np.argsort(first, kind="stable")]] = 1 + np.arange(len(atoms))
     roles = {
         (path, a): _role(flow, path, a, len(leaves[path]))
         for path in paths
         for a in range(len(leaves[path]))
     }
+    resolved, by, parts = _settle(flow, paths, leaves, axes)
+    while _keep_tables(flow, resolved, roles):
+        resolved, by, parts = _settle(flow, paths, leaves, axes)
+    atoms, first = _order(resolved, paths)
+    numbers = np.zeros(flow.atoms.size, np.int64)
+    numbers[atoms[np.argsort(first, kind="stable")]] = 1 + np.arange(len(atoms))
     coupled = {
         path: Coupled(
             tuple(leaves[path]),
@@ -100,6 +102,23 @@ def _settle(
             resolved[path], by[path] = found, tuple(blocks)
         if not changed and not _settle_statistics(flow):
             return resolved, by, parts
+
+
+def _keep_tables(
+    flow: Flow, resolved: Mapping[str, Sequence[Axis]], roles: Mapping[tuple[str, int], str]
+) -> bool:
+    """Keeps atoms that no layer makes or reads, such as rows of a table; whether there are any."""
+    layers, tables = np.zeros(flow.atoms.size, bool), np.zeros(flow.atoms.size, bool)
+    for path, axes in resolved.items():
+        for a, x in enumerate(axes):
+            if x is not None:
+                (tables if roles[path, a] == COMPANION else layers)[x] = True
+    tables &= ~layers
+    tables[KEPT] = False
+    alone = np.flatnonzero(tables)
+    if len(alone):
+        flow.atoms.keep(alone[:, None], "of a table that no layer makes or reads")
+    return bool(len(alone))
 
 
 def _keep_last(flow: Flow, x: Axis) -> bool:

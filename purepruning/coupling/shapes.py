@@ -27,6 +27,8 @@ from purepruning.coupling.value import (
 
 def reshape(flow: Flow, value: Value, shape: Sequence[Any]) -> Value:
     """Returns the value in another shape: axes merge into products and split into factors."""
+    if any(isinstance(n, int) and n == 0 for n in shape):
+        return flow.constant(shape, np.zeros(()))  # without elements, nothing ties its axes
     axes: list[Axis] = [None] * len(shape)
     at_removed: list[AtRemoved] = [UNKNOWN] * len(shape)
     origins: list[frozenset[tuple[str, int]]] = [frozenset()] * len(shape)

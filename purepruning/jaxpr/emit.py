@@ -48,6 +48,8 @@ def _pick(
 ) -> Any:
     """Returns the part of an axis that starts at ``start``, of what is left of it."""
     kept = r.s.kept(old)
+    if isinstance(size, int) and size == 0:
+        return jax.lax.slice_in_dim(array, 0, 0, axis=axis)
     if kept is None:
         return jax.lax.slice_in_dim(array, start, start + (size - 1) * step + 1, step, axis)
     places = start + step * np.arange(size)

@@ -130,6 +130,8 @@ def leaf_uses(program: Program, paths: dict[int, str]) -> dict[str, int]:
         for op in readers.get(number, ()):
             if op.name in PASSING:
                 total += uses(op.outputs[0])
+            elif op.inner and not _is_read_inside(op, number):
+                continue
             elif op.name in ("remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"):
                 total += 2  # inside, an operation is not told from another by its program alone
             else:
@@ -137,3 +139,33 @@ def leaf_uses(program: Program, paths: dict[int, str]) -> dict[str, int]:
         return total
 
     return {path: uses(number) for number, path in paths.items()}
+
+
+def _is_read_inside(op: Op, number: int) -> bool:
+    """Whether a program inside an operation reads one of its operands."""
+    if op.name == "while":
+        n, m = op.params["cond_nconsts"], op.params["body_nconsts"]
+        carry = op.inputs[n + m :]
+        given = [(*op.inputs[:n], *carry), (*op.inputs[n : n + m], *carry)]
+        if number in carry:
+            return True
+    elif op.name == "cond":
+        given = [op.inputs[1:]] * len(op.inner)
+        if number == op.inputs[0]:
+            return True
+    else:
+        # A derivative reads no parameter that its function does not.
+        given = [op.inputs]
+    return any(
+        name == number and _is_read(program, inner)
+        for program, names in zip(op.inner, given, strict=False)
+        for name, inner in zip(names, program.inputs, strict=False)
+    )
+
+
+def _is_read(program: Program, number: int) -> bool:
+    if number in program.outputs:
+        return True
+    return any(
+        number in op.inputs and (not op.inner or _is_read_inside(op, number)) for op in program.ops
+    )

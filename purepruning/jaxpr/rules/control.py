@@ -98,6 +98,7 @@ def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         i: x.leaf
         for i, x in enumerate(scanned)
         if x.leaf is not None
+        and is_floating(state.program.avals[op.inputs[n + m + i]])
         and state.uses.get(x.leaf[0], 0) == 1
         and state.depth == 0
         and isinstance(length, int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,22 @@ def _elementwise(state: Walk, op: Op, operands: list[Value]) -> list[Value]:
         value = dataclasses.replace(value, known=known, leaf=leaf, summed=source.summed)
     elif op.name in ("div", "mul") and len(operands) == 2:
         _note_mean(state, op, operands)
+    if value.ndim == 0 and op.name in _NUMBERS and all(v.known is not None for v in operands):
+        numbers = [np.asarray(v.known) for v in operands]
+        value = dataclasses.replace(value, known=_NUMBERS[op.name](*numbers).astype(result))
     return [value]
+
+
+#: What is computed of numbers that are known, such as a divisor of N - 1.
+_NUMBERS: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+}
 
 
 def _rounds(name: str, dtypes: Sequence[Any], result: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from purepruning.coupling import shapes
@@ -14,6 +15,14 @@ from purepruning.jaxpr.constants import concrete
 from purepruning.jaxpr.program import Op, Program
 from purepruning.jaxpr.rules.shapes import all_are, same, shape_of
 from purepruning.jaxpr.walk import Rule, Walk
+
+
+def _fills_nothing(op: Op) -> bool:
+    """Whether zeros stay zeros: an index out of range gives zero, or NaN in both models alike."""
+    fill = op.params["fill_value"]
+    if op.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP or fill is None:
+        return True
+    return bool(fill == 0 or fill != fill)
 
 
 # Picking positions.
@@ -27,6 +36,7 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         if a not in n.collapsed_slice_dims and a not in n.operand_batching_dims
     ]
     batch_out = [d for d in range(len(shape)) if d not in n.offset_dims]
+    zeros = _fills_nothing(op)
     axes: list[Any] = [None] * len(shape)
     at_removed: list[Any] = [UNKNOWN] * len(shape)
     batch_axes = list(range(indices.ndim - 1))  # the last axis of the indices holds coordinates
@@ -37,17 +47,11 @@ def _gather(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flow.atoms.same(value.axes[a], indices.axes[b])
         d = batch_out[b]
         axes[d] = None if value.axes[a] is None else axes[d]
-        at_removed[d] = (
-            0.0 if all_are(value.at_removed[a], 0.0) and not op.params["fill_value"] else UNKNOWN
-        )
+        at_removed[d] = 0.0 if zeros and all_are(value.at_removed[a], 0.0) else UNKNOWN
     for d, a in zip(n.offset_dims, offset_axes, strict=True):
         if same(sizes[a], value.shape[a]):
             axes[d] = value.axes[a]
-            at_removed[d] = (
-                0.0
-                if all_are(value.at_removed[a], 0.0) and not op.params["fill_value"]
-                else UNKNOWN
-            )
+            at_removed[d] = 0.0 if zeros and all_are(value.at_removed[a], 0.0) else UNKNOWN
         else:
             flow.keep(value, "a part whose place is computed", [a])
     for a in n.collapsed_slice_dims:

@@ -22,9 +22,10 @@ def _broadcast(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 
 def _reshape(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
-    if op.params.get("dimensions") is not None:
-        return None
-    return [shapes.reshape(state.flow, xs[0], shape_of(state, op))]
+    value, order = xs[0], op.params.get("dimensions")
+    if order is not None:
+        value = shapes.transpose(state.flow, value, order)
+    return [shapes.reshape(state.flow, value, shape_of(state, op))]
 
 
 def _transpose(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
