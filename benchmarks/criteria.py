@@ -130,11 +130,11 @@ def _in_torch(kind: str, size: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
     start = activations.init(params, table)
 
     def watched() -> Any:
-        y, outputs = interop.capture(model, params, x, layers=table)
+        y, outputs = interop.capture(model, x, params=params, layers=table)
         return y, activations.update(start, outputs, table, activation="relu")
 
     def state() -> Any:
-        return watched()[1], interop.capture(model, params, x, layers=table)[1], table
+        return watched()[1], interop.capture(model, x, params=params, layers=table)[1], table
 
     return {"plain": lambda: model(x), "with statistics": watched}, state
 

@@ -268,7 +268,7 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
     with _seconds(note, "masks_s"):
         masks = coupling.masks(units, parameters)
     with _seconds(note, "shrink_s"):
-        small, _report = ppt.shrink(module, masks, coupling, *inputs, norms="original")
+        small = ppt.shrink(module, masks, coupling, *inputs, norms="original").model
     masked = copy.deepcopy(module)
     with torch.no_grad():
         for name, tensor in (*masked.named_parameters(), *masked.named_buffers()):

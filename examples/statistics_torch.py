@@ -18,7 +18,7 @@ config = pp.resolve(rules, layers, granularity="output_channel")
 
 def update(active, slopes, params, x):
     def loss(params):
-        y, outputs = interop.capture(model, params, x, layers=config.layers)  # changed
+        y, outputs = interop.capture(model, x, params=params, layers=config.layers)  # changed
         return (y**2).mean(), outputs
 
     grads, outputs = torch.func.grad(loss, has_aux=True)(params)  # changed

@@ -106,9 +106,7 @@ def fit(model: nn.Module, data: Any, batches: Any, rate: float) -> None:
     model.eval()
 
 
-def halve(
-    model: nn.Module, coupling: pp.Coupling, x: torch.Tensor, round_to: int = 1
-) -> interop.ShrunkModule:
+def halve(model: nn.Module, coupling: pp.Coupling, x: torch.Tensor, round_to: int = 1) -> Shrunk:
     """Returns the model with half the multiply-adds, its widths multiples of ``round_to``."""
     layers = interop.layers(model)
     how = {"scope": "global", "cost": "macs", "round_to": round_to}
@@ -168,7 +166,8 @@ def main() -> None:
     fit(dense, data, training, TRAINING_RATE)
 
     coupling = interop.couple(dense, x)
-    shrunk, report = halve(dense, coupling, x)
+    half = halve(dense, coupling, x)
+    shrunk, report = half.model, half.report
     console.print(str(coupling), str(report), sep="\n\n", end="\n\n", soft_wrap=True)
     masked = copy.deepcopy(dense)
     interop.apply_(masked.state_dict(), report.masks)  # statistics of batch norms are masked too
@@ -184,7 +183,8 @@ def main() -> None:
     # The small model again, from files.
     pp.save_plan("structured_half.safetensors", report.plan)
     plan, state = pp.load_plan("structured_half.safetensors"), torch.load("structured_half.pt")
-    again = interop.rebuild(ResNet().eval(), plan, state, x)
+    again = interop.rebuild(ResNet().eval(), plan, x).model
+    again.load_state_dict(state)
 
     models = {"dense": dense, "masked": masked, "shrunk": shrunk, **exported}
     calls = {n: torch.inference_mode()(lambda m=m: m(images).numpy()) for n, m in models.items()}

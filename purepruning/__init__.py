@@ -21,7 +21,7 @@ from purepruning.coupling.plan import Plan
 from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
-from purepruning.jaxpr.shrink import ShrunkFunction, shrink
+from purepruning.jaxpr.shrink import rebuild, shrink
 from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.nni.names import from_nni
@@ -109,7 +109,7 @@ __all__ = [
     "group_norm",
     "group_penalty",
     "shrink",
-    "ShrunkFunction",
+    "rebuild",
     "Plan",
     "save_plan",
     "load_plan",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,54 +11,98 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.shrink_report import ShrinkReport
+from purepruning.coupling.shrink_report import Shrunk
+from purepruning_interop._table import is_array, split_static
 
 #: How far the outputs of a native module and of the function may be apart, relative to the largest.
 TOLERANCE = 1e-5
 
 
-class ShrunkModule(NamedTuple):
-    """What ``shrink`` of a model returns.
+def with_model(
+    small: Shrunk,
+    model: Any,
+    function: Callable[[Any], tuple[Callable[..., Any], Any]],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    trained: Iterable[str],
+) -> Shrunk:
+    """Returns the shrunk function with the model that computes the same, if this one does.
 
-    Attributes:
-        model: a model of the same class with smaller arrays; None where none computes the same.
-        fn: ``fn(params, *inputs)``, which always does.
-        params: the smaller parameters and statistics.
-        report: what was removed.
-        reason: why there is no model; empty where there is one.
+    Args:
+        small: the function and its parameters.
+        model: a model of the original's class with these parameters.
+        function: returns a model as a function, and its parameters.
+        inputs, kwargs: what it is called with.
+        trained: paths of the parameters, without statistics, for the report.
     """
+    native, own = function(model)
+    structure = jax.tree.structure(own)  # attributes of the model may be part of it
 
-    model: Any
-    fn: Callable[..., Any]
-    params: Any
-    report: ShrinkReport
-    reason: str
+    def run(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return native(jax.tree.unflatten(structure, jax.tree.leaves(params)), *inputs, **kwargs)
+
+    deviation, reason = _compare(run, small.fn, small.params, inputs, kwargs)
+    report = dataclasses.replace(
+        small.report,
+        params=small.report.plan.sizes(trained),
+        kind="function" if reason else "module",
+        reason=reason,
+        deviation=None if reason else deviation,
+    )
+    return Shrunk(None if reason else model, small.fn, small.params, report)
 
 
-def disagreement(
-    native: Callable[..., Any], fn: Callable[..., Any], params: Any, inputs: Sequence[Any]
-) -> str:
-    """Returns why ``native(params, *inputs)`` is not ``fn(params, *inputs)``, or ``""``.
+def as_function(small: Shrunk, reason: str, trained: Iterable[str]) -> Shrunk:
+    """Returns the shrunk function with the reason why there is no model."""
+    params = small.report.plan.sizes(trained)
+    report = dataclasses.replace(small.report, params=params, reason=reason)
+    return dataclasses.replace(small, report=report)
+
+
+def _compare(
+    native: Callable[..., Any],
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[float, str]:
+    """Returns how far two functions are apart, and why they are not the same, or ``""``.
 
     Both run on random numbers instead of the parameters: a layer that is still zero hides what is
     before it.
     """
-    params = _drawn(params)
-    given = jax.tree.map(lambda x: _drawn(x) if isinstance(x, jax.ShapeDtypeStruct) else x, inputs)
+    arrays, put = split_static((tuple(inputs), dict(kwargs)))
+    given = [_drawn(x) if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays]
+
+    def run(function: Callable[..., Any]) -> list[Any]:
+        def call(params: Any, arrays: Sequence[Any]) -> Any:
+            inputs, kwargs = put(arrays)
+            leaves = jax.tree.leaves(function(params, *inputs, **kwargs))
+            return [x for x in leaves if is_array(x) and not _is_key(x)]
+
+        return jax.jit(call)(_drawn(params), given)
+
     try:
-        found = jax.jit(native)(params, *given)
+        found = run(native)
     except Exception as error:  # the module's own checks may raise anything
-        return f"its forward does not run: {type(error).__name__}: {error}".splitlines()[0]
-    expected = jax.jit(fn)(params, *given)
-    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
-    for one, other in pairs:
+        line = f"its forward does not run: {type(error).__name__}: {error}".splitlines()[0]
+        return np.inf, line
+    worst = 0.0
+    for one, other in zip(run(fn), found, strict=True):
         if one.shape != other.shape:
-            return f"its output has shape {other.shape}, not {one.shape}"
-        scale = float(jnp.abs(one).max(initial=1e-30))
-        apart = float(jnp.abs(one - other).max(initial=0.0)) / scale
+            return np.inf, f"its output has shape {other.shape}, not {one.shape}"
+        dtype = np.complex128 if np.iscomplexobj(one) else np.float64
+        one, other = np.asarray(one, dtype), np.asarray(other, dtype)
+        scale = max(float(np.abs(one).max(initial=0.0)), 1e-30)
+        apart = float(np.abs(one - other).max(initial=0.0)) / scale
         if not apart <= TOLERANCE:
-            return f"its output differs by {apart:.1e} of the largest number"
-    return ""
+            return apart, f"its output differs by {apart:.1e} of the largest number"
+        worst = max(worst, apart)
+    return worst, ""
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.extended))
 
 
 def _drawn(tree: Any) -> Any:

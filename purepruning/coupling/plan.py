@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from purepruning.arrays import array_like, by_numpy, namespace
@@ -60,7 +62,9 @@ class Plan:
         The tree may hold the parameters themselves, another checkpoint of them, or anything with
         trees of the same shapes inside: an optimizer's state, moving averages. An array belongs to
         the parameter whose path ends as its own does, on the longest such ending, if it has that
-        parameter's shape; everything else comes back as it is.
+        parameter's shape; everything else comes back as it is. Of shapes
+        (``jax.ShapeDtypeStruct``, as ``jax.eval_shape`` returns them) it gives the smaller shapes,
+        which say what to read from a checkpoint of the small model.
 
         Raises:
             ValueError: an array at the exact path of a parameter has another shape; or an array
@@ -75,6 +79,23 @@ class Plan:
                 leaf = cut_array(leaf, self.cuts.get(name, ()))
             found[path] = leaf
         return flat.rebuild(found)
+
+    def same_cuts(self, other: Plan) -> bool:
+        """Whether another plan keeps the same positions of the same axes."""
+        return self.cuts.keys() == other.cuts.keys() and all(
+            len(mine) == len(other.cuts[path])
+            and all(
+                a.axis == b.axis and a.by == b.by and np.array_equal(a.positions, b.positions)
+                for a, b in zip(mine, other.cuts[path], strict=True)
+            )
+            for path, mine in self.cuts.items()
+        )
+
+    def sizes(self, paths: Iterable[str]) -> tuple[int, int]:
+        """Returns how many numbers these parameters have before and after they are cut."""
+        paths = list(paths)
+        before = sum(math.prod(self.shapes[path]) for path in paths)
+        return before, sum(math.prod(self.shape(path)) for path in paths)
 
     def _parameter(self, path: str, leaf: Any) -> str | None:
         if not hasattr(leaf, "shape"):
@@ -137,8 +158,62 @@ def plan_of(coupling: Coupling, removed: np.ndarray) -> Plan:
     return Plan(shapes, cuts, tuple(np.flatnonzero(removed).tolist()))
 
 
+def units_of_plan(coupling: Coupling, plan: Plan) -> np.ndarray:
+    """Returns the units of a coupling that a plan removes, as a boolean by unit number.
+
+    By positions, so that the coupling may number other units than the one that the plan was made
+    from: those go that lie in positions which go, and in none that stays.
+
+    Raises:
+        ValueError: the plan is for other parameters, or cuts between what the coupling holds
+            together.
+    """
+    gone, stays = np.zeros((2, coupling.n_units + 1), bool)
+    stays[0] = True
+    for path in sorted({*coupling.leaves, *plan.shapes}):
+        leaf, shape = coupling.leaves.get(path), plan.shapes.get(path)
+        if leaf is None or leaf.shape != shape:
+            ours = "no such parameter" if leaf is None else f"shape {leaf.shape}"
+            theirs = "is not for it" if shape is None else f"is for shape {shape}"
+            raise ValueError(
+                f"the plan does not fit: {path!r} has {ours}, and the plan {theirs}; pass the plan "
+                "of this model"
+            )
+        positions = {cut.axis: cut.positions for cut in plan.cuts.get(path, ())}
+        for axis, units in enumerate(leaf.units):
+            if units is None or (axis in positions and positions[axis].ndim != units.ndim - 1):
+                continue
+            keep = np.ones(units.shape[:-1], bool)
+            if axis in positions:
+                keep[:] = False
+                np.put_along_axis(keep, positions[axis], True, -1)
+            stays[units[keep]] = True
+            gone[units[~keep]] = True
+    removed = gone & ~stays
+    _check_fit(coupling, plan, removed)
+    return removed
+
+
+def _check_fit(coupling: Coupling, plan: Plan, removed: np.ndarray) -> None:
+    again = plan_of(coupling, removed)
+    for path in sorted({*plan.cuts, *again.cuts}):
+        one, other = (Plan(p.shapes, {path: p.cuts.get(path, ())}, ()) for p in (plan, again))
+        if not one.same_cuts(other):
+            pins = {f"axis {p.axis}: {p.reason}" for p in coupling.frozen if p.path == path}
+            why = f" ({'; '.join(sorted(pins))})" if pins else ""
+            raise ValueError(
+                f"the plan does not fit: it cuts {path!r} differently from what is coupled here"
+                f"{why}; couple and shrink the model as it is called here"
+            )
+
+
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
-    """Returns what stays of an array; a new array wherever something goes."""
+    """Returns what stays of an array; a new array wherever something goes. Shapes give shapes."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = list(array.shape)
+        for cut in cuts:
+            shape[cut.axis] = cut.positions.shape[-1]
+        return array.update(shape=tuple(shape))
     return by_numpy(functools.partial(_cut, cuts), array) if cuts else array
 
 

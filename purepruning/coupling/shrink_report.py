@@ -1,8 +1,9 @@
-"""What shrinking did, in any framework, and checks that coupling and model belong together."""
+"""What shrinking returns, in any framework, and checks that coupling and model belong together."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +15,19 @@ from purepruning.coupling.plan import Plan
 Norms = Literal["original", "kept"]
 
 
+#: What a smaller model is: the model's own class, a graph of its operations, or a function.
+Kind = Literal["module", "graph", "function"]
+
+_KINDS = {
+    "module": "the model's own class",
+    "graph": "a graph of its operations",
+    "function": "a function of smaller parameters",
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShrinkReport:
-    """What a shrunk model lost.
+    """What a shrunk model lost, and what it is.
 
     Attributes:
         plan: which positions stay; data that cuts other checkpoints and optimizer states.
@@ -26,6 +37,16 @@ class ShrinkReport:
         statistics: how many sums are corrected for removed positions, with ``norms="original"``.
         restored: units that the masks prune and that stay, since not all that makes them agreed.
         extended: units that go although not all that makes them is masked.
+        kind: what the result is: ``"module"``, of the model's own class; ``"graph"``, a graph
+            module of its operations (torch); ``"function"``.
+        reason: why it is not of the model's own class; empty where it is.
+        deviation: largest difference of the result from its reference when both were run, relative
+            to the largest output; None where there was nothing to compare. NNX and Equinox compare
+            the model with the function, on random parameters; torch compares the module with the
+            masked one, in float64 where that runs.
+        dynamic: whether the batch size is open, as it is for all but some graphs.
+        names: for torch, the path of the leaf that every name of the state dict stands for; of
+            tied weights there is one.
     """
 
     plan: Plan
@@ -36,9 +57,14 @@ class ShrinkReport:
     statistics: int
     restored: tuple[int, ...]
     extended: tuple[int, ...]
+    kind: Kind = "function"
+    reason: str = ""
+    deviation: float | None = None
+    dynamic: bool = True
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(params={self.params}, macs={self.macs})"
+        return f"ShrinkReport(params={self.params}, macs={self.macs}, kind={self.kind!r})"
 
     def __str__(self) -> str:
         (p, q), (m, k) = self.params, self.macs
@@ -54,7 +80,41 @@ class ShrinkReport:
             lines.append(f"units kept although masked, for others need them: {len(self.restored)}")
         if self.extended:
             lines.append(f"units removed although not masked everywhere: {len(self.extended)}")
+        details = [self.reason] if self.reason else []
+        details += [] if self.deviation is None else [f"agrees to {self.deviation:.0e}"]
+        details += [] if self.dynamic else ["for one batch size only"]
+        end = f" ({'; '.join(details)})" if details else ""
+        lines.append(f"result: {_KINDS[self.kind]}{end}")
         return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Shrunk:
+    """A smaller model: what shrinking returns, for a function or a model of any framework.
+
+    Attributes:
+        model: the smaller model. Of the model's own class where ``reason`` is empty; else a graph
+            module (torch), or None: then ``fn`` is what there is.
+        fn: ``fn(params, *inputs, **kwargs)``, the smaller model as a function; for torch
+            :func:`torch.func.functional_call` of ``model``.
+        params: the smaller parameters, as ``fn`` takes them: with the statistics in JAX, without
+            the buffers in torch.
+        report: what was removed, and how.
+    """
+
+    model: Any
+    fn: Callable[..., Any]
+    params: Any
+    report: ShrinkReport
+
+    @property
+    def reason(self) -> str:
+        """Why ``model`` is not of the model's own class; empty where it is."""
+        return self.report.reason
+
+    def __repr__(self) -> str:
+        model = "None" if self.model is None else type(self.model).__name__
+        return f"Shrunk(model={model}, report={self.report!r})"
 
 
 def check_same(expected: Coupling, found: Coupling) -> None:
@@ -80,3 +140,12 @@ def check_coupling(coupling: Any) -> None:
     """Raises TypeError for what is no coupling."""
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be what couple() returns, got {type(coupling).__name__}")
+
+
+def check_plan(plan: Any) -> None:
+    """Raises TypeError for what is no plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            "plan must be the plan of a report of shrink(), or what load_plan() returns, got "
+            f"{type(plan).__name__}"
+        )

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import jax
-
 from purepruning.coupling.cost import LayerCost, ModelCost
+from purepruning.jaxpr.call import Call, trace_call
 from purepruning.jaxpr.internals import scan_sizes
-from purepruning.jaxpr.program import Op, Program, trace
-from purepruning.trees import flatten
+from purepruning.jaxpr.program import Op, Program
 from purepruning.types import Params
 
 #: What depends on parameters alone: their paths; None depends on inputs.
 Origin = frozenset[str] | None
 
 
-def count(fn: Callable[..., Any], params: Params, *inputs: Any) -> ModelCost:
-    """Returns parameters, multiply-adds and activation bytes of ``fn(params, *inputs)``.
+def count(fn: Callable[..., Any], params: Params, /, *inputs: Any, **kwargs: Any) -> ModelCost:
+    """Returns parameters, multiply-adds and activation bytes of ``fn(params, *inputs, **kwargs)``.
 
     Read off the jaxpr: loops count as often as they run (``while`` once), of branches the most
     expensive one counts. Products of two activations (attention scores) count as well, under the
     name of their place.
 
     Args:
-        fn, params, *inputs: as for :func:`purepruning.couple`.
+        fn, params, *inputs, **kwargs: as for :func:`purepruning.couple`.
 
     >>> import jax.numpy as jnp
     >>> params = {"one": {"w": jnp.ones((3, 8))}, "two": {"w": jnp.ones((8, 2))}}
@@ -35,31 +33,20 @@ def count(fn: Callable[..., Any], params: Params, *inputs: Any) -> ModelCost:
     >>> found.params, found.macs, [(x.name, x.macs) for x in found.layers]
     (40, 200, [('one', 120), ('two', 80)])
     """
-    tree = flatten(params)
-    arrays = {path: x for path, x in tree.leaves.items() if hasattr(x, "shape")}
-    given, treedef = jax.tree.flatten(inputs)
-    dynamic = [i for i, x in enumerate(given) if hasattr(x, "shape")]
+    return cost_of(trace_call(fn, params, inputs, kwargs))
 
-    def flat(weights: list[Any], xs: list[Any]) -> Any:
-        filled = list(given)
-        for i, x in zip(dynamic, xs, strict=True):
-            filled[i] = x
-        whole = {**tree.leaves, **dict(zip(arrays, weights, strict=True))}
-        return fn(tree.rebuild(whole), *jax.tree.unflatten(treedef, filled))
 
-    program, _, _ = trace(
-        flat,
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()],
-        [jax.ShapeDtypeStruct(given[i].shape, given[i].dtype) for i in dynamic],
-    )
-    origins: list[Origin] = [frozenset([path]) for path in arrays]
-    origins += [None] * len(dynamic)
+def cost_of(call: Call, trained: Collection[str] | None = None) -> ModelCost:
+    """Returns the cost of a call, with the parameters named in ``trained``; None means all."""
+    origins: list[Origin] = [frozenset([path]) for path in call.params]
+    origins += [None] * len(call.given)
     products: dict[str, list[Any]] = {}
-    _walk(program, origins, 1, products)
+    _walk(call.program, origins, 1, products)
     sizes: dict[str, int] = {}
-    for path, x in arrays.items():
-        name = _layer(path)
-        sizes[name] = sizes.get(name, 0) + math.prod(x.shape)
+    for path, x in call.params.items():
+        if trained is None or path in trained:
+            name = _layer(path)
+            sizes[name] = sizes.get(name, 0) + math.prod(x.shape)
     names = [*products, *(name for name in sizes if name not in products)]
     return ModelCost(tuple(LayerCost(n, sizes.get(n, 0), *products.get(n, [0, 0])) for n in names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,22 @@ from purepruning.coupling.build import build
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.value import Value, whole
-from purepruning.jaxpr.program import Program, trace
+from purepruning.jaxpr.call import Call, trace_call
+from purepruning.jaxpr.program import Program
 from purepruning.jaxpr.rules.table import RULES
 from purepruning.jaxpr.walk import Trace, leaf_uses, walk
 from purepruning.trees import flatten
 from purepruning.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """In place of a boolean in ``outputs``: what replaces the parameters whose paths begin so.
+
+    It shrinks with them, whether or not the function reads them.
+    """
+
+    prefix: str
 
 
 class Analysis(NamedTuple):
@@ -35,10 +47,12 @@ class Analysis(NamedTuple):
 def couple(
     fn: Callable[..., Any],
     params: Params,
+    /,
     *inputs: Any,
     outputs: Any = True,
+    **kwargs: Any,
 ) -> Coupling:
-    """Returns which channels of which parameters ``fn(params, *inputs)`` couples.
+    """Returns which channels of which parameters ``fn(params, *inputs, **kwargs)`` couples.
 
     The function is traced, never run: every position of every parameter's axis starts as a unit of
     its own, and each operation of the jaxpr says which of them coincide, come apart into factors,
@@ -50,7 +64,8 @@ def couple(
             ``remat`` and custom derivatives are entered.
         params: pytree of all arrays that may be cut, statistics of batch norms included; arrays or
             ``jax.ShapeDtypeStruct``.
-        *inputs: the other arguments, likewise. They are never cut. What is no array is passed on.
+        *inputs, **kwargs: the other arguments, likewise. They are never cut. What is no array is
+            passed on. A keyword ``outputs`` of the function's own cannot be given; wrap it.
         outputs: tree of booleans, a prefix of the function's result: whether it keeps its size
             (True) or may shrink along with the parameters (False), as updated statistics should.
 
@@ -65,44 +80,31 @@ def couple(
     >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('one[1]', 8, ['bias', 'one', 'two'])]
     """
-    return analyse(fn, params, inputs, outputs).coupling
+    return analyse(trace_call(fn, params, inputs, kwargs), outputs).coupling
 
 
-def analyse(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], outputs: Any) -> Analysis:
-    """Returns the program of ``fn(params, *inputs)`` with the atoms of every variable."""
-    tree = flatten(params)
-    leaves = {path: leaf for path, leaf in tree.leaves.items() if _is_array(leaf)}
-    names = list(leaves)
-    arrays, treedef = jax.tree.flatten(inputs)
-    dynamic = [i for i, x in enumerate(arrays) if _is_array(x)]
-
-    def flat(weights: list[Any], given: list[Any]) -> Any:
-        filled = list(arrays)
-        for i, x in zip(dynamic, given, strict=True):
-            filled[i] = x
-        whole_tree = tree.rebuild({**tree.leaves, **dict(zip(names, weights, strict=True))})
-        return fn(whole_tree, *jax.tree.unflatten(treedef, filled))
-
-    program, result, out_tree = trace(
-        flat, [_shape(leaves[n]) for n in names], [_shape(arrays[i]) for i in dynamic]
-    )
+def analyse(call: Call, outputs: Any) -> Analysis:
+    """Returns the program of a call with the atoms of every variable."""
+    program, names = call.program, list(call.params)
     paths = dict(zip(program.inputs, names, strict=False))
     uses = leaf_uses(program, paths)
+    fates = output_fates(call, outputs)
     flow = Flow()
     values: dict[str, Value] = {}
     for name in sorted(names):
-        floating = jnp.issubdtype(leaves[name].dtype, jnp.inexact)
-        values[name] = flow.leaf(name, tuple(leaves[name].shape), bool(floating))
+        floating = jnp.issubdtype(call.params[name].dtype, jnp.inexact)
+        values[name] = flow.leaf(name, tuple(call.params[name].shape), bool(floating))
     for name in names:
-        if not uses[name]:
+        if not uses[name] and name not in fates:
             flow.keep(values[name], "not used by the function")
     operands = [values[name] for name in names]
-    operands += [whole(arrays[i].shape) for i in dynamic]
+    operands += [whole(x.shape) for x in call.given]
     found, traced = walk(program, operands, flow, uses, RULES)
-    fixed = _fixed(outputs, jax.tree.unflatten(out_tree, result))
-    for value, stays in zip(found, fixed, strict=True):
-        if stays:
+    for value, fate in zip(found, fates, strict=True):
+        if fate is True:
             flow.keep(value, "an output")
+        elif isinstance(fate, str) and fate in values and values[fate].shape == value.shape:
+            flow.unify([values[fate], value], "comes back as it went in")
     coupling, numbers = build(
         flow,
         {path: v.shape for path, v in values.items()},
@@ -110,7 +112,7 @@ def analyse(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], output
         times=_times(program, traced),
         outputs=outputs,
     )
-    return Analysis(program, traced, flow, paths, out_tree, coupling, numbers)
+    return Analysis(program, traced, flow, paths, call.out_tree, coupling, numbers)
 
 
 def _times(program: Program, trace: Trace, times: int = 1) -> dict[tuple[int, int], int]:
@@ -125,24 +127,26 @@ def _times(program: Program, trace: Trace, times: int = 1) -> dict[tuple[int, in
     return found
 
 
-def _fixed(outputs: Any, result: Any) -> list[bool]:
+def output_fates(call: Call, outputs: Any) -> list[bool | str]:
+    """Returns for every leaf of a call's result whether it stays whole, or which leaf it replaces.
+
+    Raises:
+        TypeError, ValueError: ``outputs`` is no tree of booleans that is a prefix of the result.
+    """
+
+    def spread(fate: Any, part: Any) -> Any:
+        if not isinstance(fate, State):
+            return jax.tree.map(lambda _: fate, part)
+        flat = flatten(part)
+        return flat.rebuild({path: f"{fate.prefix}{path}" for path in flat.leaves})
+
+    result = jax.tree.unflatten(call.out_tree, call.result)
     try:
-        spread = jax.tree.map(
-            lambda flag, part: jax.tree.map(lambda _: flag, part), outputs, result
-        )
+        fates = jax.tree.leaves(jax.tree.map(spread, outputs, result))
     except (ValueError, TypeError) as error:
         raise type(error)(
             f"outputs must be a tree of booleans, a prefix of the result: {error}"
         ) from None
-    flags = jax.tree.leaves(spread)
-    if not all(isinstance(f, bool) for f in flags):
+    if not all(isinstance(f, bool | State) for f in jax.tree.leaves(outputs)):
         raise TypeError(f"outputs must hold booleans, got {outputs!r}")
-    return flags
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+    return fates

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from purepruning.arguments import missing, one_of
 from purepruning.coupling.coupling import Coupling
-from purepruning.coupling.plan import Plan, plan_of
+from purepruning.coupling.plan import Plan, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
-from purepruning.coupling.shrink_report import Norms, ShrinkReport, check_coupling, check_same
-from purepruning.coupling.unit_masks import Conflicts
-from purepruning.jaxpr.couple import Analysis, analyse
+from purepruning.coupling.shrink_report import (
+    Norms,
+    ShrinkReport,
+    Shrunk,
+    check_coupling,
+    check_plan,
+    check_same,
+)
+from purepruning.coupling.unit_masks import Chosen, Conflicts
+from purepruning.jaxpr.call import Call, is_array, trace_call
+from purepruning.jaxpr.couple import Analysis, State, analyse
 from purepruning.jaxpr.emit import EMIT
 from purepruning.jaxpr.interpret import Run
 from purepruning.jaxpr.program import holds_tracers
@@ -23,41 +31,30 @@ from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
 
-class Shrunk(NamedTuple):
-    """What :func:`shrink` returns.
-
-    Attributes:
-        fn: ``fn(params, *inputs)``, with the smaller parameters.
-        params: the smaller parameters.
-        report: what was removed, and how.
-    """
-
-    fn: Callable[..., Any]
-    params: Any
-    report: ShrinkReport
-
-
 def shrink(
     fn: Callable[..., Any],
     params: Params,
     masks: Masks,
     coupling: Coupling,
+    /,
     *inputs: Any,
     norms: Norms = "original",
     conflicts: Conflicts = "keep",
+    **kwargs: Any,
 ) -> Shrunk:
     """Returns a smaller model that computes what the masked one does.
 
     A unit is removed where the masks prune its channels in the layers that make them; scales,
     biases and the layers that read them follow. Weights that are masked one by one stay, as zeros.
-    The result equals ``fn(apply_masks(params, report.masks), *inputs)``.
+    The result equals ``fn(apply_masks(params, report.masks), *inputs, **kwargs)``.
 
     Args:
-        fn: the function that was coupled, ``fn(params, *inputs)``.
+        fn: the function that was coupled, ``fn(params, *inputs, **kwargs)``.
         params: its parameters.
         masks: masks of any pruner, or of :meth:`Coupling.masks`.
         coupling: what :func:`couple` returned for ``fn`` and ``params``.
-        *inputs: arrays or shapes, as for :func:`couple`.
+        *inputs, **kwargs: arrays or shapes, as for :func:`couple`. Keywords ``norms`` and
+            ``conflicts`` of the function's own cannot be given; wrap it.
         norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number
             of positions there were, and adds to sums what removed positions would: the masked model
             exactly. ``"kept"`` averages over what is kept, as a natively smaller layer does.
@@ -90,36 +87,114 @@ def shrink(
             raise TypeError(f"params: {path!r} is a shape; to be cut it must be an array")
     chosen = coupling.chosen(masks, params, conflicts=conflicts)
     plan = plan_of(coupling, chosen.removed)
-    found = analyse(fn, params, inputs, coupling.outputs)
+    found = analyse(trace_call(fn, params, inputs, kwargs), coupling.outputs)
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
     masked = {p: zero_pruned(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
     small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
-    function = ShrunkFunction(fn, plan, norms, coupling.outputs)
+    return _shrunk(fn, small, plan, complete, found, norms, chosen)
+
+
+def rebuild(
+    fn: Callable[..., Any],
+    params: Params,
+    plan: Plan,
+    /,
+    *inputs: Any,
+    outputs: Any = True,
+    norms: Norms = "original",
+    **kwargs: Any,
+) -> Shrunk:
+    """Returns what :func:`shrink` returned, again, from the plan of its report.
+
+    No masks are needed and no weights: ``params`` may be shapes, and then the result's are, which
+    say what to read from a checkpoint of the small model.
+
+    Args:
+        fn: the whole function, ``fn(params, *inputs, **kwargs)``.
+        params: its parameters, or their shapes.
+        plan: of the report, maybe from a file (:func:`purepruning.load_plan`).
+        *inputs, **kwargs: as for :func:`shrink`.
+        outputs: as it was for :func:`couple`; matters only where a plan fits in several ways.
+        norms: as it was for :func:`shrink`.
+
+    Raises:
+        ValueError: the plan is for other parameters, or for a function that couples others; an
+            unknown option.
+        TypeError: ``plan`` is no plan.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from purepruning.coupling.plan import Cut, Plan
+    >>> def mlp(params, x):
+    ...     return jax.nn.relu(x @ params["one"]) @ params["two"]
+    >>> params = {"one": jax.ShapeDtypeStruct((3, 8), "float32")}
+    >>> params["two"] = jax.ShapeDtypeStruct((8, 2), "float32")
+    >>> keep = np.array([0, 5])
+    >>> cuts = {"one": (Cut(1, keep),), "two": (Cut(0, keep),)}
+    >>> plan = Plan({"one": (3, 8), "two": (8, 2)}, cuts, ())
+    >>> small = rebuild(mlp, params, plan, jnp.ones((1, 3)))
+    >>> {name: x.shape for name, x in small.params.items()}
+    {'one': (3, 2), 'two': (2, 2)}
+    """
+    one_of("norms", norms, ("original", "kept"))
+    check_plan(plan)
+    found, removed = fitted(trace_call(fn, params, inputs, kwargs), plan, outputs)
+    units = np.flatnonzero(removed)
+    small, masks = plan.apply(params), found.coupling.masks(units, params)
+    return _shrunk(fn, small, plan, masks, found, norms, Chosen(removed, (), ()))
+
+
+def _shrunk(
+    fn: Callable[..., Any],
+    params: Any,
+    plan: Plan,
+    masks: Any,
+    found: Analysis,
+    norms: Norms,
+    chosen: Chosen,
+) -> Shrunk:
+    function = ShrunkFunction(fn, plan, norms, found.coupling.outputs)
     before, after = found.coupling.cost(), found.coupling.cost(chosen.removed)
     report = ShrinkReport(
         plan,
-        complete,
+        masks,
         (before[0], after[0]),
         (before[1], after[1]),
         norms,
         len(found.flow.statistics),
         chosen.restored,
         chosen.extended,
+        reason="a function was shrunk",
     )
-    return Shrunk(function, small, report)
+    return Shrunk(None, function, params, report)
+
+
+def fitted(call: Call, plan: Plan, outputs: Any) -> tuple[Analysis, np.ndarray]:
+    """Returns a call with its atoms, and the units of it that a plan removes.
+
+    Outputs that must stay whole did so when the plan was made. Where the function returns others
+    here (statistics, in training), those may shrink along: then nothing is held by its outputs.
+
+    Raises:
+        ValueError: the plan does not fit the call.
+    """
+    free = jax.tree.map(lambda fate: fate if isinstance(fate, State) else False, outputs)
+    for given in (outputs, free):
+        try:
+            found = analyse(call, given)
+            return found, units_of_plan(found.coupling, plan)
+        except (TypeError, ValueError):
+            continue  # other outputs, or held by them
+    found = analyse(call, False)
+    return found, units_of_plan(found.coupling, plan)
 
 
 class ShrunkFunction:
-    """``fn(params, *inputs)`` with parameters that a plan cut; traceable, for inputs of any shape.
+    """A function of parameters that a plan cut; traceable, for inputs of any shape.
 
     The original function is traced anew for every new shape of inputs, and its jaxpr runs with the
-    smaller sizes. A pure function of its arguments; the instance only remembers traces.
-
-    >>> import jax.numpy as jnp
-    >>> from purepruning.coupling.plan import Cut, Plan
-    >>> fn = lambda params, x: (x @ params["one"]) @ params["two"]
-    >>> cuts = {"one": (Cut(1, [0]),), "two": (Cut(0, [0]),)}
+    smaller sizes. A pure function of its arguments; the instance only remembers traces. Outputs
+    that depend on what is removed, such as updated statistics, are as small as that.
     """
 
     def __init__(
@@ -128,7 +203,7 @@ class ShrunkFunction:
         self.fn, self.plan, self.norms, self.outputs = fn, plan, norms, outputs
         self._traces: dict[Any, tuple[Analysis, Removal]] = {}
 
-    def __call__(self, params: Any, *inputs: Any) -> Any:
+    def __call__(self, params: Any, /, *inputs: Any, **kwargs: Any) -> Any:
         """Returns ``fn`` of the smaller parameters."""
         tree = flatten(params)
         for path in self.plan.shapes:
@@ -149,7 +224,7 @@ class ShrunkFunction:
             full[path] = jax.ShapeDtypeStruct(
                 self.plan.shapes[path], leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
             )
-        arrays, treedef = jax.tree.flatten(inputs)
+        arrays, treedef = jax.tree.flatten((inputs, kwargs))
         key: Any = (
             treedef,
             tuple(map(_kind, arrays)),
@@ -160,37 +235,22 @@ class ShrunkFunction:
         except TypeError:  # an argument that cannot be hashed
             key, remembered = None, None
         if remembered is None:
-            remembered = self._trace(tree.rebuild(full), inputs)
+            remembered = self._trace(tree.rebuild(full), inputs, kwargs)
             # What a closure holds of an outer transformation must not outlive it.
             if key is not None and not holds_tracers(remembered[0].program):
                 self._traces[key] = remembered
         analysis, removal = remembered
         weights = [tree.leaves[path] for path in analysis.paths.values()]
-        given = [x for x in arrays if hasattr(x, "shape") and hasattr(x, "dtype")]
+        given = [x for x in arrays if is_array(x)]
         found = Run(analysis.program, analysis.trace, removal, EMIT).results([*weights, *given])
         return jax.tree.unflatten(analysis.out_tree, found)
 
-    def _trace(self, params: Any, inputs: Any) -> tuple[Analysis, Removal]:
-        found = analyse(self.fn, params, inputs, self.outputs)
-        if max(self.plan.removed, default=0) > found.coupling.n_units:
-            raise ValueError(
-                "the plan does not fit the function for these inputs: it removes unit "
-                f"{max(self.plan.removed)}, and there are {found.coupling.n_units}"
-            )
-        units = np.zeros(found.coupling.n_units + 1, bool)
-        units[list(self.plan.removed)] = True
-        again = plan_of(found.coupling, units)
-        for path in {*self.plan.cuts, *again.cuts}:
-            mine, theirs = self.plan.cuts.get(path, ()), again.cuts.get(path, ())
-            if len(mine) != len(theirs) or any(
-                a.axis != b.axis or a.by != b.by or not np.array_equal(a.positions, b.positions)
-                for a, b in zip(mine, theirs, strict=True)
-            ):
-                raise ValueError(
-                    f"the plan does not fit the function for these inputs: it cuts {path!r} "
-                    "differently from what the function couples"
-                )
-        return found, Removal(found.flow, units[found.numbers], self.norms)
+    def _trace(
+        self, params: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Analysis, Removal]:
+        call = trace_call(self.fn, params, inputs, kwargs)
+        found, removed = fitted(call, self.plan, self.outputs)
+        return found, Removal(found.flow, removed[found.numbers], self.norms)
 
 
 def _kind(x: Any) -> Any:

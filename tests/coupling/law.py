@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import purepruning as pp
-from purepruning.jaxpr.shrink import Shrunk
+from purepruning.coupling.shrink_report import Shrunk
 from purepruning.trees import flatten
 from tests.fast import jit_once
 

@@ -258,7 +258,8 @@ def in_torch(name):
     model, coupling, before = torch_network(row.network)
     config = resolve(row, ppt.layers(model), coupling)
     masks = pp.l1_norm(dict(model.named_parameters()), None, config)
-    small, report = ppt.shrink(model, masks, coupling, x)
+    found = ppt.shrink(model, masks, coupling, x)
+    small, report = found.model, found.report
     assert report.kind == "module"
     kept = {layer.name: masks[layer.weight].flatten(1).any(1).tolist() for layer in config.layers}
     return Outcome(before, observe(small, x), kept)

@@ -98,7 +98,7 @@ def test_torch(batch):
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(batch, 3, 5, 5)).astype(np.float32))
     params = {name: p.detach() for name, p in model.named_parameters()}
     config = config_of(interop.layers(model))
-    _, outputs = interop.capture(model, params, x, layers=config.layers)
+    _, outputs = interop.capture(model, x, params=params, layers=config.layers)
     stats = activations.init(params, config)
     stats = activations.update(stats, outputs, config, activation="relu")
     expected = outputs["0"].clamp(min=0).mean((0, 2, 3))
@@ -113,10 +113,12 @@ def test_torch_attention():
     model = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32))
     params = {name: p.detach() for name, p in model.named_parameters()}
-    config = config_of(interop.layers(model))
+    # The packed projection has no output of its own.
+    layers = [layer for layer in interop.layers(model) if layer.name != "self_attn"]
+    config = config_of(layers)
     names = [layer.name for layer in config.layers]
     assert names == ["linear1", "linear2", "self_attn.out_proj"]
-    _, outputs = interop.capture(model, params, x, layers=names)
+    _, outputs = interop.capture(model, x, params=params, layers=names)
     stats = activations.init(params, config)
     stats = activations.update(stats, outputs, config, activation="identity")
     expected = model.self_attn(x, x, x)[0].detach().mean((0, 1))

@@ -102,7 +102,8 @@ def test_torch_models_get_smaller_with_default_options(name, types):
     params = dict(model.named_parameters())
     config = pp.resolve([{"sparsity": 0.5, "op_types": [types]}], layers, coupling=coupling)
     masks = pp.l1_norm(params, None, config)
-    small, report = ppt.shrink(model, masks, coupling, *inputs)[:2]
+    found = ppt.shrink(model, masks, coupling, *inputs)
+    small, report = found.model, found.report
     assert report.params[1] < report.params[0]
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     masked = torch.func.functional_call(model, pp.apply_masks(state, report.masks), inputs)

@@ -270,7 +270,7 @@ def test_class_names():
 
 @pytest.mark.parametrize("wrong", [nn.Linear, {"weight": jnp.zeros((2, 2))}, jnp.zeros(2), None])
 def test_what_holds_no_module(wrong):
-    with pytest.raises(TypeError, match=r"model must be an equinox\.Module, or a pytree of them"):
+    with pytest.raises(TypeError, match=r"model must be an equinox\.Module or a pytree of them"):
         adapter.layers(wrong)
 
 

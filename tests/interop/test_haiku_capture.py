@@ -58,7 +58,8 @@ def test_state_and_key_are_passed_on():
     model = hk.transform_with_state(normed)
     params, state = model.init(KEY, X)
     names = ["linear", "batch_norm"]
-    (y, new), outputs = adapter.capture(model, params, X, layers=names, rng=KEY, state=state)
+    variables = {"params": params, "state": state}
+    (y, new), outputs = adapter.capture(model, variables, X, layers=names, rng=KEY)
     first = np.asarray(dense(params["linear"], X))
     norm = (first - first.mean(0)) / np.sqrt(first.var(0) + 1e-5)
     assert_outputs(outputs, {"linear": first, "batch_norm": norm}, rtol=1e-4)
@@ -155,15 +156,15 @@ def test_errors():
         adapter.capture(model, {**params, "more": params["last"]}, X, layers=["more"])
     with pytest.raises(TypeError, match="layers must list layer names"):
         adapter.capture(model, params, X, layers="last")
-    with pytest.raises(TypeError, match=r"transformed must be what hk\.transform returns"):
+    with pytest.raises(TypeError, match=r"model must be what hk\.transform returns"):
         adapter.capture(net, params, X, layers=["last"])
-    with pytest.raises(TypeError, match="params must be what"):
+    with pytest.raises(TypeError, match="variables must be what"):
         adapter.capture(model, [params], X, layers=["last"])
     with pytest.raises(TypeError, match="takes no state, but one was passed"):
-        adapter.capture(model, params, X, layers=["last"], state={})
+        adapter.capture(model, {"params": params, "state": {}}, X, layers=["last"])
     with pytest.raises(TypeError, match="takes no rng, but one was passed"):
         adapter.capture(hk.without_apply_rng(model), params, X, layers=["last"], rng=KEY)
-    with pytest.raises(TypeError, match="has a state; pass it"):
+    with pytest.raises(TypeError, match="has a state; pass variables as"):
         adapter.capture(hk.transform_with_state(net), params, X, layers=["last"])
 
 

@@ -336,10 +336,10 @@ def test_tracing_leaves_no_tracer_behind():
 def test_errors():
     transformed = hk.transform(lambda x: hk.nets.MLP([3, 4])(x))
     params = init(transformed, VECTOR)
-    with pytest.raises(TypeError, match=r"transformed must be what hk\.transform returns"):
+    with pytest.raises(TypeError, match=r"model must be what hk\.transform returns"):
         adapter.layers(hk.Linear, params, VECTOR)
     for wrong in (None, transformed, {"w": VECTOR}):
-        with pytest.raises(TypeError, match=r"params must be what transformed\.init returns"):
+        with pytest.raises(TypeError, match=r"variables must be what model\.init returns"):
             adapter.layers(transformed, wrong, VECTOR)
     with pytest.raises(ValueError, match=r"makes no parameter 'mlp/~/linear_2.w'.*linear_1.w"):
         adapter.layers(transformed, {"mlp/~/linear_2": {"w": VECTOR}}, VECTOR)

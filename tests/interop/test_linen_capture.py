@@ -338,7 +338,7 @@ def test_wrong_layers(layers, error, message):
 def test_wrong_arguments():
     net = Net()
     variables = init(net, X)
-    with pytest.raises(TypeError, match=r"capture\(module, .*\): module must be"):
+    with pytest.raises(TypeError, match=r"capture\(model, .*\): model must be"):
         linen.capture(Net, variables, X, layers=["first"])
     with pytest.raises(TypeError, match="do not fit Net"):
         linen.capture(net, variables, layers=["first"])

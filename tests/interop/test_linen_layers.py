@@ -630,8 +630,8 @@ def test_tracing_leaves_no_tracer_behind():
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((nn.Dense, {}, VECTOR), TypeError, "module must be a flax.linen.Module instance"),
-        (({}, nn.Dense(3), VECTOR), TypeError, "module must be a flax.linen.Module instance"),
+        ((nn.Dense, {}, VECTOR), TypeError, "model must be a flax.linen.Module instance"),
+        (({}, nn.Dense(3), VECTOR), TypeError, "model must be a flax.linen.Module instance"),
         ((nn.Dense(3), nn.Dense(3), VECTOR), TypeError, "variables must be what Dense.init"),
         ((nn.Dense(3), {}), TypeError, "do not fit Dense.__call__: missing .* 'inputs'"),
         ((nn.Dense(3), {}, VECTOR), ValueError, "not those of this Dense"),

@@ -128,17 +128,17 @@ def each(model, x):
 def test_equinox_modules(norms):
     model = draw(Convolutions(KEY))
     x = jnp.moveaxis(IMAGE, -1, 1)
-    coupling = ppe.couple(model, x, call=each)
+    coupling = ppe.couple(model, x, method=each)
     _, params = ppe.function(model)
     groups = next(f for f in coupling.families if f.kind == "block")
     masks = coupling.masks(groups.units[:2], params)
-    found = ppe.shrink(model, masks, coupling, x, call=each, norms=norms)
+    found = ppe.shrink(model, masks, coupling, x, method=each, norms=norms)
     assert found.reason == ""
     assert (found.model.norm.groups, found.model.depthwise.groups) == (2, 4)
     assert distance(each(pp.apply_masks(model, masks), x), each(found.model, x)) < 1e-5
     positions = next(f for f in coupling.families if f.kind == "position")
     masks = coupling.masks(positions.units[:1], params)
-    found = ppe.shrink(model, masks, coupling, x, call=each, norms=norms)
+    found = ppe.shrink(model, masks, coupling, x, method=each, norms=norms)
     assert (found.model is not None) == (norms == "kept")
     if norms == "original":
         assert distance(each(pp.apply_masks(model, masks), x), found.fn(found.params, x)) < 1e-5

@@ -46,7 +46,9 @@ def test_outputs_are_those_before_what_overwrites_them(own):
     net = Net().eval()
     params = dict((net if own else Net()).named_parameters())
     with torch.no_grad():
-        y, outputs = adapter.capture(net, None if own else params, X, layers=adapter.layers(net))
+        y, outputs = adapter.capture(
+            net, X, params=None if own else params, layers=adapter.layers(net)
+        )
         first = dense(params, "first", X)
         norm = first.relu() / np.sqrt(1 + 1e-5)
         last = dense(params, "last", norm + 1)
@@ -64,9 +66,9 @@ def test_nothing_is_left_behind_also_where_the_forward_raises(fail):
     fast = torch.backends.mha.get_fastpath_enabled()
     if fail:
         with pytest.raises(ZeroDivisionError):
-            adapter.capture(net, buffers, X, fail=True, layers=["first", "norm"])
+            adapter.capture(net, X, params=buffers, fail=True, layers=["first", "norm"])
     else:
-        adapter.capture(net, buffers, X, layers=["first", "norm"])
+        adapter.capture(net, X, params=buffers, layers=["first", "norm"])
     assert hooks(net) == []
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert [x._version for x in net.state_dict(keep_vars=True).values()] == versions
@@ -78,7 +80,7 @@ def test_nothing_is_left_behind_also_where_the_forward_raises(fail):
 def test_a_hook_of_the_user_stays_and_comes_first():
     net = Net().eval()
     handle = net.first.register_forward_hook(lambda m, args, y: y + 1)
-    _, outputs = adapter.capture(net, None, X, layers=["first"])
+    _, outputs = adapter.capture(net, X, layers=["first"])
     expected = dense(dict(net.named_parameters()), "first", X) + 1
     assert_outputs(numbers(outputs), {"first": expected.detach()})
     assert list(net.first._forward_hooks) == [handle.id]
@@ -89,7 +91,7 @@ def test_buffers_are_returned_where_asked_for(given):
     net, twin = Net(), Net()
     twin.load_state_dict(net.state_dict())
     params = {"norm.running_mean": torch.full((3,), 2.0)} if given else None
-    (y, buffers), _ = adapter.capture(net, params, X, layers=["first"], mutable=True)
+    (y, buffers), _ = adapter.capture(net, X, params=params, layers=["first"], mutable=True)
     x = dense(dict(net.named_parameters()), "first", X).relu().detach()
     start = 2 if given else 0
     assert sorted(buffers) == [
@@ -109,7 +111,7 @@ def test_vmap_over_stacked_parameters_and_buffers():
     params, buffers = torch.func.stack_module_state(nets)
 
     def function(values):
-        return adapter.capture(nets[0], values, X, layers=["first", "norm"])[1]
+        return adapter.capture(nets[0], X, params=values, layers=["first", "norm"])[1]
 
     found = torch.func.vmap(function)(params | buffers)
     first = torch.stack([dense(dict(n.named_parameters()), "first", X) for n in nets]).detach()
@@ -128,7 +130,7 @@ def test_gradient_equals_the_one_by_hand(functional):
     params = {name: p.detach() for name, p in net.named_parameters()}
 
     def loss(params):
-        return (adapter.capture(net, params, X, layers=["first"])[1]["first"] ** 2).sum()
+        return (adapter.capture(net, X, params=params, layers=["first"])[1]["first"] ** 2).sum()
 
     if functional:
         grad = torch.func.grad(loss)(params)["first.weight"]
@@ -157,7 +159,7 @@ def test_shared_module_gives_the_list_of_its_outputs_under_each_name():
     first = dense(p, "a", X)
     second = dense(p, "a", first)
     head = second @ p["a.weight"].T + p["head.bias"]
-    _, outputs = adapter.capture(net, None, X, layers=["b", "a", "head", "a.weight", "head.weight"])
+    _, outputs = adapter.capture(net, X, layers=["b", "a", "head", "a.weight", "head.weight"])
     assert outputs["a"] is not outputs["b"]
     for name in ("a", "b", "a.weight"):
         assert isinstance(outputs[name], list)
@@ -167,7 +169,7 @@ def test_shared_module_gives_the_list_of_its_outputs_under_each_name():
     torch.testing.assert_close(outputs["head.weight"], head)
 
     given = {"b.weight": torch.eye(4), "b.bias": torch.ones(4)}  # by another name
-    _, outputs = adapter.capture(net, given, X, layers=["a", "head"])
+    _, outputs = adapter.capture(net, X, params=given, layers=["a", "head"])
     torch.testing.assert_close(outputs["a"], [X + 1, X + 2])
     torch.testing.assert_close(outputs["head"], X + 2 + p["head.bias"])
 
@@ -177,7 +179,7 @@ def test_buffer_by_another_name_of_its_module():
     net["b"] = net["a"]
     net.forward = lambda x: net["b"](x)
     (_, buffers), _ = adapter.capture(
-        net, {"b.running_mean": torch.ones(4)}, X, layers=["a"], mutable=True
+        net, X, params={"b.running_mean": torch.ones(4)}, layers=["a"], mutable=True
     )
     torch.testing.assert_close(buffers["b.running_mean"], 0.9 + 0.1 * X.mean(0))
     assert "a.running_mean" not in buffers
@@ -192,24 +194,26 @@ def test_attention_returns_what_it_returns_and_first_of_it_the_output_of_its_out
         net.train(not evaluated)
         with torch.no_grad():
             names = ["attention", "attention.out_proj"]
-            y, outputs = adapter.capture(net, None, x, layers=names)
+            y, outputs = adapter.capture(net, x, layers=names)
         torch.testing.assert_close(outputs["attention"], y)
         torch.testing.assert_close(outputs["attention.out_proj"], y[0])
         assert [tuple(t.shape) for t in outputs["attention"]] == [(2, 5, 4), (2, 5, 5)]
     stacked = {name: torch.stack([p, 2 * p]) for name, p in net.named_parameters()}
-    found = torch.func.vmap(lambda p: adapter.capture(net, p, x, layers=["attention"])[1])(stacked)
+    found = torch.func.vmap(lambda p: adapter.capture(net, x, params=p, layers=["attention"])[1])(
+        stacked
+    )
     torch.testing.assert_close(found["attention"][0][0], outputs["attention"][0])
     # Alone too, from several calls, and from a model that does call it.
     net.forward = lambda x: net["attention"](*[net["attention"](x, x, x)[0]] * 3)
-    y, outputs = adapter.capture(net, None, x, layers=["attention.out_proj"])
+    y, outputs = adapter.capture(net, x, layers=["attention.out_proj"])
     assert list(outputs) == ["attention.out_proj"]
     torch.testing.assert_close(outputs["attention.out_proj"][1], y[0])
     net.forward = lambda x: net["attention"].out_proj(x)
-    y, outputs = adapter.capture(net, None, x, layers=["attention.out_proj"])
+    y, outputs = adapter.capture(net, x, layers=["attention.out_proj"])
     torch.testing.assert_close(outputs["attention.out_proj"], y)
     net.forward = lambda x: x
     with pytest.raises(ValueError, match=r"layer 'attention\.out_proj' is never called"):
-        adapter.capture(net, None, x, layers=["attention.out_proj"])
+        adapter.capture(net, x, layers=["attention.out_proj"])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -221,7 +225,7 @@ def test_layers_of_an_evaluated_encoder_are_called(padded):
     mask = {"src_key_padding_mask": torch.tensor([[0] * 5, [0] * 3 + [1] * 2]).bool()}
     with torch.no_grad():
         _, outputs = adapter.capture(
-            net, None, x, layers=["layers.0.linear1", "layers.1.norm2"], **(mask if padded else {})
+            net, x, layers=["layers.0.linear1", "layers.1.norm2"], **(mask if padded else {})
         )
         wanted = net.train().requires_grad_(False)
         for module in wanted.modules():
@@ -238,7 +242,7 @@ def test_layers_of_an_evaluated_encoder_are_called(padded):
 def test_recurrent_layer_and_names_of_its_weights():
     net = nn.Sequential(nn.LSTM(4, 3, batch_first=True))
     names = [layer.name for layer in adapter.layers(net)]
-    y, outputs = adapter.capture(net, None, X[None], layers=names)
+    y, outputs = adapter.capture(net, X[None], layers=names)
     assert list(outputs) == names
     for name in names:
         torch.testing.assert_close(outputs[name], y)
@@ -251,7 +255,7 @@ def test_computed_weights_are_of_the_layer_around_them():
     ):
         net = nn.Sequential(make())
         rows = adapter.layers(net)
-        _, outputs = adapter.capture(net, None, X, layers=rows)
+        _, outputs = adapter.capture(net, X, layers=rows)
         for row in rows:
             torch.testing.assert_close(outputs[row.name], X @ net[0].weight.T + net[0].bias)
 
@@ -261,7 +265,7 @@ def test_compiled():
     params = {name: p.detach() for name, p in net.named_parameters()}
 
     def function(params, x):
-        return adapter.capture(net, params, x, layers=["first"])[1]
+        return adapter.capture(net, x, params=params, layers=["first"])[1]
 
     found = torch.compile(function, backend="eager")(params, X)
     torch.testing.assert_close(found["first"], dense(params, "first", X))
@@ -280,14 +284,14 @@ class Idle(nn.Module):
 def test_errors():
     net = Net()
     with pytest.raises(ValueError, match="layer 'idle' is never called in this forward pass"):
-        adapter.capture(Idle(), None, X, layers=["used", "idle"])
+        adapter.capture(Idle(), X, layers=["used", "idle"])
     with pytest.raises(ValueError, match="no layer 'frist'; nearest: 'first'"):
-        adapter.capture(net, None, X, layers=["frist"])
+        adapter.capture(net, X, layers=["frist"])
     with pytest.raises(TypeError, match="layers must list layer names"):
-        adapter.capture(net, None, X, layers="first")
+        adapter.capture(net, X, layers="first")
     with pytest.raises(KeyError, match=r"no parameter or buffer 'first\.wieght'; nearest"):
-        adapter.capture(net, {"first.wieght": X}, X, layers=["first"])
+        adapter.capture(net, X, params={"first.wieght": X}, layers=["first"])
     with pytest.raises(TypeError, match="model must be a torch"):
-        adapter.capture(Net, None, X, layers=["first"])
+        adapter.capture(Net, X, layers=["first"])
     with pytest.raises(TypeError, match="params must map names to tensors"):
-        adapter.capture(net, list(net.parameters()), X, layers=["first"])
+        adapter.capture(net, X, params=list(net.parameters()), layers=["first"])

@@ -33,7 +33,7 @@ def test_every_pattern_has_units_or_none_as_expected(pattern):
         assert coupling.n_units > 0
     elif pattern.expect.startswith("frozen"):
         assert coupling.n_units == 0
-    exported = analyse(model, inputs, {}, "exported").coupling  # by another tracer
+    exported = analyse(model, inputs, {}, how="exported").coupling  # by another tracer
     check_same(exported, coupling)
     assert frozen_reason(exported).keys() == frozen_reason(coupling).keys()
 
@@ -205,7 +205,7 @@ def test_twins_in_jax_and_torch_give_the_same_units_masks_and_shapes(kind):
     masks = ours.masks(chosen, params)
     masks_torch = theirs.masks([twin[int(u)] for u in chosen], state_of(model))
     small = pp.shrink(fn, params, masks, ours, x)
-    small_torch, _ = ppt.shrink(model, masks_torch, theirs, inputs)
+    small_torch = ppt.shrink(model, masks_torch, theirs, inputs).model
     for path, mask in masks.items():
         if mask is not None:
             full = np.broadcast_to(np.asarray(mask), params[path].shape)

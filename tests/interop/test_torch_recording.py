@@ -385,4 +385,4 @@ def test_a_parameter_that_is_not_read_is_the_same_to_both():
     inputs = (torch.ones(2, 4),)
     coupling = ppt.couple(model, *inputs)
     assert {p.path: p.reason for p in coupling.frozen}["spare.weight"] == "not used"
-    check_same(analyse(model, inputs, {}, "exported").coupling, coupling)
+    check_same(analyse(model, inputs, {}, how="exported").coupling, coupling)

@@ -27,7 +27,8 @@ def shrunk(model, inputs, units=None, **options):
     coupling = ppt.couple(model, *inputs)
     units = half(coupling) if units is None else units
     masks = coupling.masks(units, state_of(model))
-    return masks, *ppt.shrink(model, masks, coupling, *inputs, **options)
+    found = ppt.shrink(model, masks, coupling, *inputs, **options)
+    return masks, found.model, found.report
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_batch_norm_bias_of_a_pruned_channel_goes_with_it():
     coupling = ppt.couple(model, *inputs)
     filters = {"a.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)}
     filters["a.weight"][:4] = False
-    small, report = ppt.shrink(model, filters, coupling, *inputs)
+    found = ppt.shrink(model, filters, coupling, *inputs)
+    small, report = found.model, found.report
     assert small.bn_a.num_features == 4
     assert report.masks["bn_a.bias"].sum() == 4
     assert report.masks["bn_a.running_mean"].sum() == 4
@@ -254,7 +256,7 @@ def test_masks_may_name_any_of_the_tied_names():
     coupling = ppt.couple(model, *inputs)
     masks = coupling.masks(half(coupling), state_of(model))
     masks["head.weight"] = masks.pop("embed.weight")
-    small, _ = ppt.shrink(model, masks, coupling, *inputs)
+    small = ppt.shrink(model, masks, coupling, *inputs).model
     assert small.head.weight.shape[1] == 4
 
 
@@ -319,13 +321,17 @@ def test_a_saved_plan_rebuilds_the_model(name, tmp_path):
     pp.save_plan(tmp_path / "plan.safetensors", report.plan)
     plan = pp.load_plan(tmp_path / "plan.safetensors")
     fresh, _ = built(name, seed=5)
-    again = ppt.rebuild(fresh, plan, small.state_dict(), *inputs)
-    assert type(again) is type(small) or report.kind == "graph"
-    assert distance(small(*inputs), again(*inputs)) == 0.0
-    cut = ppt.rebuild(model, plan, None, *inputs)
-    assert distance(small(*inputs), cut(*inputs)) <= 1e-12
-    with pytest.raises(ValueError, match="plan does not belong to this model"):
-        ppt.rebuild(built("residual")[0], plan, None, *image())
+    again = ppt.rebuild(fresh, plan, *inputs)
+    again.model.load_state_dict(small.state_dict())
+    assert (again.report.kind, again.report.params) == (report.kind, report.params)
+    assert type(again.model) is type(small) or report.kind == "graph"
+    assert distance(small(*inputs), again.model(*inputs)) == 0.0
+    cut = ppt.rebuild(model, plan, *inputs)
+    assert distance(small(*inputs), cut.model(*inputs)) <= 1e-12
+    assert distance(small(*inputs), cut.fn(cut.params, *inputs)) <= 1e-12
+    other, given = built("residual")
+    with pytest.raises(ValueError, match=r"the plan does not fit: .* pass the plan of this model"):
+        ppt.rebuild(other, plan, *given)
 
 
 def test_the_original_is_untouched():
@@ -353,8 +359,11 @@ def test_the_masks_of_a_report_apply_to_the_state():
     x = torch.randn(5, 3)
     coupling = ppt.couple(model, x)
     masks = coupling.masks([1, 3], dict(model.state_dict()))
-    small, report = ppt.shrink(model, masks, coupling, x)
-    assert repr(report).startswith("TorchShrinkReport(params=")
+    found = ppt.shrink(model, masks, coupling, x)
+    small, report = found.model, found.report
+    assert repr(found).startswith("Shrunk(model=Sequential, report=ShrinkReport(params=")
+    assert found.reason == report.reason == ""
+    assert str(report).splitlines()[-1].startswith("result: the model's own class (agrees to ")
     ppt.apply_(model.state_dict(), report.masks)
     assert (model[1].running_var == 0).sum() == 2
     assert torch.allclose(model(x), small(x), atol=1e-6)
@@ -372,11 +381,11 @@ def test_disagreeing_masks_are_refused_kept_or_removed():
         ppt.shrink(model, masks, coupling, *inputs)
     other = torch.ones(8, 6, 3, 3, dtype=torch.bool)
     other[1:3] = False
-    _, kept = ppt.shrink(model, masks | {"c.weight": other}, coupling, *inputs)
-    assert len(kept.restored) == 2
-    small, removed = ppt.shrink(model, masks, coupling, *inputs, conflicts="remove")
-    assert len(removed.extended) == 2
-    assert small.a.out_channels == 6
+    kept = ppt.shrink(model, masks | {"c.weight": other}, coupling, *inputs)
+    assert len(kept.report.restored) == 2
+    removed = ppt.shrink(model, masks, coupling, *inputs, conflicts="remove")
+    assert len(removed.report.extended) == 2
+    assert removed.model.a.out_channels == 6
 
 
 def test_wrong_arguments_are_refused():
@@ -429,7 +438,8 @@ def test_masks_of_weights_one_by_one_are_zeros_in_the_result():
     masks = coupling.masks(half(coupling), state_of(model))
     sparse = torch.rand(model.head.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     masks["head.weight"] = masks["head.weight"] & sparse
-    small, report = ppt.shrink(model, masks, coupling, *inputs)
+    found = ppt.shrink(model, masks, coupling, *inputs)
+    small, report = found.model, found.report
     assert 0.3 < float((small.head.weight == 0).double().mean()) < 0.7
     check_law(model, inputs, report.masks, small, report.plan)
     assert math.isfinite(report.deviation)
@@ -452,3 +462,43 @@ def test_a_model_that_does_not_run_in_double_precision_is_compared_as_it_is():
     assert 0 < small[0].out_features < 16
     assert 0 <= report.deviation <= 1e-5
     assert distance(masked(model, masks)(*inputs), small(*inputs)) <= 1e-5
+
+
+class Features(nn.Module):
+    """Returns logits, and the features that they are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.norm(self.stem(x)).relu()
+        return {"logits": self.head(h.mean((2, 3))), "features": h}
+
+
+@pytest.mark.parametrize("kind", ["module", "graph"])
+def test_outputs_may_shrink_with_the_parameters(kind, request):
+    if kind == "graph":
+        request.getfixturevalue("only_graphs")
+    model, inputs = cast(Features(), image(), torch.float64)
+    fill(model, 0)
+    assert ppt.couple(model, *inputs).n_units == 0
+    coupling = ppt.couple(model, *inputs, outputs={"logits": True, "features": False})
+    assert coupling.n_units == 8
+    masks = coupling.masks([2, 5], state_of(model))
+    small = ppt.shrink(model, masks, coupling, *inputs)
+    assert small.report.kind == kind
+    expected, found = masked(model, masks)(*inputs), small.model(*inputs)
+    assert distance(expected["logits"], found["logits"]) <= 1e-10
+    kept = [0, 2, 3, 5, 6, 7]
+    assert distance(expected["features"][:, kept], found["features"]) <= 1e-10
+    again = ppt.rebuild(model, small.report.plan, *inputs)
+    assert distance(found["features"], again.model(*inputs)["features"]) <= 1e-12
+
+
+@pytest.mark.parametrize("outputs", [{"logits": True}, (True, False), "no", {"logits": 1, "x": 2}])
+def test_outputs_that_fit_no_result(outputs):
+    with pytest.raises((TypeError, ValueError), match="outputs must"):
+        ppt.couple(Features(), *image(), outputs=outputs)

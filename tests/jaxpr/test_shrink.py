@@ -9,7 +9,6 @@ import pytest
 
 import purepruning as pp
 from purepruning.coupling.plan import Cut, Plan
-from purepruning.jaxpr.shrink import ShrunkFunction
 from purepruning.trees import flatten
 from tests.coupling.law import distance, half
 
@@ -167,13 +166,86 @@ def test_the_plan_cuts_optimizer_states_and_other_checkpoints(shrunk):
     )
 
 
-def test_a_saved_plan_is_the_same_plan(shrunk, tmp_path):
+def test_a_saved_plan_makes_the_small_function_again_without_weights(shrunk, tmp_path):
     pp.save_plan(tmp_path / "plan.safetensors", shrunk.report.plan)
     plan = pp.load_plan(tmp_path / "plan.safetensors")
-    fn = ShrunkFunction(NET.apply, plan)
-    assert distance(shrunk.fn(shrunk.params, X), fn(plan.apply(VARIABLES), X)) == distance(
-        shrunk.fn(shrunk.params, X), fn(shrunk.params, X)
+    shapes = jax.eval_shape(NET.init, jax.random.key(0), X)
+    again = pp.rebuild(NET.apply, shapes, plan, X)
+    assert jax.tree.map(jnp.shape, again.params) == jax.tree.map(jnp.shape, shrunk.params)
+    assert {type(x) for x in jax.tree.leaves(again.params)} == {jax.ShapeDtypeStruct}
+    np.testing.assert_array_equal(shrunk.fn(shrunk.params, X), again.fn(shrunk.params, X))
+    assert (again.report.params, again.report.macs) == (shrunk.report.params, shrunk.report.macs)
+    for path, mask in flatten(shrunk.report.masks).leaves.items():
+        np.testing.assert_array_equal(mask, flatten(again.report.masks).leaves[path])
+
+
+def test_a_plan_of_abstract_arrays_gives_abstract_arrays():
+    plan = Plan({"w": (3, 8)}, {"w": (Cut(1, np.array([0, 5])),)}, (1,))
+    tree = {"w": jax.ShapeDtypeStruct((3, 8), jnp.bfloat16), "b": jax.ShapeDtypeStruct((8,), int)}
+    found = plan.apply(tree)
+    assert (found["w"].shape, found["w"].dtype) == ((3, 2), jnp.bfloat16)
+    assert found["b"] is tree["b"]
+
+
+def test_a_plan_that_belongs_to_another_model(shrunk):
+    other = Net(width=4)
+    variables = draw(jax.eval_shape(other.init, jax.random.key(0), X))
+    with pytest.raises(ValueError, match=r"has shape \(4,\), and the plan is for shape \(8,\)"):
+        pp.rebuild(other.apply, variables, shrunk.report.plan, X)
+    less = {"params": VARIABLES["params"]}
+    with pytest.raises(ValueError, match="mean' has no such parameter"):
+        pp.rebuild(lambda v, x: x, less, shrunk.report.plan, X)
+    with pytest.raises(TypeError, match=r"plan must be the plan of a report.*got ShrinkReport"):
+        pp.rebuild(NET.apply, VARIABLES, shrunk.report, X)
+
+
+def test_keywords_are_the_functions_own():
+    def fn(params, x, *, scale, mode="plain"):
+        h = x @ params["one"] * scale[None]
+        return (jnp.sin(h) if mode == "bent" else h) @ params["two"]
+
+    params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
+    x, scale = X[0, 0], jnp.arange(1.0, 5.0)
+    coupling = pp.couple(fn, params, x, scale=jnp.float32(2)[None], mode="bent")
+    assert coupling.n_units == 4
+    assert pp.couple(fn, params, x, scale=scale).n_units == 0  # an input stays whole
+    one = scale[1:2]
+    masks = coupling.masks([2], params)
+    small = pp.shrink(fn, params, masks, coupling, x, scale=one, mode="bent")
+    masked = pp.apply_masks(params, masks)
+    for mode in ("bent", "plain"):
+        expected = fn(masked, x, scale=one, mode=mode)
+        assert distance(expected, small.fn(small.params, x, scale=one, mode=mode)) < 1e-5
+    assert pp.count(fn, params, x, scale=one, mode="plain").macs == 6 * (3 * 4 + 4 * 2)
+
+
+def test_statistics_of_training_are_as_small_as_their_channels(standard_promotion):
+    """Coupled in evaluation, where there are none among the outputs."""
+
+    def fn(variables, x, train=False):
+        if not train:
+            return NET.apply(variables, x)
+        logits, updated = Net(train=True).apply(variables, x, mutable=["batch_stats"])
+        return logits, updated["batch_stats"]
+
+    coupling = pp.couple(fn, VARIABLES, X)
+    masks = coupling.masks(half(coupling), VARIABLES)
+    small = pp.shrink(fn, VARIABLES, masks, coupling, X)
+    expected, full = fn(pp.apply_masks(VARIABLES, masks), X, train=True)
+    logits, stats = jax.jit(small.fn, static_argnames="train")(small.params, X, train=True)
+    assert distance(expected, logits) < 1e-5
+    assert distance(small.report.plan.apply({"batch_stats": full}), {"batch_stats": stats}) < 1e-5
+
+
+def test_the_result_says_what_it_is(shrunk):
+    assert (shrunk.model, shrunk.reason, shrunk.report.kind) == (
+        None,
+        "a function was shrunk",
+        "function",
     )
+    assert repr(shrunk).startswith("Shrunk(model=None, report=ShrinkReport(params=(")
+    last = str(shrunk.report).splitlines()[-1]
+    assert last == "result: a function of smaller parameters (a function was shrunk)"
 
 
 def test_a_file_without_a_plan_is_refused(tmp_path):
@@ -514,7 +586,7 @@ def test_inputs_for_which_nothing_may_go():
 
     params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
     _, small = small_function(fn, params, X[0, 0])
-    with pytest.raises(ValueError, match=r"does not fit the function for these inputs: .* are 0"):
+    with pytest.raises(ValueError, match=r"does not fit: it cuts 'one' .*axis 1: a sort"):
         small.fn(small.params, X[0, 0, :5])
 
 

@@ -1,4 +1,4 @@
-"""Equinox: the layer table of a model, the outputs of its layers, coupling and shrinking."""
+"""Equinox: layer tables, outputs of layers, coupling, shrinking and costs of a model."""
 
 from purepruning.versions import require
 
@@ -6,6 +6,6 @@ require("equinox", __name__)
 
 from purepruning_interop.equinox.capture import capture
 from purepruning_interop.equinox.layers import layers
-from purepruning_interop.equinox.shrink import couple, function, shrink
+from purepruning_interop.equinox.shrink import count, couple, function, rebuild, shrink
 
-__all__ = ["layers", "capture", "couple", "function", "shrink"]
+__all__ = ["layers", "capture", "function", "couple", "count", "shrink", "rebuild"]

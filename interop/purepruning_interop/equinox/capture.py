@@ -12,7 +12,7 @@ from purepruning.layers import Layer
 from purepruning_interop import _capture
 from purepruning_interop._marks import KEY, collect
 from purepruning_interop._table import join
-from purepruning_interop.equinox.layers import marking, walk
+from purepruning_interop.equinox.layers import check, marking, walk
 
 
 def capture(
@@ -56,13 +56,9 @@ def capture(
     ((1,), (3,))
     """
     where = "capture(model, *inputs)"
+    check(where, model)
     found = list(walk(model, ""))
     holders = {name for name, node, _ in found if isinstance(node, eqx.Module)}
-    if not holders:
-        raise TypeError(
-            f"{where}: model must be an equinox.Module, or a pytree of them; got "
-            f"{type(model).__name__}"
-        )
     known = {join(name, key): name for name, _, own in found for key in own}
     known |= {name: name for name in holders}
     modules = _capture.find(where, _capture.asked(where, layers), known)

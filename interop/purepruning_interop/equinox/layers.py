@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from purepruning.arguments import wrong_model
 from purepruning.layers import Layer
 from purepruning.trees import flatten
 from purepruning_interop._marks import KEY, marking_class
@@ -28,7 +29,7 @@ from purepruning_interop._table import (
 )
 
 
-def layers(model: Any) -> tuple[Layer, ...]:
+def layers(model: Any, /, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Returns the layer table of ``model``: one row per weight, in the order of the modules.
 
     The paths are those of ``eqx.filter(model, eqx.is_inexact_array)`` and of its gradients; the
@@ -48,6 +49,11 @@ def layers(model: Any) -> tuple[Layer, ...]:
     rows. The weight of a module that is itself the root goes by the name of the parameter
     (``"weight"``).
 
+    Args:
+        model: a module, or a pytree of modules.
+        *inputs, **kwargs: have no effect, for nothing is called; they are here so that the
+            arguments of :func:`couple` can be passed.
+
     Raises:
         TypeError: ``model`` contains no ``eqx.Module``.
         ValueError: a parameter has fewer axes than its module describes.
@@ -59,11 +65,7 @@ def layers(model: Any) -> tuple[Layer, ...]:
     """
     found = list(walk(model, ""))
     modules = [entry for entry in found if isinstance(entry[1], eqx.Module)]
-    if not modules:
-        raise TypeError(
-            f"layers(model): model must be an equinox.Module, or a pytree of them; got "
-            f"{type(model).__name__}"
-        )
+    check("layers(model)", model)
     tied: dict[str, str] = {}
     for name, module, _ in modules:
         if isinstance(module, eqx.nn.Shared):
@@ -85,6 +87,12 @@ def layers(model: Any) -> tuple[Layer, ...]:
         class_name = type(module).__name__ if isinstance(module, eqx.Module) else ""
         owners.append(Owner((name,), class_name, infer_stacks(params, weights), weights, others))
     return rows(owners, floats)
+
+
+def check(where: str, model: Any) -> None:
+    """Raises TypeError for what is no model of this framework."""
+    if isinstance(model, type) or not any(isinstance(m, eqx.Module) for _, m, _ in walk(model, "")):
+        raise wrong_model(where, model, "equinox", "an equinox.Module or a pytree of them")
 
 
 @functools.cache

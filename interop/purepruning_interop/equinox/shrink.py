@@ -1,7 +1,8 @@
-"""Coupling and shrinking of Equinox models: :func:`couple`, :func:`shrink`."""
+"""Coupling, shrinking and costs of Equinox models."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,53 +10,97 @@ import equinox as eqx
 import jax
 
 import purepruning as pp
-from purepruning.coupling.shrink_report import Norms
+from purepruning.coupling.cost import ModelCost
+from purepruning.coupling.shrink_report import Norms, Shrunk
 from purepruning.coupling.unit_masks import Conflicts
-from purepruning_interop._native import Change, ShrunkModule, attributes, disagreement
-from purepruning_interop._table import children, join
+from purepruning.jaxpr.call import trace_call
+from purepruning.jaxpr.count import cost_of
+from purepruning.trees import flatten
+from purepruning.types import Masks
+from purepruning_interop._native import Change, attributes, with_model
+from purepruning_interop._table import children, float_shapes, join
+from purepruning_interop.equinox.layers import check
+
+#: What to call of a model: the name of a method, or a function of the model and inputs.
+Method = Callable[..., Any] | str | None
 
 
-def function(model: Any, call: Callable[..., Any] | None = None) -> tuple[Callable[..., Any], Any]:
-    """Returns ``fn(params, *inputs)`` and its params: all arrays of the model.
+def function(model: Any, *, method: Method = None) -> tuple[Callable[..., Any], Any]:
+    """Returns ``fn(params, *inputs, **kwargs)`` and its params: all arrays of the model.
 
     Args:
         model: a pytree of modules; ``(model, state)`` where there are statistics.
-        call: ``call(model, *inputs)``; the model itself unless given. Equinox modules take one
-            sample: for batches give ``lambda model, x: jax.vmap(model)(x)``.
+        method: what to call instead: the name of a method, or a function of the model and inputs.
+            Equinox modules take one sample: for batches give
+            ``lambda model, x: jax.vmap(model)(x)``.
+
+    Raises:
+        TypeError: ``model`` contains no ``eqx.Module``.
 
     >>> import equinox as eqx, jax
     >>> fn, params = function(eqx.nn.Linear(3, 2, key=jax.random.key(0)))
     >>> fn(params, jax.numpy.ones(3)).shape
     (2,)
     """
-    params, static = eqx.partition(model, eqx.is_array)
+    check("function(model)", model)
+    params, static = eqx.partition(model, _is_array)
 
-    def fn(params: Any, *inputs: Any) -> Any:
+    def fn(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         made = eqx.combine(params, static)
-        return made(*inputs) if call is None else call(made, *inputs)
+        if callable(method):
+            return method(made, *inputs, **kwargs)
+        return getattr(made, method or "__call__")(*inputs, **kwargs)
 
     return fn, params
 
 
-def couple(model: Any, *inputs: Any, call: Callable[..., Any] | None = None) -> pp.Coupling:
+def couple(
+    model: Any, /, *inputs: Any, outputs: Any = True, method: Method = None, **kwargs: Any
+) -> pp.Coupling:
     """Returns which channels of the model's arrays are coupled: :func:`purepruning.couple`.
 
+    Args:
+        model: a pytree of modules; ``(model, state)`` where there are statistics.
+        *inputs, **kwargs: what a call of it takes; arrays may be shapes. Its own keywords
+            ``outputs`` and ``method`` can be given through ``method`` only.
+        outputs: which outputs stay whole, as for :func:`purepruning.couple`.
+        method: what to call instead: the name of a method, or a function of the model and inputs.
+
     Raises:
-        TypeError, ValueError: as ``call`` does.
+        TypeError, ValueError: ``model`` contains no ``eqx.Module``; or what the call raises.
     """
-    fn, params = function(model, call)
-    return pp.couple(fn, params, *inputs)
+    check("couple(model, *inputs)", model)
+    fn, params = function(model, method=method)
+    return pp.couple(fn, params, *inputs, outputs=outputs, **kwargs)
+
+
+def count(model: Any, /, *inputs: Any, method: Method = None, **kwargs: Any) -> ModelCost:
+    """Returns parameters, multiply-adds and activation bytes: :func:`purepruning.count`.
+
+    Arrays of whole numbers and what belongs to an ``eqx.nn.State`` are no parameters.
+
+    Args:
+        model, *inputs, method, **kwargs: as for :func:`couple`.
+
+    Raises:
+        TypeError, ValueError: as :func:`couple`.
+    """
+    check("count(model, *inputs)", model)
+    fn, params = function(model, method=method)
+    return cost_of(trace_call(fn, params, inputs, kwargs), _trained(model))
 
 
 def shrink(
     model: Any,
-    masks: Any,
+    masks: Masks,
     coupling: pp.Coupling,
+    /,
     *inputs: Any,
-    call: Callable[..., Any] | None = None,
+    method: Method = None,
     norms: Norms = "original",
     conflicts: Conflicts = "keep",
-) -> ShrunkModule:
+    **kwargs: Any,
+) -> Shrunk:
     """Returns a model of the same classes with smaller arrays, where one computes the same.
 
     Attributes that name sizes (features, channels, groups, heads) are corrected in Equinox's own
@@ -64,28 +109,70 @@ def shrink(
 
     Args:
         model: the model, which stays as it is.
-        masks, coupling, *inputs, norms, conflicts: see :func:`purepruning.shrink`.
-        call: as given to :func:`couple`.
+        masks, coupling, norms, conflicts: see :func:`purepruning.shrink`.
+        *inputs, method, **kwargs: as for :func:`couple`. Keywords ``norms`` and ``conflicts`` of
+            the model's own can be given through ``method`` only.
 
     Raises:
-        ValueError, KeyError: see :func:`purepruning.shrink`.
+        TypeError, ValueError, KeyError: see :func:`purepruning.shrink`.
     """
-    fn, params = function(model, call)
-    small = pp.shrink(fn, params, masks, coupling, *inputs, norms=norms, conflicts=conflicts)
-    _, static = eqx.partition(model, eqx.is_array)
+    check("shrink(model, masks, coupling, *inputs)", model)
+    fn, params = function(model, method=method)
+    options: dict[str, Any] = {"norms": norms, "conflicts": conflicts, **kwargs}
+    small = pp.shrink(fn, params, masks, coupling, *inputs, **options)
+    return _with_model(model, small, method, inputs, kwargs)
+
+
+def rebuild(
+    model: Any,
+    plan: pp.Plan,
+    /,
+    *inputs: Any,
+    method: Method = None,
+    norms: Norms = "original",
+    **kwargs: Any,
+) -> Shrunk:
+    """Returns what :func:`shrink` returned, again, from the plan of its report.
+
+    The weights of the small model are then read into it, with ``eqx.tree_deserialise_leaves``;
+    those of ``model`` do not matter, and it may be abstract (``eqx.filter_eval_shape``), and then
+    the small one is.
+
+    Args:
+        model: the whole model, as it is built.
+        plan: of the report, maybe from a file (:func:`purepruning.load_plan`).
+        *inputs, method, norms, **kwargs: as for :func:`shrink`.
+
+    Raises:
+        TypeError, ValueError: see :func:`purepruning.rebuild`.
+    """
+    check("rebuild(model, plan, *inputs)", model)
+    fn, params = function(model, method=method)
+    small = pp.rebuild(fn, params, plan, *inputs, norms=norms, **kwargs)
+    return _with_model(model, small, method, inputs, kwargs)
+
+
+def _with_model(model: Any, small: Shrunk, method: Method, inputs: Any, kwargs: Any) -> Shrunk:
+    _, static = eqx.partition(model, _is_array)
     made = eqx.combine(small.params, static)  # new modules all the way down
     for path, module in _modules(made):
         change = Change(small.report.plan, f"{path}." if path else "")
         for name, value in attributes(_RULES, module, change).items():
             object.__setattr__(module, name, value)
-    again, own = function(made, call)
-    structure = jax.tree.structure(own)  # corrected attributes are part of it
+    as_function = functools.partial(function, method=method)
+    return with_model(small, made, as_function, inputs, kwargs, _trained(model))
 
-    def native(params: Any, *inputs: Any) -> Any:
-        return again(jax.tree.unflatten(structure, jax.tree.leaves(params)), *inputs)
 
-    reason = disagreement(native, small.fn, small.params, inputs)
-    return ShrunkModule(None if reason else made, *small, reason)
+def _trained(model: Any) -> tuple[str, ...]:
+    def is_state(node: Any) -> bool:
+        return isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
+
+    rest = jax.tree.map(lambda x: None if is_state(x) else x, model, is_leaf=is_state)
+    return tuple(float_shapes(flatten(rest).leaves))
+
+
+def _is_array(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _modules(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

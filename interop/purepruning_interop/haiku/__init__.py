@@ -1,4 +1,4 @@
-"""Haiku: the layer table of a model, and the outputs of its layers."""
+"""Haiku: layer tables, outputs of layers, coupling, shrinking and costs of a function."""
 
 from purepruning.versions import require
 
@@ -6,5 +6,6 @@ require("dm-haiku", __name__)
 
 from purepruning_interop.haiku.capture import capture
 from purepruning_interop.haiku.layers import layers
+from purepruning_interop.haiku.shrink import count, couple, function, rebuild, shrink
 
-__all__ = ["layers", "capture"]
+__all__ = ["layers", "capture", "function", "couple", "count", "shrink", "rebuild"]

@@ -13,24 +13,24 @@ from purepruning_interop._marks import collect
 from purepruning_interop._table import join
 from purepruning_interop.haiku.layers import (
     Tracked,
-    check_params,
+    check,
     dotted,
     leading_arguments,
     marker,
+    split,
 )
 
 
 def capture(
-    transformed: Any,
-    params: Mapping[str, Mapping[str, Any]],
+    model: Any,
+    variables: Mapping[str, Any],
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
     rng: Any = None,
-    state: Mapping[str, Mapping[str, Any]] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns ``(transformed.apply(...), {layer: its output})`` for the layers asked for.
+    """Returns ``(model.apply(...), {layer: its output})`` for the layers asked for.
 
     A pure function of arrays, for ``jax.jit``, ``jax.grad`` (through the outputs too) and
     ``jax.vmap``. The first part is just what ``apply`` returns: with a state, a pair of the result
@@ -40,17 +40,16 @@ def capture(
     gives the list of its outputs. Without ``jax.jit`` around it every call is traced anew.
 
     Args:
-        transformed: what ``hk.transform``, ``hk.transform_with_state`` or ``hk.without_apply_rng``
+        model: what ``hk.transform``, ``hk.transform_with_state`` or ``hk.without_apply_rng``
             returned; of a multi-transformed one, ``hk.Transformed(init, apply.f)``.
-        params: its parameters.
+        variables: its parameters, or ``{"params": params, "state": state}`` for one with a state.
         *inputs, **kwargs: what a call takes after params, state and key.
         layers: rows of the layer table, or names: of a module that has parameters itself, or of
             one of its parameters, with dots for ``/`` and ``/~/``.
         rng: the key that ``apply`` takes, or None.
-        state: the state that ``apply`` takes, of ``hk.transform_with_state``.
 
     Raises:
-        TypeError: ``transformed`` has no ``apply``, ``params`` is no mapping of mappings, or the
+        TypeError: ``model`` has no ``apply``, ``variables`` are no mapping of mappings, or the
             state, or the key, is missing or too much.
         ValueError: a layer is unknown, is never called in this forward pass, or is called where
             there is no one output: inside ``hk.cond``, ``hk.switch``, ``hk.while_loop`` or a
@@ -63,19 +62,15 @@ def capture(
     >>> y.tolist(), outputs["mlp.linear_0"].tolist()
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
-    where = "capture(transformed, params, *inputs)"
-    if not callable(getattr(transformed, "apply", None)):
-        raise TypeError(
-            f"{where}: transformed must be what hk.transform returns, got "
-            f"{type(transformed).__name__}"
-        )
-    check_params(where, params)
+    where = "capture(model, variables, *inputs)"
+    check(where, model, variables)
+    params, state = split(variables)
     names = dotted(params)
     known = {join(name, key): module for module, name in names.items() for key in params[module]}
     known |= {name: module for module, name in names.items() if name}
     modules = _capture.find(where, _capture.asked(where, layers), known)
     marked = frozenset(modules.values())
-    leading = leading_arguments(where, transformed, state, rng)
+    leading = leading_arguments(where, model, state, rng)
 
     def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
         boxed = {
@@ -88,7 +83,7 @@ def capture(
 
         def run() -> Any:
             with hk.custom_getter(get), hk.intercept_methods(intercept):
-                return transformed.apply(boxed, *leading, *inputs, **kwargs)
+                return model.apply(boxed, *leading, *inputs, **kwargs)
 
         # A getter stands inside a transformed function only, and must come before the model's own.
         return hk.transform(run).apply({}, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 
-from purepruning.arguments import missing
+from purepruning.arguments import adapter_of, missing, wrong_model
 from purepruning.layers import Layer
 from purepruning.trees import flatten
 from purepruning_interop._marks import mark
@@ -21,6 +22,7 @@ from purepruning_interop._table import (
     Weight,
     float_shapes,
     in_out,
+    join,
     ranked,
     rows,
     split_static,
@@ -29,13 +31,13 @@ from purepruning_interop._table import (
 
 
 def layers(
-    transformed: Any, params: Mapping[str, Mapping[str, Any]], *inputs: Any, **kwargs: Any
+    model: Any, variables: Mapping[str, Any], /, *inputs: Any, rng: Any = None, **kwargs: Any
 ) -> tuple[Layer, ...]:
     """Returns the layer table of a Haiku function: one row per weight, in the order of ``init``.
 
-    Haiku's parameters do not say which class made them, so ``transformed.init`` is traced
+    Haiku's parameters do not say which class made them, so ``model.init`` is traced
     abstractly (``jax.eval_shape``): nothing is computed, inputs may be ``jax.ShapeDtypeStruct``,
-    and neither a key nor a state is needed. ``transformed`` may come from ``hk.transform``,
+    and neither a key nor a state is needed. ``model`` may come from ``hk.transform``,
     ``hk.transform_with_state``, ``hk.without_apply_rng`` or ``hk.multi_transform``. A layer's name
     has a dot for every ``/`` and ``/~/`` of the module's (``"mlp.linear_0"``), the weight's path is
     as :func:`purepruning.leaf_paths` spells it (``"mlp/~/linear_0.w"``). Axes that ``hk.lift`` or
@@ -48,16 +50,18 @@ def layers(
     without a scale, are no rows.
 
     Args:
-        transformed: the transformed function.
-        params: its parameters; some may be missing (as after ``hk.data_structures.partition``),
-            and have no row then.
+        model: the transformed function.
+        variables: its parameters; some may be missing (as after ``hk.data_structures.partition``),
+            and have no row then. Or ``{"params": params, "state": state}``, as :func:`couple` takes
+            them: then the paths of the table begin with ``params.``.
         *inputs: what a call takes after params, state and key; arrays are only looked at for shape
             and dtype.
-        **kwargs: further arguments of the call, such as ``is_training=True``; those that are no
-            arrays are not traced.
+        rng: has no effect, and is here so that the arguments of :func:`couple` can be passed.
+        **kwargs: further arguments of the call, such as ``is_training=True`` (without which Haiku
+            initialises no batch norm); those that are no arrays are not traced.
 
     Raises:
-        TypeError: ``transformed`` has no ``init``, or ``params`` is no mapping of mappings.
+        TypeError: ``model`` has no ``init``, or ``variables`` are no mapping of mappings.
         ValueError: ``params`` has parameters that the function does not make with these inputs, or
             of other shapes.
 
@@ -68,20 +72,17 @@ def layers(
     >>> [(layer.name, layer.weight, layer.out_axes) for layer in layers(model, params, x)]
     [('mlp.linear_0', 'mlp/~/linear_0.w', (1,)), ('mlp.linear_1', 'mlp/~/linear_1.w', (1,))]
     """
-    where = "layers(transformed, params, *inputs)"
-    if not callable(getattr(transformed, "init", None)):
-        raise TypeError(
-            f"{where}: transformed must be what hk.transform returns, got "
-            f"{type(transformed).__name__}"
-        )
-    check_params(where, params)
+    del rng
+    where = "layers(model, variables, *inputs)"
+    check(where, model, variables)
+    params, state = split(variables)
     arrays, put = split_static((inputs, kwargs))
     made: dict[str, _Made] = {}
 
     def trace(arrays: Any) -> Any:
         inputs, kwargs = put(arrays)
         with hk.intercept_methods(_recorder(made)):
-            return transformed.init(jax.random.key(0), *inputs, **kwargs)
+            return model.init(jax.random.key(0), *inputs, **kwargs)
 
     result = jax.eval_shape(trace, arrays)
     initial = result[0] if isinstance(result, tuple) else result
@@ -91,7 +92,24 @@ def layers(
     modules = dict.fromkeys([m.module for m in made.values()] + list(params))
     names = dotted(m for m in modules if m in params)
     owners = [_owner(name, module, params[module], made) for module, name in names.items()]
-    return rows(owners, float_shapes(leaves))
+    found = rows(owners, float_shapes(leaves))
+    return found if state is None else tuple(_inside(layer, "params") for layer in found)
+
+
+def _inside(layer: Layer, prefix: str) -> Layer:
+    bias = None if layer.bias is None else join(prefix, layer.bias)
+    return dataclasses.replace(layer, weight=join(prefix, layer.weight), bias=bias)
+
+
+def split(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """Returns the parameters and the state in ``variables``; None where there is no state."""
+    params, state = (variables.get(name) for name in ("params", "state"))
+    if len(variables) != 2 or not (isinstance(params, Mapping) and isinstance(state, Mapping)):
+        return variables, None
+    # Modules of these names hold arrays themselves.
+    if not all(isinstance(own, Mapping) for own in (*params.values(), *state.values())):
+        return variables, None
+    return params, state
 
 
 def leading_arguments(where: str, transformed: Any, state: Any, rng: Any) -> tuple[Any, ...]:
@@ -101,10 +119,15 @@ def leading_arguments(where: str, transformed: Any, state: Any, rng: Any) -> tup
     for name, value in {"state": state, "rng": rng}.items():
         if name in takes:
             if name == "state" and value is None:
-                raise TypeError(f"{where}: the function has a state; pass it as state=...")
+                raise TypeError(
+                    f"{where}: the function has a state; pass variables as "
+                    '{"params": params, "state": state}'
+                )
             found += (value,)
         elif value is not None:
-            raise TypeError(f"{where}: apply of this function takes no {name}, but one was passed")
+            raise TypeError(
+                f"{where}: apply of this function takes no {name}, but one was passed; leave it out"
+            )
     return found
 
 
@@ -205,11 +228,19 @@ def _recorder(made: dict[str, _Made]) -> Callable[..., Any]:
     return intercept
 
 
-def check_params(where: str, params: Any) -> None:
-    """Raises TypeError if params are not a dictionary of modules, as Haiku has it."""
+def check(where: str, model: Any, variables: Any) -> None:
+    """Raises TypeError if these are no function of Haiku, or not what it takes."""
+    if adapter_of(model) not in ("haiku", None) or not callable(getattr(model, "init", None)):
+        raise wrong_model(where, model, "haiku", "what hk.transform returns")
+    if type(variables) is tuple:
+        raise TypeError(
+            f"{where}: variables of a function with a state must be one mapping; pass "
+            '{"params": params, "state": state}'
+        )
+    params = split(variables)[0] if isinstance(variables, Mapping) else variables
     if not isinstance(params, Mapping) or not all(isinstance(p, Mapping) for p in params.values()):
         raise TypeError(
-            f"{where}: params must be what transformed.init returns, a mapping of module names to "
+            f"{where}: variables must be what model.init returns, a mapping of module names to "
             f"mappings; got {type(params).__name__}"
         )
 

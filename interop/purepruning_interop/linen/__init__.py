@@ -1,4 +1,4 @@
-"""Flax Linen: the layer table of a model, and the outputs of its layers."""
+"""Flax Linen: layer tables, outputs of layers, coupling, shrinking and costs of a model."""
 
 from purepruning.versions import require
 
@@ -6,5 +6,6 @@ require("flax", __name__)
 
 from purepruning_interop.linen.capture import capture
 from purepruning_interop.linen.layers import layers
+from purepruning_interop.linen.shrink import count, couple, function, rebuild, shrink
 
-__all__ = ["layers", "capture"]
+__all__ = ["layers", "capture", "function", "couple", "count", "shrink", "rebuild"]

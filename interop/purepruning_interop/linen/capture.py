@@ -18,7 +18,7 @@ from purepruning_interop.linen.layers import check, marker
 
 
 def capture(
-    module: nn.Module,
+    model: nn.Module,
     variables: Mapping[str, Any],
     /,
     *inputs: Any,
@@ -28,10 +28,10 @@ def capture(
     mutable: Any = False,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns ``(module.apply(...), {layer: its output})`` for the layers asked for.
+    """Returns ``(model.apply(...), {layer: its output})`` for the layers asked for.
 
     A pure function of arrays, for ``jax.jit``, ``jax.grad`` (through the outputs too) and
-    ``jax.vmap``. The first part is just what ``module.apply`` returns, so with ``mutable`` a pair
+    ``jax.vmap``. The first part is just what ``model.apply`` returns, so with ``mutable`` a pair
     of the result and the updated variables. An output is what the layer's ``__call__`` returned,
     before any activation that follows: that of a layer under ``nn.scan`` is stacked, the steps on a
     new leading axis; under ``nn.vmap`` likewise, after the axes of scans; ``nn.remat`` and
@@ -41,12 +41,12 @@ def capture(
     ``nn.OptimizedLSTMCell`` are never called; the cell is.
 
     Args:
-        module: the Linen module.
-        variables: what ``module.init`` returned, or only its ``"params"``.
-        *inputs: what a call of the module takes.
+        model: the Linen module.
+        variables: what ``model.init`` returned, or only its ``"params"``.
+        *inputs: what a call of the model takes.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
-        rngs, method, mutable, **kwargs: as for ``module.apply``.
+        rngs, method, mutable, **kwargs: as for ``model.apply``.
 
     Raises:
         TypeError: an argument is of a wrong type, or the inputs do not fit the method.
@@ -62,8 +62,8 @@ def capture(
     >>> y.tolist(), outputs["layers_0"].tolist()
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
-    where = "capture(module, variables, *inputs)"
-    check(where, module, variables, inputs, method, kwargs)
+    where = "capture(model, variables, *inputs)"
+    check(where, model, variables, inputs, {"method": method, **kwargs})
     names = _capture.asked(where, layers)
     if not isinstance(variables.get("params"), Mapping):
         variables = {"params": variables}
@@ -82,7 +82,7 @@ def capture(
 
             renew()
             contexts.enter_context(nn.intercept_methods(marker(wanted, seen, renew)))
-            return module.apply(
+            return model.apply(
                 variables, *inputs, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
 

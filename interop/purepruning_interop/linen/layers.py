@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.core import DenyList, meta
 from flax.linen.recurrent import DenseParams
 
+from purepruning.arguments import wrong_model
 from purepruning.layers import Layer
 from purepruning.trees import flatten
 from purepruning_interop._marks import mark
@@ -33,7 +34,7 @@ from purepruning_interop._table import (
 
 
 def layers(
-    module: nn.Module,
+    model: nn.Module,
     variables: Mapping[str, Any],
     /,
     *inputs: Any,
@@ -42,9 +43,9 @@ def layers(
     mutable: Any = None,
     **kwargs: Any,
 ) -> tuple[Layer, ...]:
-    """Returns the layer table of ``module``: one row per weight, in the order of the forward pass.
+    """Returns the layer table of ``model``: one row per weight, in the order of the forward pass.
 
-    The arguments are those of ``module.apply``. The forward pass is traced abstractly
+    The arguments are those of ``model.apply``. The forward pass is traced abstractly
     (``jax.eval_shape``), so nothing is computed and inputs may be ``jax.ShapeDtypeStruct``. What
     lies on the way is seen through: ``nn.scan`` and ``nn.vmap`` (on whichever axis they stack the
     parameters: it is in ``stack_axes``), ``nn.remat``, ``nn.jit``, ``nn.WeightNorm`` and
@@ -58,11 +59,11 @@ def layers(
     of the parameter (``"kernel"``).
 
     Args:
-        module: the Linen module.
-        variables: what ``module.init`` returned, or only its ``"params"``. The paths of the table
+        model: the Linen module.
+        variables: what ``model.init`` returned, or only its ``"params"``. The paths of the table
             are those of what is passed: they begin with ``params.`` in the first case.
-        *inputs: what a call of the module takes; arrays are only looked at for shape and dtype.
-        rngs: as for ``module.apply``; keys for ``"params"`` and ``"dropout"`` are supplied.
+        *inputs: what a call of the model takes; arrays are only looked at for shape and dtype.
+        rngs: as for ``model.apply``; keys for ``"params"`` and ``"dropout"`` are supplied.
         method: the method to trace, ``__call__`` by default.
         mutable: has no effect, and is here so that the arguments of an ``apply`` can be passed:
             while tracing, every collection but the parameters is mutable.
@@ -70,7 +71,7 @@ def layers(
             are not traced.
 
     Raises:
-        TypeError: ``module`` is no module instance, ``variables`` is no mapping, or the inputs do
+        TypeError: ``model`` is no module instance, ``variables`` is no mapping, or the inputs do
             not fit the signature of the method.
         ValueError: a parameter the module asks for is missing from ``variables``, or has another
             shape there.
@@ -86,7 +87,9 @@ def layers(
     layers_1 BatchNorm2d layers_1.scale (0,) () layers_1.bias
     """
     del mutable
-    check("layers(module, variables, *inputs)", module, variables, inputs, method, kwargs)
+    check(
+        "layers(model, variables, *inputs)", model, variables, inputs, {"method": method, **kwargs}
+    )
     whole = isinstance(variables.get("params"), Mapping)
     prefix = "params" if whole else ""
     params = meta.unbox(variables["params"] if whole else variables)
@@ -102,7 +105,7 @@ def layers(
     def trace(boxed: Any, others: Any, arrays: Any) -> Any:
         inputs, kwargs = put(arrays)
         with nn.intercept_methods(_recorder(owners, prefix)):
-            return module.apply(
+            return model.apply(
                 {**others, "params": boxed},
                 *inputs,
                 rngs=_rngs(rngs),
@@ -119,8 +122,8 @@ def layers(
         errors.ScopeCollectionNotFound,
     ) as error:
         raise ValueError(
-            f"layers(module, variables, *inputs): the parameters are not those of this "
-            f"{type(module).__name__} called with these inputs: {error}"
+            f"layers(model, variables, *inputs): the parameters are not those of this "
+            f"{type(model).__name__} called with these inputs: {error}"
         ) from error
     return rows(
         [owner for _, owner in owners.values()],
@@ -155,27 +158,38 @@ def marker(
 
 def check(
     where: str,
-    module: Any,
+    model: Any,
     variables: Any,
-    inputs: tuple[Any, ...],
-    method: Callable[..., Any] | str | None,
-    kwargs: Mapping[str, Any],
+    inputs: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises where the arguments of a public function are not what it needs."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{where}: module must be a flax.linen.Module instance, got {module!r:.80}")
+    """Raises where the arguments of a public function are not what it needs.
+
+    ``kwargs`` are those of ``model.apply``; without ``inputs`` the call is not looked at.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong_model(where, model, "linen", "a flax.linen.Module instance")
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"{where}: variables must be what {type(module).__name__}.init returns or its "
+            f"{where}: variables must be what {type(model).__name__}.init returns or its "
             f"'params', a mapping; got {type(variables).__name__}"
         )
-    found = getattr(type(module), method) if isinstance(method, str) else method
-    call: Any = getattr(found, "__func__", found) or type(module).__call__
+    if inputs is None:
+        return
+    given = dict(kwargs or {})
+    method = given.pop("method", None)
+    own = {k: v for k, v in given.items() if k not in _OF_APPLY}
+    found = getattr(type(model), method) if isinstance(method, str) else method
+    call: Any = getattr(found, "__func__", found) or type(model).__call__
     try:
-        inspect.signature(call).bind(module, *inputs, **kwargs)
+        inspect.signature(call).bind(model, *inputs, **own)
     except TypeError as error:
-        name = f"{type(module).__name__}.{call.__name__}"
+        name = f"{type(model).__name__}.{call.__name__}"
         raise TypeError(f"{where}: the inputs do not fit {name}: {error}") from None
+
+
+#: Keywords of ``apply`` that are not the model's.
+_OF_APPLY = ("rngs", "mutable", "capture_intermediates")
 
 
 def _rngs(rngs: Any) -> dict[str, Any]:

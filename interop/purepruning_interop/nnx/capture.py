@@ -12,7 +12,7 @@ from purepruning.layers import Layer
 from purepruning_interop import _capture
 from purepruning_interop._marks import KEY, collect
 from purepruning_interop._table import join
-from purepruning_interop.nnx.layers import marking, walk
+from purepruning_interop.nnx.layers import check, marking, walk
 
 
 def capture(
@@ -60,11 +60,7 @@ def capture(
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
     where = "capture(model, *inputs)"
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"{where}: model must be a flax.nnx.Module instance, got {type(model).__name__}; merge "
-            "a graphdef and a state first"
-        )
+    check(where, model)
     found = list(walk(model, "", ()))
     first = {id(module): name for name, module, _ in reversed(found)}
     known = {join(name, key): first[id(module)] for name, module, own in found for key in own}

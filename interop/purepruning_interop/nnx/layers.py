@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import nnx
 
+from purepruning.arguments import wrong_model
 from purepruning.layers import Layer
 from purepruning.trees import flatten
 from purepruning_interop._marks import marking_class
@@ -30,7 +31,7 @@ from purepruning_interop._table import (
 
 # What every tree of the model's parameters calls a weight does not depend on how the tree was
 # made, because purepruning.arrays drops the `value` that NNX puts under a variable.
-def layers(model: nnx.Module) -> tuple[Layer, ...]:
+def layers(model: nnx.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Returns the layer table of ``model``: one row per weight, in the order of ``nnx.state``.
 
     The paths are those of ``nnx.state(model, nnx.Param)``, and the same in gradients
@@ -49,6 +50,11 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
     norms without a scale, are no rows. The weight of a module that is itself the root goes by the
     name of the parameter (``"kernel"``).
 
+    Args:
+        model: the module.
+        *inputs, **kwargs: have no effect, for nothing is called; they are here so that the
+            arguments of :func:`couple` can be passed.
+
     Raises:
         TypeError: ``model`` is no ``nnx.Module``.
         ValueError: a parameter has fewer axes than its module describes.
@@ -59,11 +65,7 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
     >>> layer.name, layer.type, layer.weight, layer.out_axes, layer.in_axes
     ('layers.0', 'Conv2d', 'layers.0.kernel', (3,), (2,))
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"layers(model): model must be a flax.nnx.Module instance, got {type(model).__name__}; "
-            "a graphdef or a state does not know which class owns a parameter"
-        )
+    check("layers(model)", model)
     leaves = flatten(nnx.state(model)).leaves
     paths: dict[int, str] = {}  # variable -> the one path it has in the state
     names: dict[int, list[str]] = defaultdict(list)
@@ -96,6 +98,13 @@ def layers(model: nnx.Module) -> tuple[Layer, ...]:
         )
     floats = float_shapes(leaves)
     return rows(owners, {path: shape for path, shape in floats.items() if path in trained})
+
+
+def check(where: str, model: Any) -> None:
+    """Raises TypeError for what is no model of this framework."""
+    if not isinstance(model, nnx.Module):
+        remedy = "merge a graphdef and a state with nnx.merge"
+        raise wrong_model(where, model, "nnx", "a flax.nnx.Module instance", remedy)
 
 
 @functools.cache

@@ -1,28 +1,39 @@
-"""Coupling and shrinking of Flax NNX models: :func:`couple`, :func:`shrink`."""
+"""Coupling, shrinking and costs of Flax NNX models."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 import purepruning as pp
-from purepruning.coupling.shrink_report import Norms
+from purepruning.coupling.cost import ModelCost
+from purepruning.coupling.shrink_report import Norms, Shrunk
 from purepruning.coupling.unit_masks import Conflicts
-from purepruning_interop._native import Change, ShrunkModule, attributes, disagreement
+from purepruning.jaxpr.call import trace_call
+from purepruning.jaxpr.count import cost_of
+from purepruning.types import Masks
+from purepruning_interop._native import Change, attributes, with_model
+from purepruning_interop.nnx.layers import check
+
+#: What to call of a model: the name of a method, or a function of the model and inputs.
+Method = Callable[..., Any] | str | None
 
 
-def function(
-    model: nnx.Module, call: Callable[..., Any] | None = None
-) -> tuple[Callable[..., Any], Any]:
-    """Returns ``fn(params, *inputs)`` and its params: all variables but the state of random keys.
+def function(model: nnx.Module, *, method: Method = None) -> tuple[Callable[..., Any], Any]:
+    """Returns ``fn(params, *inputs, **kwargs)`` and its params.
 
-    What the call writes to variables is not seen by the caller.
+    They are all variables of the model but the state of random keys. What the call writes to
+    variables is not seen by the caller.
 
     Args:
         model: the model, in the mode it is to run in.
-        call: ``call(model, *inputs)``; the model itself unless given.
+        method: what to call instead: the name of a method, or a function of the model and inputs.
+
+    Raises:
+        TypeError: ``model`` is no ``nnx.Module``.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp
@@ -30,34 +41,63 @@ def function(
     >>> fn(params, jnp.ones((1, 3))).shape
     (1, 2)
     """
+    check("function(model)", model)
     graph, params, rest = _split(model)
-    run = call if call is not None else type(model).__call__
+    run = method if callable(method) else getattr(type(model), method or "__call__")
 
-    def fn(params: Any, *inputs: Any) -> Any:
-        return run(nnx.merge(graph, params, rest, copy=True), *inputs)
+    def fn(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return run(nnx.merge(graph, params, rest, copy=True), *inputs, **kwargs)
 
     return fn, params
 
 
-def couple(model: nnx.Module, *inputs: Any, call: Callable[..., Any] | None = None) -> pp.Coupling:
+def couple(
+    model: nnx.Module, /, *inputs: Any, outputs: Any = True, method: Method = None, **kwargs: Any
+) -> pp.Coupling:
     """Returns which channels of the model's variables are coupled: :func:`purepruning.couple`.
 
+    Args:
+        model: the model, in the mode it is to run in.
+        *inputs, **kwargs: what a call of it takes; arrays may be shapes. Its own keywords
+            ``outputs`` and ``method`` can be given through ``method`` only.
+        outputs: which outputs stay whole, as for :func:`purepruning.couple`.
+        method: what to call instead: the name of a method, or a function of the model and inputs.
+
     Raises:
-        TypeError, ValueError: as ``call`` does.
+        TypeError, ValueError: ``model`` is no ``nnx.Module``; or what the call raises.
     """
-    fn, params = function(model, call)
-    return pp.couple(fn, params, *inputs)
+    check("couple(model, *inputs)", model)
+    fn, params = function(model, method=method)
+    return pp.couple(fn, params, *inputs, outputs=outputs, **kwargs)
+
+
+def count(model: nnx.Module, /, *inputs: Any, method: Method = None, **kwargs: Any) -> ModelCost:
+    """Returns parameters, multiply-adds and activation bytes: :func:`purepruning.count`.
+
+    Statistics (variables that are no ``nnx.Param``) are no parameters.
+
+    Args:
+        model, *inputs, method, **kwargs: as for :func:`couple`.
+
+    Raises:
+        TypeError, ValueError: as :func:`couple`.
+    """
+    check("count(model, *inputs)", model)
+    fn, params = function(model, method=method)
+    return cost_of(trace_call(fn, params, inputs, kwargs), _trained(model))
 
 
 def shrink(
     model: nnx.Module,
-    masks: Any,
+    masks: Masks,
     coupling: pp.Coupling,
+    /,
     *inputs: Any,
-    call: Callable[..., Any] | None = None,
+    method: Method = None,
     norms: Norms = "original",
     conflicts: Conflicts = "keep",
-) -> ShrunkModule:
+    **kwargs: Any,
+) -> Shrunk:
     """Returns a model of the same class with smaller arrays, where one computes the same.
 
     Attributes that name sizes (features, groups, heads) are corrected in Flax's own layers. The
@@ -68,15 +108,52 @@ def shrink(
 
     Args:
         model: the model, which stays as it is.
-        masks, coupling, *inputs, norms, conflicts: see :func:`purepruning.shrink`; masks are a tree
-            as ``nnx.state(model)``, with None or nothing where nothing is masked.
-        call: as given to :func:`couple`.
+        masks, coupling, norms, conflicts: see :func:`purepruning.shrink`; masks are a tree as
+            ``nnx.state(model)``, with None or nothing where nothing is masked.
+        *inputs, method, **kwargs: as for :func:`couple`. Keywords ``norms`` and ``conflicts`` of
+            the model's own can be given through ``method`` only.
 
     Raises:
-        ValueError, KeyError: see :func:`purepruning.shrink`.
+        TypeError, ValueError, KeyError: see :func:`purepruning.shrink`.
     """
-    fn, params = function(model, call)
-    small = pp.shrink(fn, params, masks, coupling, *inputs, norms=norms, conflicts=conflicts)
+    check("shrink(model, masks, coupling, *inputs)", model)
+    fn, params = function(model, method=method)
+    options: dict[str, Any] = {"norms": norms, "conflicts": conflicts, **kwargs}
+    small = pp.shrink(fn, params, masks, coupling, *inputs, **options)
+    return _with_model(model, small, method, inputs, kwargs)
+
+
+def rebuild(
+    model: nnx.Module,
+    plan: pp.Plan,
+    /,
+    *inputs: Any,
+    method: Method = None,
+    norms: Norms = "original",
+    **kwargs: Any,
+) -> Shrunk:
+    """Returns what :func:`shrink` returned, again, from the plan of its report.
+
+    The weights of the small model are then put in with ``nnx.update``; those of ``model`` do not
+    matter, and it may be abstract (``nnx.eval_shape``), and then the small one is.
+
+    Args:
+        model: the whole model, as it is built.
+        plan: of the report, maybe from a file (:func:`purepruning.load_plan`).
+        *inputs, method, norms, **kwargs: as for :func:`shrink`.
+
+    Raises:
+        TypeError, ValueError: see :func:`purepruning.rebuild`.
+    """
+    check("rebuild(model, plan, *inputs)", model)
+    fn, params = function(model, method=method)
+    small = pp.rebuild(fn, params, plan, *inputs, norms=norms, **kwargs)
+    return _with_model(model, small, method, inputs, kwargs)
+
+
+def _with_model(
+    model: nnx.Module, small: Shrunk, method: Method, inputs: Any, kwargs: Any
+) -> Shrunk:
     graph, _, rest = _split(model)
     made = nnx.merge(graph, small.params, rest, copy=True)
     modules = [(p, m) for p, m in nnx.iter_graph(made) if isinstance(m, nnx.Module)]
@@ -85,9 +162,12 @@ def shrink(
         change = Change(small.report.plan, prefix)
         for name, value in attributes(_RULES, module, change).items():
             setattr(module, name, value)
-    again, _ = function(made, call)
-    reason = disagreement(again, small.fn, small.params, inputs)
-    return ShrunkModule(None if reason else made, *small, reason)
+    as_function = functools.partial(function, method=method)
+    return with_model(small, made, as_function, inputs, kwargs, _trained(model))
+
+
+def _trained(model: nnx.Module) -> tuple[str, ...]:
+    return pp.leaf_paths(nnx.state(model, nnx.Param))
 
 
 def _split(model: nnx.Module) -> tuple[Any, Any, Any]:

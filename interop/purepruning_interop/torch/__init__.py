@@ -1,4 +1,4 @@
-"""The adapter for PyTorch."""
+"""PyTorch: layer tables, outputs of layers, masked training, coupling, shrinking and costs."""
 
 from purepruning.versions import require
 
@@ -9,7 +9,7 @@ from purepruning_interop.torch.capture import capture
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
 from purepruning_interop.torch.layers import layers
-from purepruning_interop.torch.shrink import ShrunkModule, TorchShrinkReport, rebuild, shrink
+from purepruning_interop.torch.shrink import rebuild, shrink
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
 
 __all__ = [
@@ -22,6 +22,4 @@ __all__ = [
     "count",
     "shrink",
     "rebuild",
-    "ShrunkModule",
-    "TorchShrinkReport",
 ]

@@ -12,14 +12,15 @@ from torch.utils import _pytree as pytree
 from purepruning.arguments import missing
 from purepruning.layers import Layer
 from purepruning_interop import _capture
+from purepruning_interop.torch.program import check
 
 
 def capture(
     model: torch.nn.Module,
-    params: Mapping[str, torch.Tensor] | None,
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    params: Mapping[str, torch.Tensor] | None = None,
     mutable: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
@@ -44,10 +45,11 @@ def capture(
 
     Args:
         model: the module.
-        params: parameters, buffers or both, by name; what is missing is the model's own.
-        *inputs, **kwargs: what a call of the model takes.
+        *inputs, **kwargs: what a call of the model takes. Keywords of its own that have the names
+            of our options need a module around it.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
+        params: parameters, buffers or both, by name; what is missing is the model's own.
         mutable: whether to return the buffers after the call.
 
     Raises:
@@ -58,15 +60,12 @@ def capture(
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(inplace=True))
     >>> params = {"0.weight": torch.tensor([[1.0], [-2.0]]), "0.bias": torch.zeros(2)}
-    >>> y, outputs = capture(model, params, torch.ones(1, 1), layers=["0"])
+    >>> y, outputs = capture(model, torch.ones(1, 1), layers=["0"], params=params)
     >>> y.tolist(), outputs["0"].tolist()
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
-    where = "capture(model, params, *inputs)"
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"{where}: model must be a torch.nn.Module instance, got {type(model).__name__}"
-        )
+    where = "capture(model, *inputs)"
+    check(where, model)
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(
             f"{where}: params must map names to tensors, as dict(model.named_parameters()) does, "

@@ -10,10 +10,10 @@ import torch
 from purepruning.coupling.cost import LayerCost, ModelCost
 from purepruning.coupling.flow import Flow
 from purepruning_interop.torch.couple import trace
-from purepruning_interop.torch.program import Op, Program, leaf_names
+from purepruning_interop.torch.program import Op, Program, check, leaf_names
 
 
-def count(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> ModelCost:
+def count(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> ModelCost:
     """Returns parameters, multiply-adds and activation bytes of ``model(*inputs, **kwargs)``.
 
     Products of two activations (attention scores) count as well,
@@ -32,6 +32,7 @@ def count(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> ModelCost:
     >>> found.params, found.macs, [(x.name, x.macs) for x in found.layers]
     (50, 200, [('0', 120), ('1', 80)])
     """
+    check("count(model, *inputs)", model)
     flow = Flow()
     program = trace(model, inputs, kwargs, flow).program
     products: dict[str, list[int]] = {}

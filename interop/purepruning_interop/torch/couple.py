@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from purepruning.coupling.build import build
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.value import Value
-from purepruning_interop.torch.program import Program, Size, Var, leaf_names
+from purepruning_interop.torch.program import Program, Size, Var, check, leaf_names
 from purepruning_interop.torch.rules.table import RULES, known_operators
 from purepruning_interop.torch.tracing.fold_constants import fold
 from purepruning_interop.torch.tracing.trace import How, program_of
@@ -31,7 +32,7 @@ class Analysis(NamedTuple):
     numbers: np.ndarray  # unit of every atom
 
 
-def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
+def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwargs: Any) -> Coupling:
     """Returns which channels of which parameters and buffers of a module are coupled.
 
     The module is called once, in eval mode and on tensors without values, and its ATen operations
@@ -48,12 +49,15 @@ def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
 
     Args:
         model: any module whose control flow does not depend on data.
-        *inputs, **kwargs: example inputs, as for the module.
+        *inputs, **kwargs: example inputs, as for the module. A keyword ``outputs`` of its own
+            cannot be given; make a module around it.
+        outputs: tree of booleans, a prefix of the module's result: whether it stays whole (True) or
+            may shrink along with the parameters (False), as features that another model reads.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``torch.export`` refuses the model, for instance where its control flow depends
-            on data; the message names the line.
+        ValueError: ``outputs`` is no prefix of the result; or ``torch.export`` refuses the model,
+            for instance where its control flow depends on data; the message names the line.
 
     >>> import torch
     >>> model = torch.nn.Sequential(
@@ -63,7 +67,8 @@ def couple(model: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Coupling:
     >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('0.weight[0]', 8, ['0.bias', '0.weight', '2.weight'])]
     """
-    return analyse(model, inputs, kwargs).coupling
+    check("couple(model, *inputs)", model)
+    return analyse(model, inputs, kwargs, outputs).coupling
 
 
 class Traced(NamedTuple):
@@ -105,13 +110,17 @@ def trace(
 
 
 def analyse(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: How = "recorded"
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: Any = True,
+    how: How = "recorded",
 ) -> Analysis:
     """Returns the program of ``model(*args, **kwargs)`` with the atoms of every tensor."""
     flow = Flow()
     program, leaves, values, parts, folded = trace(model, args, kwargs, flow, how)
-    for out in program.outputs:
-        if isinstance(out, Var):
+    for out, stays in zip(program.outputs, _whole(program, outputs), strict=True):
+        if stays and isinstance(out, Var):
             flow.keep(values[out.number], "an output")
     for number, out in program.mutations.items():
         flow.unify([values[number], values[out.number]], "overwritten")
@@ -120,5 +129,19 @@ def analyse(
         {path: v.shape for path, v in leaves.items()},
         {path: v.axes for path, v in leaves.items()},
         times=dict.fromkeys([*flow.contractions, *flow.statistics], 1),
+        outputs=outputs,
     )
     return Analysis(program, values, parts, flow, folded, coupling, numbers)
+
+
+def _whole(program: Program, outputs: Any) -> list[bool]:
+    """Returns for every output of a program whether it stays whole."""
+    flags = pytree._broadcast_to_and_flatten(outputs, program.out_spec)
+    if flags is None:
+        raise ValueError(
+            f"outputs must be a tree of booleans, a prefix of the result; {outputs!r} is none of "
+            f"{program.out_spec}"
+        )
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise TypeError(f"outputs must hold booleans, got {outputs!r}")
+    return flags

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
 from purepruning.layers import Layer
 from purepruning_interop._table import Owner, Param, Weight, out_in, per_channel, rows
+from purepruning_interop.torch.program import check
 
 
-def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
+def layers(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Returns the layer table of ``model``: one row per weight, in the order of its modules.
 
     Paths are the keys of ``dict(model.named_parameters())``, names those of
@@ -32,6 +34,11 @@ def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     and no alias. Of fewer axes, and norms without a weight, are no rows. The weight of a module
     that is itself the root goes by the name of the parameter (``"weight"``).
 
+    Args:
+        model: the module.
+        *inputs, **kwargs: have no effect, for nothing is called; they are here so that the
+            arguments of :func:`couple` can be passed.
+
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: a lazy module has not seen its first input.
@@ -43,10 +50,7 @@ def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     0 Conv2d 0.weight (0,) (1,) 2
     1 BatchNorm2d 1.weight (0,) () 1
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"layers(model): model must be a torch.nn.Module instance, got {type(model).__name__}"
-        )
+    check("layers(model)", model)
     names: dict[torch.nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)

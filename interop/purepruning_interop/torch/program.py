@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from purepruning.arguments import wrong_model
+
 
 class Var(NamedTuple):
     """A tensor of the program, by number."""
@@ -90,7 +92,7 @@ class Program:
         constants: tensors the program holds that are not in the state dict, by number.
         outputs: what it returns: :class:`Var`, :class:`Sym` or constants.
         mutations: what a buffer is overwritten with.
-        in_spec, out_spec: how arguments and results are packed.
+        in_spec, out_spec: how arguments (of an exported program only) and results are packed.
     """
 
     ops: list[Op]
@@ -111,6 +113,12 @@ VIEWS = {
     "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "t", "alias", "detach",
     "view",
 }  # fmt: skip
+
+
+def check(where: str, model: Any) -> None:
+    """Raises TypeError for what is no model of this framework."""
+    if not isinstance(model, torch.nn.Module):
+        raise wrong_model(where, model, "torch", "a torch.nn.Module instance")
 
 
 def leaf_names(model: torch.nn.Module) -> dict[str, str]:

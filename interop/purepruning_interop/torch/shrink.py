@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,70 +13,40 @@ from torch.utils import _pytree as pytree
 
 from purepruning.arguments import one_of
 from purepruning.coupling.coupling import Coupling
-from purepruning.coupling.plan import Plan, plan_of
-from purepruning.coupling.shrink_report import Norms, ShrinkReport, check_coupling, check_same
-from purepruning.coupling.unit_masks import Conflicts
+from purepruning.coupling.plan import Plan, plan_of, units_of_plan
+from purepruning.coupling.removal import Removal
+from purepruning.coupling.shrink_report import (
+    Kind,
+    Norms,
+    ShrinkReport,
+    Shrunk,
+    check_coupling,
+    check_plan,
+    check_same,
+)
+from purepruning.coupling.unit_masks import Chosen, Conflicts
 from purepruning.masks import apply_masks, merge_masks
+from purepruning.types import Masks
 from purepruning_interop.torch.couple import analyse
 from purepruning_interop.torch.emit.graph_module import OpenSize
 from purepruning_interop.torch.emit.table import emit
-from purepruning_interop.torch.program import leaf_names
+from purepruning_interop.torch.program import Var, check, leaf_names
 from purepruning_interop.torch.surgery import cut_modules
 from purepruning_interop.torch.tracing.export import Refused
 from purepruning_interop.torch.verify import Reference
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TorchShrinkReport(ShrinkReport):
-    """What a shrunk module lost, and what it is.
-
-    The complete masks name statistics too, so that ``apply_(model.state_dict(), report.masks)``
-    makes a model the masked one.
-
-    Attributes:
-        kind: ``"module"``, the user's own class with smaller layers, or ``"graph"``, its exported
-            program with other sizes.
-        why: why it is a graph, or how well the module agrees.
-        deviation: largest difference to the reference in float64 (in the model's own dtype if it
-            does not run in float64), relative to its largest output.
-        names: the leaf that every name of the state dict stands for.
-        dynamic: whether the batch size of a graph is open; modules are as open as they were.
-    """
-
-    kind: str = "module"
-    why: str = ""
-    deviation: float = 0.0
-    dynamic: bool = True
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def __str__(self) -> str:
-        what = {"module": "the model's own class", "graph": "a graph of its operations"}[self.kind]
-        batch = "" if self.dynamic else "; for one batch size only"
-        return "\n".join([super().__str__(), f"result: {what} ({self.why}){batch}"])
-
-
-class ShrunkModule(NamedTuple):
-    """What :func:`shrink` returns.
-
-    Attributes:
-        model: the smaller module.
-        report: what was removed, and how.
-    """
-
-    model: torch.nn.Module
-    report: TorchShrinkReport
-
-
 def shrink(
     model: torch.nn.Module,
-    masks: Any,
+    masks: Masks,
     coupling: Coupling,
+    /,
     *inputs: Any,
     norms: Norms = "original",
     conflicts: Conflicts = "keep",
     **kwargs: Any,
-) -> ShrunkModule:
-    """Returns a smaller module that computes what the masked one does, and a report.
+) -> Shrunk:
+    """Returns a smaller module that computes what the masked one does.
 
     First the user's own class is tried: a copy with cut parameters and corrected attributes
     (``in_features``, ``groups``, ``num_heads``, ...). It is returned if it runs and, in float64,
@@ -86,18 +55,23 @@ def shrink(
     original's state dict, and can be copied, trained further, compiled and exported. A graph
     switches dropouts and batch norms with ``train()``; attention dropout it has none.
 
+    The complete masks of the report name statistics too, so that
+    ``apply_(model.state_dict(), report.masks)`` makes a model the masked one.
+
     Args:
         model: the module that was coupled. It stays as it is.
         masks: masks of any pruner, or of :meth:`purepruning.Coupling.masks`, by name.
         coupling: what :func:`couple` returned for it.
         *inputs, **kwargs: example inputs, as for the module. Their batch size may change later,
-            unless the report says otherwise.
+            unless the report says otherwise. Keywords ``norms`` and ``conflicts`` of its own cannot
+            be given; make a module around it.
         norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number of
             positions there were: the masked model exactly. ``"kept"`` averages over what is kept,
             as a natively smaller ``LayerNorm`` does.
         conflicts: as in :func:`purepruning.shrink`.
 
     Raises:
+        TypeError: ``model`` is no module, or ``coupling`` no coupling.
         ValueError: masks that disagree, so that no unit can be removed or with
             ``conflicts="refuse"``; uneven groups; an axis that would be emptied; another model
             than was coupled; an unknown option; ``torch.export`` refuses the model.
@@ -109,13 +83,13 @@ def shrink(
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
     >>> coupling = couple(model, torch.ones(1, 3))
     >>> masks = coupling.masks([1, 2, 3, 4], dict(model.named_parameters()))
-    >>> small, report = shrink(model, masks, coupling, torch.ones(1, 3))
-    >>> small
+    >>> shrink(model, masks, coupling, torch.ones(1, 3)).model
     Sequential(
       (0): Linear(in_features=3, out_features=4, bias=True)
       (1): Linear(in_features=4, out_features=2, bias=True)
     )
     """
+    check("shrink(model, masks, coupling, *inputs)", model)
     one_of("norms", norms, ("original", "kept"))
     check_coupling(coupling)
     names = leaf_names(model)
@@ -126,80 +100,100 @@ def shrink(
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), leaves), masks)
     masked = apply_masks(leaves, masks)
     result = _build(model, coupling, chosen.removed, masked, complete, (inputs, kwargs), norms)
-    report = TorchShrinkReport(
+    return _shrunk(model, coupling, chosen, complete, result, norms)
+
+
+def rebuild(
+    model: torch.nn.Module,
+    plan: Plan,
+    /,
+    *inputs: Any,
+    norms: Norms = "original",
+    **kwargs: Any,
+) -> Shrunk:
+    """Returns what :func:`shrink` returned, again, from the plan of its report.
+
+    The weights of the small model are then put in with ``load_state_dict``; those of ``model`` are
+    cut, and do not matter. Needs no pickle: :func:`purepruning.save_plan` writes the plan,
+    ``safetensors`` or ``torch.save`` the state dict.
+
+    Args:
+        model: the full model, as it is built.
+        plan: of the report, maybe from a file (:func:`purepruning.load_plan`).
+        *inputs, norms, **kwargs: as for :func:`shrink`.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``plan`` no plan.
+        ValueError: the plan does not belong to this model; an unknown option.
+
+    >>> import torch
+    >>> from purepruning_interop.torch import couple
+    >>> def build():
+    ...     return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+    >>> model, x = build(), torch.ones(1, 3)
+    >>> coupling = couple(model, x)
+    >>> masks = coupling.masks([1, 2, 3, 4], dict(model.named_parameters()))
+    >>> small = shrink(model, masks, coupling, x)
+    >>> again = rebuild(build(), small.report.plan, x).model
+    >>> again.load_state_dict(small.model.state_dict())
+    <All keys matched successfully>
+    """
+    check("rebuild(model, plan, *inputs)", model)
+    one_of("norms", norms, ("original", "kept"))
+    check_plan(plan)
+    leaves = _leaves(model, leaf_names(model))
+    coupling, removed = _fitted(model, plan, inputs, kwargs)
+    masks = coupling.masks(np.flatnonzero(removed), leaves)
+    masked = apply_masks(leaves, masks)
+    result = _build(model, coupling, removed, masked, masks, (inputs, kwargs), norms)
+    return _shrunk(model, coupling, Chosen(removed, (), ()), masks, result, norms)
+
+
+def _fitted(
+    model: torch.nn.Module, plan: Plan, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Coupling, np.ndarray]:
+    """Returns the coupling that a plan fits and its units, whichever outputs were to stay whole."""
+    coupling = analyse(model, inputs, kwargs, True).coupling
+    try:
+        return coupling, units_of_plan(coupling, plan)
+    except ValueError:
+        coupling = analyse(model, inputs, kwargs, False).coupling
+        return coupling, units_of_plan(coupling, plan)
+
+
+def _shrunk(
+    model: torch.nn.Module,
+    coupling: Coupling,
+    chosen: Chosen,
+    masks: Any,
+    result: _Built,
+    norms: Norms,
+) -> Shrunk:
+    small = result.model
+    report = ShrinkReport(
         result.plan,
-        complete,
-        (_size(model), _size(result.model)),
+        masks,
+        (_size(model), _size(small)),
         (coupling.cost()[1], coupling.cost(chosen.removed)[1]),
         norms,
         coupling.statistics,
         chosen.restored,
         chosen.extended,
         result.kind,
-        result.why,
+        result.reason,
         result.deviation,
         result.dynamic,
-        names,
+        leaf_names(model),
     )
-    return ShrunkModule(result.model, report)
+
+    def fn(params: Mapping[str, torch.Tensor], *inputs: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(small, dict(params), inputs, kwargs)
+
+    return Shrunk(small, fn, dict(small.named_parameters()), report)
 
 
 def _size(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def rebuild(
-    model: torch.nn.Module,
-    plan: Plan,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    *inputs: Any,
-    norms: Norms = "original",
-    **kwargs: Any,
-) -> torch.nn.Module:
-    """Returns the small module again, from its class, a plan and the state dict of the small one.
-
-    Needs no pickle: :meth:`purepruning.Plan.save` writes the plan, ``safetensors`` or
-    ``torch.save`` the state dict.
-
-    Args:
-        model: the full model, as it is built; its values do not matter with a ``state_dict``.
-        plan: of the report of :func:`shrink`.
-        state_dict: of the small module; without one, the values of ``model`` are cut.
-        *inputs, **kwargs: example inputs, as for :func:`shrink`.
-        norms: as it was for :func:`shrink`.
-
-    Raises:
-        ValueError: the plan does not belong to this model.
-        RuntimeError: the state dict does not fit.
-    """
-    one_of("norms", norms, ("original", "kept"))
-    names = leaf_names(model)
-    leaves = _leaves(model, names)
-    if {p: tuple(x.shape) for p, x in leaves.items()} != dict(plan.shapes):
-        raise ValueError("plan does not belong to this model: its parameters have other shapes")
-    found = analyse(model, inputs, kwargs)
-    removed = np.zeros(found.coupling.n_units + 1, bool)
-    removed[[u for u in plan.removed if u < len(removed)]] = True
-    again = plan_of(found.coupling, removed)
-    if not _same_cuts(plan, again):
-        raise ValueError("plan does not belong to this model: it couples other channels")
-    masks = found.coupling.masks(np.flatnonzero(removed), leaves)
-    masked = apply_masks(leaves, masks)
-    result = _build(model, found.coupling, removed, masked, masks, (inputs, kwargs), norms)
-    if state_dict is not None:
-        result.model.load_state_dict(state_dict)
-    return result.model
-
-
-def _same_cuts(one: Plan, other: Plan) -> bool:
-    return one.cuts.keys() == other.cuts.keys() and all(
-        len(a) == len(b)
-        and all(
-            x.axis == y.axis and x.by == y.by and np.array_equal(x.positions, y.positions)
-            for x, y in zip(a, b, strict=True)
-        )
-        for a, b in ((one.cuts[path], other.cuts[path]) for path in one.cuts)
-    )
 
 
 def _leaves(model: torch.nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -234,9 +228,9 @@ def _check_leaves(coupling: Coupling, leaves: Mapping[str, torch.Tensor]) -> Non
 class _Built(NamedTuple):
     model: torch.nn.Module
     plan: Plan
-    kind: str
-    why: str
-    deviation: float
+    kind: Kind
+    reason: str
+    deviation: float | None
     dynamic: bool
 
 
@@ -260,29 +254,46 @@ def _build(
             mine.training = theirs.training
     except Exception as error:
         why = f"its own class cannot be cut: {type(error).__name__}: {error}"
-    reference = Reference(model, complete, names, given)
+    outputs = None if coupling.outputs is True else _cut_outputs(model, coupling, removed, given)
+    reference = Reference(model, complete, names, given, outputs)
     if own is not None:
         deviation, why = reference.compare(own, plan)
         if deviation is not None:
-            return _Built(own, plan, "module", f"agrees to {deviation:.0e}", deviation, True)
+            return _Built(own, plan, "module", "", deviation, True)
     graph, dynamic = _graph(model, coupling, removed, plan, state, names, given, norms)
     graph.train(model.training)
     if norms == "kept":
         if own is not None:  # compared with what averages over what is kept
             deviation, own_why = reference.compare(own, plan, graph)
             if deviation is not None:
-                return _Built(own, plan, "module", f"agrees to {deviation:.0e}", deviation, True)
+                return _Built(own, plan, "module", "", deviation, True)
             why = own_why
-        return _Built(graph, plan, "graph", why, 0.0, dynamic)
+        return _Built(graph, plan, "graph", why, None, dynamic)
     deviation, trouble = reference.compare(graph, plan)
-    if deviation is None:
-        if reference.steady():
-            raise RuntimeError(
-                f"the shrunk graph of {type(model).__name__} does not compute what the masked "
-                f"model does: {trouble}. That is a bug of this library"
-            )
-        deviation = float("nan")
+    if deviation is None and reference.steady():
+        raise RuntimeError(
+            f"the shrunk graph of {type(model).__name__} does not compute what the masked "
+            f"model does: {trouble}. That is a bug of this library"
+        )
     return _Built(graph, plan, "graph", why, deviation, dynamic)
+
+
+def _cut_outputs(
+    model: torch.nn.Module,
+    coupling: Coupling,
+    removed: np.ndarray,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+) -> list[list[tuple[int, np.ndarray]]]:
+    """Returns for every output the axes that shrink, and which of their positions stay."""
+    found = analyse(model, *given, coupling.outputs)
+    check_same(coupling, found.coupling)
+    removal = Removal(found.flow, removed[found.numbers], "original")
+    cuts = []
+    for out in found.program.outputs:
+        axes = found.values[out.number].axes if isinstance(out, Var) else ()
+        kept = [(a, removal.kept(axis)) for a, axis in enumerate(axes)]
+        cuts.append([(a, positions) for a, positions in kept if positions is not None])
+    return cuts
 
 
 def _cut_state(
@@ -318,7 +329,7 @@ def _graph(
     args, kwargs = given
     try:
         doubled, keywords = _doubled(args, kwargs)
-        found = analyse(model, doubled, keywords, "open")
+        found = analyse(model, doubled, keywords, coupling.outputs, "open")
         check_same(coupling, found.coupling)
         graph = emit(found, removed, plan, state, names, norms)
         with torch.no_grad(), warnings.catch_warnings():
@@ -337,7 +348,7 @@ def _graph(
         NotImplementedError,
     ):
         pass
-    found = analyse(model, args, kwargs, "exported")
+    found = analyse(model, args, kwargs, coupling.outputs, "exported")
     check_same(coupling, found.coupling)
     return emit(found, removed, plan, state, names, norms), False
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -21,11 +22,16 @@ EXACT = 1e-10
 ROUNDED = 1e-5
 
 
+#: What is left of one output: axes, and which of their positions.
+Cuts = Sequence[tuple[int, np.ndarray]]
+
+
 # Comparing.
 class Reference:
     """The masked model, for some inputs: what a result is compared with.
 
-    In float64, unless the model has operations that are not made for it.
+    In float64, unless the model has operations that are not made for it. Outputs that may shrink
+    are cut to what is left of them.
     """
 
     def __init__(
@@ -34,8 +40,9 @@ class Reference:
         masks: Any,
         names: Mapping[str, str],
         given: tuple[tuple[Any, ...], dict[str, Any]],
+        outputs: Sequence[Cuts] | None = None,
     ) -> None:
-        self.model, self.names, self.masks = model, names, masks
+        self.model, self.names, self.masks, self.outputs = model, names, masks, outputs
         self.wide = True
         self.inputs = [_double(given), _double(_random(given))]
         try:
@@ -48,11 +55,13 @@ class Reference:
         model = copy.deepcopy(model)
         return model.double() if self.wide else model
 
-    def _run(self, model: torch.nn.Module) -> list[list[torch.Tensor]]:
+    def _run(
+        self, model: torch.nn.Module, outputs: Sequence[Cuts] | None = None
+    ) -> list[list[torch.Tensor]]:
         model = model.eval()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [_floats(model(*args, **kwargs)) for args, kwargs in self.inputs]
+            return [_floats(model(*args, **kwargs), outputs) for args, kwargs in self.inputs]
 
     def expected(self, values: Mapping[str, torch.Tensor] | None) -> list[list[torch.Tensor]]:
         """Returns the outputs of the masked model."""
@@ -65,7 +74,7 @@ class Reference:
                 mask = self.masks.get(path)
                 if mask is not None:
                     state[path].masked_fill_(~mask, 0)
-        return self._run(masked)
+        return self._run(masked, self.outputs)
 
     def steady(self) -> bool:
         """Whether the masked model gives the same twice, and numbers."""
@@ -144,9 +153,15 @@ def _random(given: Any) -> Any:
     return pytree.tree_map(random, given)
 
 
-def _floats(outputs: Any) -> list[torch.Tensor]:
-    found = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-    return [x.double() for x in found if x.is_floating_point() or x.dtype == torch.bool]
+def _floats(outputs: Any, cuts: Sequence[Cuts] | None) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    found = []
+    for x, cut in zip(leaves, cuts or [()] * len(leaves), strict=True):
+        if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.dtype == torch.bool):
+            for axis, kept in cut:
+                x = x.index_select(axis, torch.as_tensor(kept, device=x.device))
+            found.append(x.double())
+    return found
 
 
 def _distance(expected: list[list[torch.Tensor]], found: list[list[torch.Tensor]]) -> float:

@@ -26,7 +26,8 @@ class Source:
         constants: placeholders of other tensors, with the tensor.
         outputs: which results are the module's.
         mutations: which result a buffer is overwritten with, by path.
-        in_spec, out_spec: how arguments and results are packed; not known of recordings.
+        in_spec, out_spec: how arguments and results are packed; of recordings only
+            the latter is known.
     """
 
     root: Any

@@ -89,6 +89,7 @@ class _Recorder(TorchDispatchMode):
         self.state: dict[Any, str] = {}
         self.constants: dict[Any, torch.Tensor] = {}
         self.results: list[Any] = []
+        self.out_spec: Any = None
         self.alive: list[Any] = []  # so that no two tensors share an id
         self.empty: dict[int, torch.Tensor] = {}
         self.shapes: dict[Any, tuple[Any, ...]] = {}
@@ -107,14 +108,20 @@ class _Recorder(TorchDispatchMode):
 
     def take(self, found: Any) -> None:
         """Makes the results the output."""
-        leaves = pytree.tree_leaves(found)
+        leaves, self.out_spec = pytree.tree_flatten(found)
         self.results = [self.lookup(x) if _is_tensor(x) else x for x in leaves]
         self.graph.output(tuple(self.results))
 
     def source(self) -> Source:
         """Returns what was recorded."""
         return Source(
-            self, self.given, self.state, self.constants, list(range(len(self.results))), {}
+            self,
+            self.given,
+            self.state,
+            self.constants,
+            list(range(len(self.results))),
+            {},
+            out_spec=self.out_spec,
         )
 
     def placeholder(self, name: str, value: Any) -> Any:

@@ -37,10 +37,7 @@ def program_of(
 
     Raises:
         Refused: the model cannot be exported; names the line of its source.
-        TypeError: ``model`` is no module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module instance, got {type(model).__name__}")
     with _evaluating(model):
         source = record(model, args, kwargs, known) if how == "recorded" else None
         if source is None:

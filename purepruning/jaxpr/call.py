@@ -1,0 +1,73 @@
+"""One call of a user's function, traced: what is a parameter, what an input, and the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from purepruning.arguments import adapter_of
+from purepruning.jaxpr.program import Program, trace
+from purepruning.trees import flatten
+
+
+class Call(NamedTuple):
+    """A traced call ``fn(params, *inputs, **kwargs)``.
+
+    Attributes:
+        program: its operations. The inputs are first the parameters, then what else is an array.
+        params: shape and dtype of every parameter, by path, in the program's order.
+        given: shape and dtype of the other arrays.
+        result: shape and dtype of every leaf of the result.
+        out_tree: the structure of the result.
+    """
+
+    program: Program
+    params: dict[str, Any]
+    given: list[Any]
+    result: list[Any]
+    out_tree: Any
+
+
+def trace_call(
+    fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call:
+    """Returns the call ``fn(params, *inputs, **kwargs)``, traced; what is no array is passed on.
+
+    Raises:
+        TypeError: ``fn`` is no function, such as a module.
+    """
+    adapter = adapter_of(fn)
+    # Some functions are modules of Equinox: what its filter_jit returns is.
+    if not callable(fn) or adapter not in (None, "equinox"):
+        remedy = f"; use purepruning_interop.{adapter} for it" if adapter else ""
+        raise TypeError(
+            f"fn must be a function of params and inputs, got {type(fn).__name__}{remedy}"
+        )
+    tree = flatten(params)
+    weights = {path: _shape(leaf) for path, leaf in tree.leaves.items() if is_array(leaf)}
+    leaves, treedef = jax.tree.flatten((inputs, dict(kwargs)))
+    places = [i for i, x in enumerate(leaves) if is_array(x)]
+    given = [_shape(leaves[i]) for i in places]
+
+    def flat(weights: list[Any], given: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, x in zip(places, given, strict=True):
+            filled[i] = x
+        whole = tree.rebuild({**tree.leaves, **dict(zip(names, weights, strict=True))})
+        args, keywords = jax.tree.unflatten(treedef, filled)
+        return fn(whole, *args, **keywords)
+
+    names = list(weights)
+    program, result, out_tree = trace(flat, list(weights.values()), given)
+    return Call(program, weights, given, result, out_tree)
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` is an array, or describes one: what is traced."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
