@@ -23,6 +23,7 @@ def build(
     *,
     times: Mapping[Any, int],
     outputs: Any = True,
+    tables: bool = False,
 ) -> tuple[Coupling, np.ndarray]:
     """Returns the coupling that a flow found, and the unit of every atom (0 for none).
 
@@ -32,6 +33,7 @@ def build(
         axes: their axes as :meth:`Flow.leaf` gave them.
         times: how often the program runs each operation, by what the front end calls it.
         outputs: which outputs keep their size.
+        tables: whether there are units of tables that no layer makes or reads.
     """
     paths = sorted(leaves)
     roles = {
@@ -40,7 +42,7 @@ def build(
         for a in range(len(leaves[path]))
     }
     resolved, by, parts = _settle(flow, paths, leaves, axes)
-    while _keep_tables(flow, resolved, roles):
+    while not tables and _keep_tables(flow, resolved, roles):
         resolved, by, parts = _settle(flow, paths, leaves, axes)
     atoms, first = _order(resolved, paths)
     numbers = np.zeros(flow.atoms.size, np.int64)

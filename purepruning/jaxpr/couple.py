@@ -83,8 +83,14 @@ def couple(
     return analyse(trace_call(fn, params, inputs, kwargs), outputs).coupling
 
 
-def analyse(call: Call, outputs: Any) -> Analysis:
-    """Returns the program of a call with the atoms of every variable."""
+def analyse(call: Call, outputs: Any, tables: bool = False) -> Analysis:
+    """Returns the program of a call with the atoms of every variable.
+
+    Args:
+        call: the traced call.
+        outputs: as for :func:`couple`; also :class:`State`.
+        tables: whether there are units of tables that no layer makes or reads.
+    """
     program, names = call.program, list(call.params)
     paths = dict(zip(program.inputs, names, strict=False))
     uses = leaf_uses(program, paths)
@@ -111,6 +117,7 @@ def analyse(call: Call, outputs: Any) -> Analysis:
         {path: v.axes for path, v in values.items()},
         times=_times(program, traced),
         outputs=outputs,
+        tables=tables,
     )
     return Analysis(program, traced, flow, paths, call.out_tree, coupling, numbers)
 

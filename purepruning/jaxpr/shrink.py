@@ -174,6 +174,7 @@ def fitted(call: Call, plan: Plan, outputs: Any) -> tuple[Analysis, np.ndarray]:
 
     Outputs that must stay whole did so when the plan was made. Where the function returns others
     here (statistics, in training), those may shrink along: then nothing is held by its outputs.
+    What is a layer's in another call (a state that only training reads) may be a mere table here.
 
     Raises:
         ValueError: the plan does not fit the call.
@@ -181,11 +182,11 @@ def fitted(call: Call, plan: Plan, outputs: Any) -> tuple[Analysis, np.ndarray]:
     free = jax.tree.map(lambda fate: fate if isinstance(fate, State) else False, outputs)
     for given in (outputs, free):
         try:
-            found = analyse(call, given)
+            found = analyse(call, given, tables=True)
             return found, units_of_plan(found.coupling, plan)
         except (TypeError, ValueError):
             continue  # other outputs, or held by them
-    found = analyse(call, False)
+    found = analyse(call, False, tables=True)
     return found, units_of_plan(found.coupling, plan)
 
 
