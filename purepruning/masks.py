@@ -43,7 +43,7 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     >>> apply_masks(params, masks)["w"].tolist()
     [[1.0, 2.0], [0.0, 0.0]]
     """
-    if adapter_of(params) == "torch":
+    if not isinstance(params, Mapping) and adapter_of(params) == "torch":
         raise TypeError(
             f"apply_masks: params must be a dict of tensors, got the module {type(params).__name__}"
             "; use purepruning_interop.torch.apply_(model, masks)"

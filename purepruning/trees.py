@@ -45,15 +45,16 @@ def flatten(tree: Any) -> Flat:
     >>> flatten({"b": {"w": 1.0}, "a": [2.0, 3.0]}).leaves
     {'a.0': 2.0, 'a.1': 3.0, 'b.w': 1.0}
     """
-    adapter = adapter_of(tree)
+    if isinstance(tree, Mapping) and tree and all(map(is_torch, tree.values())):
+        leaves = {name: tree[name] for name in sorted(tree)}
+        return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})
+    # Not of dicts: torch.compile cannot follow what tells models.
+    adapter = None if isinstance(tree, Mapping) else adapter_of(tree)
     if adapter in _PARAMETERS:
         raise TypeError(
             f"expected a tree of arrays, got a model, {type(tree).__name__}; give "
             f"{_PARAMETERS[adapter]}"
         )
-    if isinstance(tree, Mapping) and tree and all(map(is_torch, tree.values())):
-        leaves = {name: tree[name] for name in sorted(tree)}
-        return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})
     treedef = jax.tree_util.tree_structure(tree)
     leaves = {}
     # Flax's boxes are nodes with a value in them; the path ends at the box.
