@@ -119,9 +119,10 @@ def units_of(
             else:
                 read |= wants
                 needed |= stays
-    # What nothing reads any more may go, whatever makes it.
-    unread = read & ~needed
-    asked, denied = asked | unread, denied & ~unread
+    # What nothing reads any more may go, whatever makes it; so may what norms make zero.
+    scaled = _scaled_to_zero(leaves, masks, n_units)
+    idle, unmasked = scaled | (read & ~needed), scaled & denied
+    asked, denied = asked | idle, denied & ~idle
     torn = asked & denied
     if torn.any() and conflicts == "refuse":
         raise ValueError(
@@ -140,8 +141,47 @@ def units_of(
     return Chosen(
         removed,
         tuple(np.flatnonzero(asked & ~removed).tolist()),
-        tuple(np.flatnonzero(removed & denied).tolist()),
+        tuple(np.flatnonzero(removed & (denied | unmasked)).tolist()),
     )
+
+
+def _scaled_to_zero(
+    leaves: Mapping[str, Coupled], masks: Mapping[str, Any], n_units: int
+) -> np.ndarray:
+    """Returns which units are masked by all modules that only scale or shift them, such as norms.
+
+    A module is what the leaves under one name belong to; statistics that lie under a name of their
+    own, as in Flax Linen, belong to the module of the same name among the parameters.
+    """
+    never = np.zeros(n_units + 1, bool)
+    makers: dict[str, np.ndarray] = {}
+    scalers: dict[str, np.ndarray] = {}
+    masked: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        module = path.rpartition(".")[0]
+        for axis, units in enumerate(leaf.units):
+            if units is None:
+                continue
+            there = never.copy()
+            there[units] = True
+            kind = scalers if leaf.roles[axis] == COMPANION else makers
+            kind[module] = kind.get(module, never) | there
+            if kind is scalers and path in masks:
+                full = np.broadcast_to(_host(masks[path]), leaf.shape)
+                wants, _ = _votes(leaf, axis, units, full, n_units)
+                masked[module] = masked.get(module, wants) & wants
+    layers = {module.partition(".")[0] for module in makers}
+    by_tail = {module.partition(".")[2]: wants for module, wants in masked.items()}
+    found, spared = never.copy(), never.copy()
+    for module, units in scalers.items():
+        top, _, tail = module.partition(".")
+        wants = masked.get(module, never if top in layers else by_tail.get(tail, never))
+        alone = units & ~makers.get(module, never)  # the bias of a layer says nothing of its own
+        found |= alone & wants
+        spared |= alone & ~wants
+    found &= ~spared
+    found[0] = False
+    return found
 
 
 def _votes(

@@ -159,3 +159,56 @@ def test_layers_of_which_nothing_is_pruned_take_no_part(extra):
     assert len(small.report.restored) == (4 if extra == "own" else 0)
     masked = fn(pp.apply_masks(params, small.report.masks), x)
     np.testing.assert_allclose(small.fn(small.params, x), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_whose_norms_are_masked_go_with_their_convolutions():
+    """Slim ranks norms; a channel whose scale and shift are zero is zero."""
+    model = randomised(Mobile())
+    x = torch.randn(2, 3, 6, 6)
+    coupling = ppt.couple(model, x)
+    params = dict(model.named_parameters())
+    rules = [{"sparsity": 0.5, "op_names": ["norms.1", "norms.2"]}]
+    config = pp.resolve(rules, ppt.layers(model), granularity="output_channel")
+    masks = pp.slim(params, None, config)
+    both = masks["norms.1.weight"] & masks["norms.2.weight"]
+    for name in ("norms.1.weight", "norms.1.bias", "norms.2.weight", "norms.2.bias"):
+        masks[name] = both
+    shrunk = ppt.shrink(model, masks, coupling, x)
+    small, report = shrunk.model, shrunk.report
+    kept = int(both.sum())
+    assert small.wide.out_channels == small.depth.groups == small.narrow.in_channels == kept
+    assert len(report.extended) == 24 - kept
+    torch.testing.assert_close(
+        small(x),
+        torch.func.functional_call(model, pp.apply_masks(params, masks), (x,)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_channel_that_another_norm_keeps_stays():
+    """Both branches of a residual have norms; masking those of one does not make it zero."""
+    model = randomised(Mobile())
+    x = torch.randn(2, 3, 6, 6)
+    coupling = ppt.couple(model, x)
+    mask = torch.arange(8) > 2
+    masks = {"norms.0.weight": mask, "norms.0.bias": mask}
+    assert not coupling.chosen(masks, dict(model.named_parameters())).removed.any()
+    both = masks | {"norms.3.weight": mask, "norms.3.bias": mask}
+    assert coupling.chosen(both, dict(model.named_parameters())).removed.sum() == 3
+
+
+def test_slim_on_the_norms_of_coupled_channels_ends_in_a_smaller_model():
+    model = randomised(Mobile())
+    x = torch.randn(2, 3, 6, 6)
+    coupling = ppt.couple(model, x)
+    params = dict(model.named_parameters())
+    rules = [{"sparsity": 0.5, "op_types": ["BatchNorm2d"]}]
+    config = pp.resolve(rules, ppt.layers(model), coupling=coupling)
+    shrunk = ppt.shrink(model, pp.slim(params, None, config), coupling, x)
+    small, report = shrunk.model, shrunk.report
+    assert small.stem.out_channels == 4
+    assert small.depth.out_channels == 12
+    state = params | dict(model.named_buffers())
+    masked = torch.func.functional_call(model, pp.apply_masks(state, report.masks), (x,))
+    torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
