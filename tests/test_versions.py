@@ -9,10 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import purepruning
 from purepruning import versions
+from purepruning_interop.torch import internals
 from tests.messages import raises
 
 ROOT = Path(__file__).parent.parent
@@ -215,3 +217,57 @@ def test_importing_the_library_takes_a_quarter_of_a_second_at_most():
 
     # The first process may compile sources; other processes may disturb one of them.
     assert any(seconds() <= 0.25 for _ in range(3))
+
+
+def names_of_torch(source):
+    """The operators and private names, below ``torch``, that a file of its adapter uses."""
+    tree = ast.parse(source.read_text())
+    roots = {"torch": "", "aten": "ops.aten", "_aten": "ops.aten", "_Tensor": "Tensor"}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "torch":
+            for alias in node.names:
+                name = ".".join([*node.module.split(".")[1:], alias.name])
+                roots[alias.asname or alias.name] = name
+                found.add(name)
+    for node in ast.walk(tree):
+        first, *rest = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else [""]
+        if first in roots and all(part.isidentifier() for part in rest):
+            rest = [part for part in rest if not part.startswith("__")]
+            found.add(".".join([*filter(None, [roots[first]]), *rest]))
+    private = {n for n in found if re.search(r"(^|\.)_(?!_)", n)}
+    called = {n for n in found if re.fullmatch(r"ops\.aten\.\w+\.\w+", n)}
+    return {n for n in private | called if not n.startswith("ops.") or n in called}
+
+
+def test_names_of_torch_are_those_that_importing_checks():
+    used = {
+        n for source in (ROOT / "interop").rglob("torch/**/*.py") for n in names_of_torch(source)
+    }
+    longest = {n for n in used if not any(other.startswith(f"{n}.") for other in used)}
+    assert longest == set(internals.NAMES)
+
+
+LACKING = """
+import torch.fx.graph
+del torch.fx.graph._PyTreeInfo
+import purepruning_interop.torch
+"""
+
+
+def test_importing_the_adapter_checks_the_names():
+    command = [sys.executable, "-c", LACKING]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: purepruning_interop.torch needs torch.fx.graph._PyTree")
+
+
+def test_a_torch_without_a_name_is_refused():
+    internals.check(internals.NAMES)
+    gone = ["nn.Linear", "ops.aten.relu.default", "ops.aten.relu.other", "_nothing.at_all"]
+    with raises(
+        ImportError,
+        f"purepruning_interop.torch needs torch.ops.aten.relu.other and torch._nothing.at_all, "
+        f"which torch {torch.__version__} does not have; run: pip install 'torch==2.13.*'",
+    ):
+        internals.check(gone)

@@ -5,6 +5,10 @@ from purepruning.versions import require
 require("torch", __name__)
 require("array-api-compat", __name__)
 
+from purepruning_interop.torch import internals
+
+internals.check(internals.NAMES)
+
 from purepruning_interop.torch.capture import capture
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
