@@ -9,6 +9,7 @@ import pytest
 
 from tests.coupling.law import compare
 from tests.coupling.zoo import MODELS
+from tests.versions import enable_x64
 
 #: Functions that nothing can be removed from, and why.
 WHOLE = {
@@ -82,7 +83,7 @@ def test_the_shrunk_model_is_the_masked_one(entry, standard_promotion):
 @pytest.mark.parametrize("name", ["plain_grouped_queries", "equinox_convnext"])
 def test_in_double_precision_they_agree_to_rounding(name, standard_promotion):
     entry = next(e for e in MODELS if e.name == name)
-    with jax.numpy_rank_promotion("allow"), jax.enable_x64(True):
+    with jax.numpy_rank_promotion("allow"), enable_x64(True):
         fn, params, inputs = entry.build(jax.random.key(0))
         params, inputs = jax.tree.map(_double, (params, inputs))
         found = compare(fn, params, *inputs)

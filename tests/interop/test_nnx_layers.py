@@ -75,13 +75,13 @@ class Block(nnx.Module):
 
 class Ensemble(nnx.Module):
     def __init__(self):
-        self.blocks = nnx.vmap(Block)(rngs().split(3))
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block))(rngs())
 
 
 class Ensembles(nnx.Module):
     def __init__(self):
         make = nnx.vmap(nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs)))
-        self.linear = make(rngs().split((2, 3)))
+        self.linear = nnx.split_rngs(splits=(2, 3))(make)(rngs())
 
 
 # Functions, because modules are made under nnx.eval_shape: their numbers take no part.
@@ -196,10 +196,6 @@ CASES = {
             "a.tables.0": row("Positions", "a.tables.0", aliases=("a",)),
         },
     ),
-    "weight norm": lambda: (
-        nnx.Dict(a=nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs()), rngs=rngs())),
-        linear("a.layer_instance"),
-    ),
     "ensemble": lambda: (
         Ensemble(),
         {
@@ -234,6 +230,12 @@ CASES = {
     ),
 }
 
+if hasattr(nnx, "WeightNorm"):  # Flax 0.12.0 has none
+    CASES["weight norm"] = lambda: (
+        nnx.Dict(a=nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs()), rngs=rngs())),
+        linear("a.layer_instance"),
+    )
+
 
 @pytest.mark.parametrize("case", CASES, ids=list(CASES))
 def test_table(case):
@@ -253,7 +255,7 @@ def test_stack_axis_that_is_not_the_first():
     def make(rngs):
         return nnx.Conv(4, 6, (3, 3), use_bias=False, rngs=rngs)
 
-    model = nnx.Dict(a=make(rngs().split(5)))
+    model = nnx.Dict(a=nnx.split_rngs(splits=5)(make)(rngs()))
     assert model.a.kernel.shape == (3, 5, 3, 4, 6)
     (layer,) = adapter.layers(model)
     assert (layer.out_axes, layer.in_axes, layer.stack_axes) == ((4,), (3,), (1,))
@@ -314,7 +316,7 @@ def trees_of_parameters():
         "state": state,
         "state of everything": nnx.state(model),
         "pure dict": nnx.to_pure_dict(state),
-        "pure": nnx.as_pure(state),
+        **({"pure": nnx.as_pure(state)} if hasattr(nnx, "as_pure") else {}),
         "grad": grads,
         "split": nnx.split(model, nnx.Param, ...)[1],
         **seen,
@@ -329,7 +331,7 @@ def test_one_path_in_every_tree_of_parameters():
         "norm.scale",
         "norm.bias",
     }
-    assert len(trees) == 12
+    assert len(trees) == 11 + hasattr(nnx, "as_pure")
     for name, tree in trees.items():
         assert weights <= set(leaf_paths(tree)), name
     assert set(leaf_paths(trees["grad"])) == {*weights, "tied.bias"}
@@ -337,7 +339,7 @@ def test_one_path_in_every_tree_of_parameters():
 
 def test_abstract_model():
     model = nnx.eval_shape(lambda: Net(rngs()))
-    assert isinstance(model.tied.kernel.get_value(), jax.ShapeDtypeStruct)
+    assert isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct)
     assert adapter.layers(model) == adapter.layers(Net(rngs()))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from jax import export
 from torch import nn
 
 import purepruning as pp
@@ -120,7 +121,7 @@ def test_before_and_after():
 
 
 def test_a_symbolic_batch():
-    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 8, 8, 2"), "float32")
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("batch, 8, 8, 2"), "float32")
     found = pp.count(convnet, arrays(SHAPES), x)
     one = pp.count(convnet, arrays(SHAPES), jax.ShapeDtypeStruct((1, 8, 8, 2), "float32"))
     assert str(found.macs) == f"{one.macs}*batch"

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import purepruning as pp
 from purepruning.coupling.plan import Cut, Plan
@@ -115,10 +116,10 @@ def test_another_image_size(shrunk):
 
 
 def test_export_with_a_symbolic_batch(shrunk):
-    (batch,) = jax.export.symbolic_shape("batch")
+    (batch,) = export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *X.shape[1:]), X.dtype)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shrunk.params)
-    exported = jax.export.export(jax.jit(shrunk.fn))(params, shape)
+    exported = export.export(jax.jit(shrunk.fn))(params, shape)
     for n in (1, 4):
         x = jnp.concatenate([X] * n)
         assert distance(shrunk.fn(shrunk.params, x), exported.call(shrunk.params, x)) < 1e-6
@@ -591,7 +592,7 @@ def test_inputs_for_which_nothing_may_go():
 
 
 def test_counts_of_a_symbolic_batch_are_formulas():
-    (batch,) = jax.export.symbolic_shape("b")
+    (batch,) = export.symbolic_shape("b")
     fn = lambda params, x: (x @ params["one"]) @ params["two"]  # noqa: E731
     params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((4, 2))})
     x = jax.ShapeDtypeStruct((batch, 3), jnp.float32)
@@ -602,7 +603,7 @@ def test_counts_of_a_symbolic_batch_are_formulas():
 
 
 def test_what_stands_behind_a_batch_that_is_not_known_stays():
-    (batch,) = jax.export.symbolic_shape("b")
+    (batch,) = export.symbolic_shape("b")
     fn = lambda params, x: jnp.concatenate([x @ params["one"], params["two"]]) @ params["three"]  # noqa: E731
     params = draw({"one": jnp.ones((3, 4)), "two": jnp.ones((2, 4)), "three": jnp.ones((4, 2))})
     coupling = pp.couple(fn, params, jax.ShapeDtypeStruct((batch, 3), jnp.float32))

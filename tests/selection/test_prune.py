@@ -28,6 +28,7 @@ from purepruning.selection.keys import Piece
 from tests import oracle
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch, off_host
+from tests.versions import enable_x64
 
 INF, NAN = float("inf"), float("nan")
 DEFAULT = {"op_types": ["default"], "allow_empty": True}
@@ -633,7 +634,7 @@ def test_masks_are_the_same_with_64_bit_types(pruner, granularity, stats):
     rules = [{"op_types": ["default"], "sparsity": 0.4}]
     config = pp.resolve(rules, layers, scope="global", granularity=granularity)
     expected = as_numpy(pruner(as_jax(params), stats, config))
-    with jax.enable_x64(True), off_host():
+    with enable_x64(True), off_host():
         double = {path: jnp.asarray(x, "float64") for path, x in params.items()}
         np.testing.assert_equal(as_numpy(pruner(double, stats, config)), expected)
 
@@ -642,6 +643,6 @@ def test_counting_is_the_same_with_64_bit_types():
     config = pp.resolve([DEFAULT | {"sparsity": 0.4}], LAYERS[:2], scope="global")
     path = (scoring(), large)
     expected = masks_of(path, several(9), config)
-    with jax.enable_x64(True), large(), off_host():
+    with enable_x64(True), large(), off_host():
         masks = as_numpy(prune.prune(path[0], as_jax(several(9)), None, config))
     np.testing.assert_equal(masks, expected)

@@ -18,6 +18,7 @@ from tests import oracle
 from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
+from tests.versions import enable_x64
 
 FC = Layer("fc", "Linear", "fc.w", (3, 4), (0,), (1,))
 CONV = Layer("conv", "Conv2d", "conv.w", (2, 2, 1, 4), (3,), (2,), bias="conv.b")
@@ -165,7 +166,7 @@ def test_the_penalty_and_its_gradient(framework, rho):
 
 
 def test_the_gradient_is_the_numeric_one():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {path: jnp.asarray(x, jnp.float64) for path, x in integers(5).items()}
         config = resolve([FC])
         state, _ = admm.step(params, admm.init(params, config), config, pruner=pp.level)
