@@ -38,7 +38,7 @@ RANGES = {
     "equinox": Range("0.13.1", "0.13"),
     "dm-haiku": Range("0.0.15", "0.0.17"),
     "torch": Range("2.13.0", "2.13"),
-    "array-api-compat": Range("1.12.0"),
+    "array-api-compat": Range("1.14.0"),
 }
 
 
