@@ -43,6 +43,7 @@ NAMES = (
     "nn.modules.conv._ConvTransposeNd",
     "nn.modules.instancenorm._InstanceNorm",
     "utils._python_dispatch.TorchDispatchMode",
+    "utils._pytree._broadcast_to_and_flatten",
     "utils._pytree.tree_flatten",
     "utils._pytree.tree_leaves",
     "utils._pytree.tree_map",
