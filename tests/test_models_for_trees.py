@@ -95,6 +95,30 @@ def test_keep_pruned_names_that_of_modules():
     assert isinstance(pp.keep_pruned(MASKS, optax.MultiSteps(optax.sgd(0.1), 2)), tuple)
 
 
+@pytest.mark.parametrize("adapter", ["torch", "nnx", "linen"])
+def test_structure_names_the_function_of_the_adapter(adapter):
+    model, x = MODELS[adapter], jnp.ones((1, 3))
+    calls = {
+        "couple": lambda: pp.couple(model, x),
+        "count": lambda: pp.count(model, x),
+        "shrink": lambda: pp.shrink(model, MASKS, None, x),
+        "rebuild": lambda: pp.rebuild(model, None, x),
+    }
+    for name, call in calls.items():
+        with raises(TypeError, type(model).__name__, f"purepruning_interop.{adapter}.{name}"):
+            call()
+
+
+def test_tensors_of_torch_are_not_traced():
+    params, x = {"w": torch.ones(3, 4)}, jnp.ones((1, 3))
+    with raises(TypeError, "params: 'w'", "purepruning_interop.torch"):
+        pp.couple(lambda p, x: x @ p["w"], params, x)
+    with raises(TypeError, "an input", "purepruning_interop.torch"):
+        pp.couple(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 4))}, torch.ones(1, 3))
+    with raises(TypeError, "Sequential", "named_parameters"):
+        pp.couple(lambda p, x: x, MODELS["torch"], x)
+
+
 def test_modules_of_equinox_are_trees():
     model = eqx.nn.Linear(3, 4, key=jax.random.key(0))
     config = pp.resolve(0.5, [Layer("fc", "Linear", "weight", (4, 3), (0,), (1,))])

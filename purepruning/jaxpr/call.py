@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from purepruning.arguments import adapter_of
+from purepruning.arrays import is_torch
 from purepruning.jaxpr.program import Program, trace
 from purepruning.trees import flatten
 
@@ -36,16 +37,17 @@ def trace_call(
     """Returns the call ``fn(params, *inputs, **kwargs)``, traced; what is no array is passed on.
 
     Raises:
-        TypeError: ``fn`` is no function, such as a module.
+        TypeError: ``fn`` is no function, such as a module; or a parameter or an input is of torch.
     """
-    adapter = adapter_of(fn)
-    # Some functions are modules of Equinox: what its filter_jit returns is.
-    if not callable(fn) or adapter not in (None, "equinox"):
-        remedy = f"; use purepruning_interop.{adapter} for it" if adapter else ""
-        raise TypeError(
-            f"fn must be a function of params and inputs, got {type(fn).__name__}{remedy}"
-        )
+    check_function(fn)
     tree = flatten(params)
+    tensors = [f"params: {path!r}" for path, leaf in tree.leaves.items() if is_torch(leaf)]
+    tensors += ["an input" for x in jax.tree.leaves((inputs, dict(kwargs))) if is_torch(x)]
+    if tensors:
+        raise TypeError(
+            f"{tensors[0]} is a tensor of torch, which JAX cannot trace; give the module itself to "
+            "the function of this name in purepruning_interop.torch"
+        )
     weights = {path: _shape(leaf) for path, leaf in tree.leaves.items() if is_array(leaf)}
     leaves, treedef = jax.tree.flatten((inputs, dict(kwargs)))
     places = [i for i, x in enumerate(leaves) if is_array(x)]
@@ -62,6 +64,18 @@ def trace_call(
     names = list(weights)
     program, result, out_tree = trace(flat, list(weights.values()), given)
     return Call(program, weights, given, result, out_tree)
+
+
+def check_function(fn: Any, name: str | None = None) -> None:
+    """Raises TypeError for what is no function; of a model, names its adapter's function."""
+    adapter = adapter_of(fn)
+    # Some functions are modules of Equinox: what its filter_jit returns is.
+    if not callable(fn) or adapter not in (None, "equinox"):
+        function = f".{name}" if name else ""
+        remedy = f"; use purepruning_interop.{adapter}{function} for it" if adapter else ""
+        raise TypeError(
+            f"fn must be a function of params and inputs, got {type(fn).__name__}{remedy}"
+        )
 
 
 def is_array(x: Any) -> bool:

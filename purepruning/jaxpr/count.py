@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from purepruning.coupling.cost import LayerCost, ModelCost
-from purepruning.jaxpr.call import Call, trace_call
+from purepruning.jaxpr.call import Call, check_function, trace_call
 from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.program import Op, Program
 from purepruning.types import Params
@@ -33,6 +33,7 @@ def count(fn: Callable[..., Any], params: Params, /, *inputs: Any, **kwargs: Any
     >>> found.params, found.macs, [(x.name, x.macs) for x in found.layers]
     (40, 200, [('one', 120), ('two', 80)])
     """
+    check_function(fn, "count")
     return cost_of(trace_call(fn, params, inputs, kwargs))
 
 

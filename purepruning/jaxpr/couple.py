@@ -14,7 +14,7 @@ from purepruning.coupling.build import build
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.value import Value, whole
-from purepruning.jaxpr.call import Call, trace_call
+from purepruning.jaxpr.call import Call, check_function, trace_call
 from purepruning.jaxpr.program import Program
 from purepruning.jaxpr.rules.table import RULES
 from purepruning.jaxpr.walk import Trace, leaf_uses, walk
@@ -80,6 +80,7 @@ def couple(
     >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('one[1]', 8, ['bias', 'one', 'two'])]
     """
+    check_function(fn, "couple")
     return analyse(trace_call(fn, params, inputs, kwargs), outputs).coupling
 
 

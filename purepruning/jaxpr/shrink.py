@@ -21,7 +21,7 @@ from purepruning.coupling.shrink_report import (
     check_same,
 )
 from purepruning.coupling.unit_masks import Chosen, Conflicts
-from purepruning.jaxpr.call import Call, is_array, trace_call
+from purepruning.jaxpr.call import Call, check_function, is_array, trace_call
 from purepruning.jaxpr.couple import Analysis, State, analyse
 from purepruning.jaxpr.emit import EMIT
 from purepruning.jaxpr.interpret import Run
@@ -79,6 +79,7 @@ def shrink(
     >>> jax.tree.map(jnp.shape, small.params), small.fn(small.params, jnp.ones((1, 3))).tolist()
     ({'one': (3, 4), 'two': (4, 2)}, [[12.0, 12.0]])
     """
+    check_function(fn, "shrink")
     one_of("norms", norms, ("original", "kept"))
     check_coupling(coupling)
     tree = flatten(params)
@@ -136,6 +137,7 @@ def rebuild(
     >>> {name: x.shape for name, x in small.params.items()}
     {'one': (3, 2), 'two': (2, 2)}
     """
+    check_function(fn, "rebuild")
     one_of("norms", norms, ("original", "kept"))
     check_plan(plan)
     found, removed = fitted(trace_call(fn, params, inputs, kwargs), plan, outputs)
