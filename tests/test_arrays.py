@@ -17,12 +17,16 @@ from flax import nnx
 from purepruning.arrays import (
     NUMPY,
     bits_float,
+    by_numpy,
+    chosen,
     compiled,
+    empty,
     float_bits,
     int32,
     iota,
     is_batched,
     is_concrete,
+    is_on_host,
     is_torch,
     matmul,
     namespace,
@@ -69,17 +73,147 @@ def test_what_can_be_looked_at():
     assert seen == [(1, 0), (0, 0), (0, 0), (1, 0), (0, 1), (1, 0)]
 
 
+# Calls that NumPy can do.
+
+
+def test_what_numpy_can_read():
+    seen = []
+
+    def note(x):
+        seen.append(is_on_host(x))
+        return x
+
+    jax.jit(note)(jnp.ones(2))
+    jax.vmap(note)(jnp.ones(2))
+    torch.func.vmap(note)(torch.ones(2))
+    torch.func.grad(lambda x: note(x).sum())(torch.ones(2))
+    trained = torch.ones(2, requires_grad=True)
+    note(trained)
+    for x in (jax.random.key(0), torch.ones(2).to_sparse(), torch.ones(2, device="meta"), "x"):
+        note(x)
+    assert not any(seen)
+    assert torch.compile(lambda x: x + is_on_host(x), backend="eager")(torch.ones(2))[0] == 1
+    with torch.no_grad():
+        assert is_on_host(trained)
+    for x in (jnp.ones(2), torch.nn.Parameter(torch.ones(2), False), np.ones(2), np.float32(1), 3):
+        assert is_on_host(x)
+
+
+def addresses(x):
+    if isinstance(x, jax.Array):
+        return x.unsafe_buffer_pointer()
+    return x.data_ptr() if is_torch(x) else x.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "bool"])
+@pytest.mark.parametrize("framework", [jnp, torch])
+def test_nothing_is_copied_on_the_way_to_numpy_and_back(framework, dtype):
+    x = framework.ones((3, 1000), dtype=getattr(framework, dtype))
+    inside = []
+
+    def zeros(x):
+        assert type(x) is np.ndarray
+        result = empty(x.shape, x.dtype)
+        result.view(np.uint8)[:] = 0
+        inside.append((addresses(x), addresses(result)))
+        return {"zeros": result, "three": 3}
+
+    result = by_numpy(zeros, x)
+    assert result["three"] == 3
+    assert type(result["zeros"]) is type(x)
+    assert result["zeros"].dtype == x.dtype
+    assert inside == [(addresses(x), addresses(result["zeros"]))]
+    assert [float(a[2, 999]) for a in (x, result["zeros"])] == [1, 0]
+
+
+def test_results_of_numpy_can_be_written_to_where_arrays_can():
+    x = torch.ones(4)
+    for result in (
+        by_numpy(lambda x: np.broadcast_to(x[:1], (2, 3)), x),
+        by_numpy(lambda x: x.sum(), x),
+    ):
+        result += 1
+    assert x.tolist() == [1] * 4
+
+
+def test_strided_tensors_are_read_where_they_lie():
+    x, inside = torch.arange(6.0).reshape(2, 3).T, []
+    result = by_numpy(lambda x: inside.append(addresses(x)) or x + 1, x)
+    assert inside == [addresses(x)]
+    assert torch.equal(result, x + 1)
+
+
+def test_numpy_stays_numpy():
+    assert type(by_numpy(lambda x: x + 1, np.ones(2))) is np.ndarray
+
+
+def test_committed_arrays_stay_where_they_are():
+    for place in (None, jax.devices()[0]):
+        x = jax.device_put(jnp.ones(2), place)
+        result = by_numpy(lambda x: x + 1, x)
+        assert result.committed == x.committed
+        assert result.sharding == x.sharding
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    assert by_numpy(lambda x: x.reshape(2, 1) + 1, x).sharding.mesh == mesh
+
+
+def test_numpy_does_nothing_that_it_cannot():
+    """What is traced, batched, tracked or of two frameworks is handed on as it is."""
+    double = functools.partial(by_numpy, lambda x, y: x * y)
+    given = []
+
+    def kinds(*xs):
+        given.append([type(x) for x in xs])
+        return xs[0]
+
+    jax.jit(lambda x: by_numpy(kinds, x, np.ones(2)))(jnp.ones(2))
+    by_numpy(kinds, jnp.ones(2), torch.ones(2))
+    assert np.ndarray not in [kind for some in given for kind in some[:1]]
+    assert jax.grad(lambda x: double(x, x))(3.0) == 6
+    x = torch.tensor(3.0, requires_grad=True)
+    double(x, x).backward()
+    assert x.grad == 6
+    assert torch.func.grad(lambda x: double(x, x))(torch.tensor(3.0)) == 6
+    assert torch.func.vmap(double)(torch.ones(3), torch.full((3,), 2.0)).tolist() == [2, 2, 2]
+    assert torch.compile(double, backend="eager")(torch.ones(2), torch.ones(2)).tolist() == [1, 1]
+
+
+def test_numpy_warns_of_nothing():
+    big = jnp.asarray([3e38, -1, 0], jnp.float32)
+    assert not np.isfinite(by_numpy(lambda x: np.sqrt(x * 10 / x), big)).all()
+
+
+@pytest.mark.parametrize("rest", [0, -np.inf, 5])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "bool", "complex64"])
+def test_what_is_chosen_is_what_where_chooses(dtype, rest):
+    dtype = jnp.dtype(dtype)
+    if not np.isfinite(rest) and dtype.kind in "ib":
+        return
+    x = np.asarray([[1, -2, 3], [4, 5, 6]]).astype(dtype)
+    if dtype.kind not in "ib":
+        x[0, :2] = np.nan, np.inf
+    mask = np.asarray([[True, False, True], [False, False, True]])
+    expected = np.where(mask, x, np.asarray(rest, dtype))
+    for asarray in (np.asarray, jnp.asarray):
+        got = chosen(mask, asarray(x), rest)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(
+            np.asarray(got).astype("complex64"), expected.astype("complex64")
+        )
+
+
 def test_bits_there_and_back():
     values = np.asarray([0.0, -0.0, 1.5, -np.inf, 1e-45, np.nan], np.float32)
     expected = values.view(np.int32)
-    for x, xp in ((jnp.asarray(values), jnp), (torch.tensor(values), TORCH)):
+    for x, xp in ((jnp.asarray(values), jnp), (torch.tensor(values), TORCH), (values, NUMPY)):
         bits = float_bits(xp, x)
         np.testing.assert_array_equal(np.asarray(bits), expected)
         np.testing.assert_array_equal(np.asarray(bits_float(xp, bits)).view(np.int32), expected)
 
 
 def test_integers():
-    for like, xp in ((jnp.ones(1), jnp), (torch.ones(1), TORCH)):
+    for like, xp in ((jnp.ones(1), jnp), (torch.ones(1), TORCH), (np.ones(1), NUMPY)):
         for values in (5, [1, 2], np.asarray([1, 2]), xp.asarray([3, 4])):
             assert int32(xp, values, like).dtype == xp.int32
         np.testing.assert_array_equal(np.asarray(iota(xp, 4, like)), [0, 1, 2, 3])

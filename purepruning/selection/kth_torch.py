@@ -1,23 +1,21 @@
-"""Exact selection in torch: pick out the few elements near the cut, and rank only those.
+"""Exact selection in torch, where NumPy cannot be used: on accelerators, and in transformations.
 
-A sorted sample brackets the cut; one pass over the weights counts what lies below the bracket and
-copies what lies inside, about one in a hundred. Shapes here depend on data, which torch allows in
-eager use; :func:`lowest` is for ``torch.func.vmap``, which does not. ``xp`` is array-api-compat's
+As in :mod:`purepruning.selection.kth_host`, a sorted sample brackets the cut, and one pass over the
+weights counts what lies below the bracket and copies what lies inside, about one in a hundred.
+Shapes here depend on data, which torch allows in eager use; :func:`lowest` is for
+``torch.func.vmap``, which does not. ``xp`` is array-api-compat's
 torch, so that this module imports no framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from purepruning.arrays import int32, namespace
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, Threshold, ordered_bits
 
-CHUNK = 131_072  # elements looked at together, so that what is derived from them stays in cache
-
-
-DEVICE_CHUNK = 64 * CHUNK  # the same on other devices than a CPU, where every step costs a launch
+CHUNK = 8_388_608  # elements looked at together: what is derived from them is all that is stored
 
 
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
@@ -54,21 +52,6 @@ def kept(piece: Piece, cut: Threshold, i: int) -> Any:
         start = int(index[0])
         result[start : start + keys.shape[0]] = cut.keeps(i, keys, index)
     return xp.reshape(result, piece.shape)
-
-
-def by_rows(piece: Piece, width: int, keep: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Returns ``keep`` of the scores in rows of ``width``, in the piece's shape; if one is NaN.
-
-    Scores are compared as they are: where one is NaN, the result means nothing.
-    """
-    xp = namespace(piece.arrays[0])
-    result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)
-    nan = False
-    for start, _, scores in _scores(piece, width):
-        rows = keep(xp.reshape(scores, (-1, width)))
-        result[start : start + scores.shape[0]] = xp.reshape(rows, (-1,))
-        nan = nan or bool(xp.any(xp.isnan(scores)))
-    return xp.reshape(result, piece.shape), nan
 
 
 def lowest(keys: Any, budgets: Any, costs: Any | None) -> Any:
@@ -159,19 +142,13 @@ def _has_nan(piece: Piece) -> bool:
 
 def _chunks(piece: Piece) -> Iterator[tuple[Any, Any]]:
     """Yields flat indices and keys of the piece, a chunk at a time."""
-    for _, index, scores in _scores(piece):
-        yield index, ordered_bits(namespace(scores), scores)
-
-
-def _scores(piece: Piece, width: int = 1) -> Iterator[tuple[int, Any, Any]]:
-    """Yields a chunk of whole rows of ``width``: its first flat index, all indices, the scores."""
     xp = namespace(piece.arrays[0])
     flats = [xp.reshape(a, (-1,)) for a in piece.arrays]
-    device = flats[0].device
-    size = (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width * width
-    for start in range(0, piece.size, size):
-        index = xp.arange(start, min(start + size, piece.size), dtype=xp.int32, device=device)
-        yield start, index, piece.scores(tuple(flat[start : start + size] for flat in flats), index)
+    for start in range(0, piece.size, CHUNK):
+        stop = min(start + CHUNK, piece.size)
+        index = xp.arange(start, stop, dtype=xp.int32, device=flats[0].device)
+        scores = piece.scores(tuple(flat[start:stop] for flat in flats), index)
+        yield index, ordered_bits(xp, scores)
 
 
 def _sample(xp: Any, pieces: Sequence[Piece]) -> Any:

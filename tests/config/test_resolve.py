@@ -512,6 +512,10 @@ def test_layers_without_such_units():
         resolve([norm], TABLE, granularity=Block((2, 2)))
     with raises(ValueError, "rule 0", "'block.bn'", "NM(keep=2, of=4)", "input axis"):
         resolve([norm], TABLE, granularity=NM(2, 4))
+    turned = Layer("up", "ConvTranspose2d", "w", (8, 2, 1, 1), (1,), (0,), groups=4, grouped="out")
+    with raises(ValueError, "rule 0", "'up'", "contracts 2", "groups of 4", "exclude"):
+        resolve([{"op_types": ["ConvTranspose2d"]}], [turned], granularity=NM(2, 4))
+    resolve([{"op_types": ["ConvTranspose2d"]}], [turned], granularity=NM(1, 2))
     with raises(ValueError, "rule 0", "'conv1'", "3", "groups of 4", "exclude"):
         resolve([ANY], TABLE, granularity=NM(2, 4))
     with raises(ValueError, "rule 0", "2147483648", "2**31"):

@@ -612,6 +612,15 @@ def test_layers_of_one_table_may_have_different_dtypes():
         np.testing.assert_array_equal(masks[layer.weight], ~pruned)
 
 
+def test_input_axes_that_do_not_lie_side_by_side():
+    """By hand: output 0 reads 1 2, 3 7, 8 9 and output 1 reads 4 5, 6 10, 11 12."""
+    layer = Layer("w", "Linear", "w", (2, 2, 3), out_axes=(1,), in_axes=(0, 2))
+    config = pp.resolve([{"op_types": ["Linear"]}], [layer], granularity=NM(1, 2))
+    weight = np.arange(1, 13, dtype=np.float32).reshape(2, 2, 3)
+    mask = masks_of(SMALL, {"w": weight}, config)["w"]
+    assert mask.astype(int).tolist() == [[[0, 1, 0], [0, 1, 0]], [[1, 0, 1], [1, 0, 1]]]
+
+
 def test_a_criterion_without_a_meaning_for_a_granularity():
     only_elements = Criterion("single", SMALL[0].element)
     config = pp.resolve([DEFAULT], SHAPED[:1], granularity="output_channel")
