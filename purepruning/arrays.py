@@ -311,11 +311,14 @@ def spans_devices(x: Any) -> bool:
     return not is_torch(x) and not is_numpy(x) and jax.device_count() > 1
 
 
-def replicated(x: Any) -> Any:
-    """Returns ``x`` whole on every device of an explicit mesh, where axes cannot be split."""
+def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
+    """Returns ``x`` whole along ``axes``, or all, on every device of an explicit mesh.
+
+    There, axes that lie over several devices cannot be split.
+    """
     if is_torch(x) or is_numpy(x):
         return x
-    spec = getattr(jax.typeof(x), "sharding", None)
-    if spec is None or all(axis is None for axis in spec.spec):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    old = tuple(sharding.spec) if sharding is not None else ()
+    new = [None if axes is None or axis in axes else names for axis, names in enumerate(old)]
+    return x if list(old) == new else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*new))

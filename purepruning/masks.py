@@ -127,7 +127,7 @@ def expand(masks: Masks, params: Params) -> Masks:
     keep = by_path(masks, tree.leaves)
 
     return tree.rebuild(
-        {path: by_numpy(_whole, keep.get(path), leaf) for path, leaf in tree.leaves.items()}
+        {path: whole_mask(keep.get(path), leaf) for path, leaf in tree.leaves.items()}
     )
 
 
@@ -182,9 +182,22 @@ def zero_pruned(x: Any, mask: Any) -> Any:
     return by_numpy(lambda x, mask: chosen(spread_mask(mask, x), x, 0), x, mask)
 
 
+def whole_mask(mask: Any, x: Any) -> Any:
+    """Returns a new mask of the shape of ``x`` from one that broadcasts to it; True for None."""
+    return by_numpy(_whole, mask, x)
+
+
+def _whole(mask: Any, x: Any) -> Any:
+    xp = namespace(x)
+    if mask is not None:
+        return xp.astype(spread_mask(mask, x), xp.bool, copy=True)
+    return xp.ones_like(x, dtype=xp.bool) if _is_array(x) else xp.ones((), dtype=xp.bool)
+
+
 def spread_mask(mask: Any, x: Any) -> Any:
     """Returns a mask broadcast to the shape of ``x``, and laid out over devices as ``x`` is."""
-    mask = namespace(x).broadcast_to(mask, _shape(x))
+    if _shape(mask) != _shape(x):
+        mask = namespace(x).broadcast_to(mask, _shape(x))
     if not isinstance(x, jax.Array):
         return mask
     # On a mesh of explicit axes, operands must agree in layout; elsewhere all specs are empty.
@@ -301,13 +314,6 @@ def _merge(path: str, group: list[Any], op: Any) -> Any:
         return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)
 
     return by_numpy(merged, *group)
-
-
-def _whole(mask: Any, x: Any) -> Any:
-    xp = namespace(x)
-    if mask is not None:
-        return xp.astype(spread_mask(mask, x), xp.bool, copy=True)
-    return xp.ones_like(x, dtype=xp.bool) if _is_array(x) else xp.ones((), dtype=xp.bool)
 
 
 def _traced_density(keep: dict[str, Any], shapes: dict[str, tuple[int, ...]], total: int) -> Any:

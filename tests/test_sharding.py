@@ -17,12 +17,13 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import purepruning as pp
-from purepruning import Layer, resolve
+from purepruning import NM, Layer, resolve
 from tests import oracle
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -120,18 +121,95 @@ def check_communication(text):
             assert elements <= 64, f"{name} of {shapes}"
 
 
-CHECKS = {
-    f"{how.__name__[6:]}-{pruner.__name__}-{scope}-{axes}": functools.partial(
-        how, pruner, granularity, scope, axes
-    )
-    for how, scopes, kinds in (
-        (check_compiled, ("layer", "global"), ("Explicit", "Auto")),
-        (check_eager, ("global",), ("Explicit",)),
-    )
-    for pruner, granularity in ((pp.level, "element"), (pp.l1_norm, "output_channel"))
-    for scope in scopes
-    for axes in kinds
+def check_groups(shape, out_axis, in_axes, spec, nm, axes):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(getattr(AxisType, axes),) * 2)
+    weight = np.random.default_rng(0).integers(-30, 30, shape).astype(np.float32)
+    layer = Layer("w", "Linear", "w", shape, (out_axis,), in_axes)
+    config = resolve([{"op_types": ["Linear"]}], [layer], granularity=nm)
+    # Groups along the contracted axes, of which the highest stay, of equal ones the last.
+    rows = np.moveaxis(np.abs(weight), in_axes, range(-len(in_axes), 0))
+    order = np.argsort(rows.reshape(-1, nm.of), axis=1, kind="stable")
+    keep = np.zeros(order.shape, bool)
+    np.put_along_axis(keep, order[:, nm.of - nm.keep :], True, axis=1)
+    want = np.moveaxis(keep.reshape(rows.shape), range(-len(in_axes), 0), in_axes)
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.asarray(weight), NamedSharding(mesh, spec))}
+        for level in (pp.level, jax.jit(functools.partial(pp.level, stats=None))):
+            mask = level(params, config=config, **({"stats": None} if level is pp.level else {}))
+            np.testing.assert_array_equal(mask["w"], want)
+            if axes == "Explicit":
+                assert mask["w"].sharding.spec == spec
+
+
+def check_controls(axes):
+    """Weights and masks in random order, as those that are on one device."""
+    mesh, params = sharded(axes)
+    config = resolve(RULES, LAYERS)
+    with jax.set_mesh(mesh):
+        masks = pp.level(params, None, config)
+        for function, tree in (
+            (pp.reinitialize, params),
+            (lambda masks, key: pp.shuffle_masks(masks, config, key), masks),
+        ):
+            want = function(jax.tree.map(np.asarray, tree), 3)
+            for run in (function, jax.jit(function, static_argnums=1)):
+                for path, x in run(tree, 3).items():
+                    np.testing.assert_array_equal(x, want[path])
+
+
+def check_schedule(axes):
+    mesh, params = sharded(axes)
+    config = resolve(RULES, LAYERS)
+    with jax.set_mesh(mesh):
+        tx = pp.prune_on_schedule(pp.level, pp.one_shot(step=1), config, optax.sgd(0.0))
+        state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+        update = jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(zeros, state, params)
+        masks = {x.weight: state.kept.masks[x.weight] for x in LAYERS}
+        masks["a.b"] = state.kept.masks["a.b"]
+        check_masks(masks, "element", "layer", config)
+        for path, mask in masks.items():
+            if axes == "Explicit":
+                assert mask.sharding.spec == SPECS[path]
+            gone = np.asarray(updates[path])[~np.asarray(mask)]
+            np.testing.assert_array_equal(gone, -np.asarray(params[path])[~np.asarray(mask)])
+
+
+GROUPS = {
+    "rows": ((64, 48), 0, (1,), P("x", "y")),
+    "split": ((64, 48), 0, (1,), P(None, ("x", "y"))),
+    "first": ((8, 48), 1, (0,), P("x", None)),
+    "apart": ((16, 8, 6), 1, (0, 2), P("x", "y", None)),
+    "merged": ((16, 8, 6), 2, (0, 1), P("x", "y", None)),
+    "wide": ((64, 48), 1, (0,), P("x", "y")),
 }
+CHECKS = (
+    {
+        f"groups-{name}-{axes}": functools.partial(
+            check_groups, *case, NM(2, 32) if name == "wide" else NM(2, 4), axes
+        )
+        for name, case in GROUPS.items()
+        for axes in ("Explicit", "Auto")
+    }
+    | {
+        f"{check.__name__[6:]}-{axes}": functools.partial(check, axes)
+        for check in (check_controls, check_schedule)
+        for axes in ("Explicit", "Auto")
+    }
+    | {
+        f"{how.__name__[6:]}-{pruner.__name__}-{scope}-{axes}": functools.partial(
+            how, pruner, granularity, scope, axes
+        )
+        for how, scopes, kinds in (
+            (check_compiled, ("layer", "global"), ("Explicit", "Auto")),
+            (check_eager, ("global",), ("Explicit",)),
+        )
+        for pruner, granularity in ((pp.level, "element"), (pp.l1_norm, "output_channel"))
+        for scope in scopes
+        for axes in kinds
+    }
+)
 
 
 def outcome(check):

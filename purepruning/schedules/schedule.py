@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from purepruning.arguments import fraction
-from purepruning.arrays import is_concrete, namespace
+from purepruning.arrays import by_numpy, is_concrete, namespace
 from purepruning.config.config import Config, Pool
 from purepruning.granularity import NM
 
@@ -148,12 +148,20 @@ def due(state: ScheduleState) -> Any:
 
 def counts(state: ScheduleState) -> dict[str, Any]:
     """Returns the counts that hold at the state's step."""
+    return by_numpy(_counts, state)
+
+
+def _counts(state: ScheduleState) -> dict[str, Any]:
     row = (state.times <= state.step).sum()
     return {name: table[..., row] for name, table in state.counts.items()}
 
 
 def turns(state: ScheduleState) -> dict[str, Any]:
     """Returns which pools are pruned at the state's step."""
+    return by_numpy(_turns, state)
+
+
+def _turns(state: ScheduleState) -> dict[str, Any]:
     here = state.times == state.step
     return {name: (turn & here).any() for name, turn in state.turns.items()}
 

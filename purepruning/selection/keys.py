@@ -79,12 +79,20 @@ def ordered_bits(xp: Any, score: Any) -> Any:
 
 
 def flat_index(xp: Any, like: Any) -> Any:
-    """Returns the position of every element in C order, int32, in the shape of ``like``."""
+    """Returns the position of every element in C order, int32, in the shape of ``like``.
+
+    Beyond ``2**31 - 1``, in stacks of large layers, they go on from ``-2**31``.
+    """
     shape = tuple(like.shape)
     index = xp.zeros_like(like, dtype=xp.int32)
     for axis, n in enumerate(shape):
         along = [1] * len(shape)
         along[axis] = n
         place = xp.reshape(iota(xp, n, like), tuple(along))
-        index = index + place * math.prod(shape[axis + 1 :])
+        index = index + place * wrapped(math.prod(shape[axis + 1 :]))
     return index
+
+
+def wrapped(n: int) -> int:
+    """Returns the int32 that ``n`` overflows to: where positions go on, those of noise do too."""
+    return (n + 2**31) % 2**32 - 2**31

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from purepruning.arrays import compiled, is_numpy, namespace
+from purepruning.arrays import compiled, is_numpy, namespace, replicated
 from purepruning.granularity import NM
+from purepruning.masks import spread_mask
 from purepruning.selection import kth_host
 from purepruning.selection.criterion import Score, Source
 from purepruning.selection.keys import HIGHEST
@@ -46,10 +47,13 @@ def _nm_mask(source: Source, *, score: Score, in_axes: tuple[int, ...], nm: NM) 
         choose = functools.partial(_highest_of_groups, axis=0, nm=nm)
         mask, nan = kth_host.by_groups(piece, grouped, axis, choose)
     else:
-        keys, _ = piece.keys(xp)
+        # An explicit mesh allows no reshape that merges axes of which one lies over devices.
+        alone = len(in_axes) == 1 and nm.of <= PAIRS
+        keys = replicated(piece.keys(xp)[0], in_axes if alone else None)
         mask, nan = _highest_of_groups(grouped(keys), axis, nm), xp.any(keys == HIGHEST)
     mask = xp.reshape(mask, moved)
-    return xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim))), nan
+    mask = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
+    return spread_mask(mask, source.weight), nan
 
 
 def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:

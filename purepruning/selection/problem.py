@@ -16,7 +16,7 @@ from purepruning.granularity import Granularity
 from purepruning.layers import Layer
 from purepruning.selection import kth_host, kth_jax, kth_torch
 from purepruning.selection.criterion import Score
-from purepruning.selection.keys import Piece
+from purepruning.selection.keys import Piece, wrapped
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ def members(piece: Piece, stack_axes: tuple[int, ...]) -> list[Piece]:
     order, size = (*stack_axes, *rest), math.prod(shape)
     stacks = [xp.reshape(xp.permute_dims(x, order), (-1, *shape)) for x in piece.arrays]
     return [
-        piece._replace(arrays=tuple(stack[i, ...] for stack in stacks), offset=i * size)
+        piece._replace(arrays=tuple(stack[i, ...] for stack in stacks), offset=wrapped(i * size))
         for i in range(stacks[0].shape[0])
     ]
 

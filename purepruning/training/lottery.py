@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from purepruning.arguments import missing, whole_number
-from purepruning.arrays import by_numpy, copied, is_concrete, namespace
+from purepruning.arrays import copied, is_concrete
 from purepruning.config.config import Config, Pool, Pruner
 from purepruning.granularity import NM
-from purepruning.masks import apply_masks, by_path, named_masks, spread_mask
+from purepruning.masks import apply_masks, by_path, merge_masks, named_masks, whole_mask
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import Schedule, ScheduleState
 from purepruning.trees import flatten
@@ -139,7 +139,7 @@ def lottery(
         before = by_path(config.masks, leaves) if config.masks else {}
         masks = {}
         for path in sorted(paths):
-            masks[path] = by_numpy(_whole, leaves[path], before.get(path))
+            masks[path] = whole_mask(before.get(path), leaves[path])
         start = {name: jax.tree.map(copied, run[name]) for name in names}
         return LotteryState(schedule.init(config), tree.rebuild(masks), start)
 
@@ -156,9 +156,8 @@ def lottery(
         tree = flatten(run["params"])
         leaves = tree.leaves
         new = by_path(named_masks(pruner(run["params"], stats, at)), leaves)
-        masks = named_masks(state.masks)
-        for path, mask in new.items():
-            masks[path] = by_numpy(_whole, leaves[path], mask, masks.get(path))
+        whole = {path: whole_mask(mask, leaves[path]) for path, mask in new.items()}
+        masks = merge_masks(named_masks(state.masks), whole)
         parts = {
             name: jax.tree.map(copied, state.start.get(name, part)) for name, part in run.items()
         }
@@ -167,14 +166,6 @@ def lottery(
         return LotteryState(clock.advance(state.schedule), merged, state.start), parts
 
     return Lottery(init, step)
-
-
-def _whole(leaf: Any, *masks: Any) -> Any:
-    """Returns a mask of the shape of ``leaf`` that keeps what all of ``masks`` keep."""
-    keep = namespace(leaf).ones_like(leaf, dtype=namespace(leaf).bool)
-    for mask in masks:
-        keep = keep if mask is None else keep & spread_mask(mask, leaf)
-    return keep
 
 
 def _rounds(n: int, pool: Pool, final: float) -> list[tuple[int, float]]:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from purepruning.arguments import adapter_of, missing
-from purepruning.arrays import is_concrete
+from purepruning.arrays import by_numpy, copied, is_concrete
 from purepruning.config.config import Config, Pruner
-from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
+from purepruning.masks import by_path, named_masks, spread_mask, whole_mask, zero_pruned
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import Schedule, ScheduleState
 from purepruning.trees import flatten
@@ -90,7 +90,7 @@ def keep_pruned(
         leaves = flatten(params).leaves
         # optax.tree_utils.tree_map_params asks for a state of no parameters.
         keep = by_path(masks, leaves) if leaves else by_path(masks, masks)
-        copies = {path: jnp.array(mask, copy=True) for path, mask in keep.items()}
+        copies = {path: copied(jnp.asarray(mask)) for path, mask in keep.items()}
         return KeepPrunedState(copies, () if inner is None else inner.init(params))
 
     def update(
@@ -278,9 +278,9 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
         if path not in leaves:
             raise KeyError(missing(f"prune_on_schedule: params have no {path!r}", path, leaves))
     whole = {
-        path: jnp.broadcast_to(
-            named.get(path, True), leaves[path].shape if path in leaves else shape
-        )
+        path: whole_mask(named.get(path), leaves[path])
+        if path in leaves
+        else jnp.broadcast_to(named.get(path, True), shape)
         for path, shape in shapes.items()
     }
     return named | whole
@@ -301,10 +301,14 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, An
                 f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
                 "with pools that are pruned at different steps it is not known when it is due"
             )
-        # What was pruned before stays pruned, also where a count or a unit cannot say so.
-        whole = jnp.broadcast_to(mask, old[path].shape) & old[path]
-        masks[path] = jnp.where(mine[path], whole, old[path]) if turns else whole
+        masks[path] = by_numpy(_narrowed, old[path], mask, mine.get(path))
     return masks
+
+
+def _narrowed(old: Any, mask: Any, turn: Any) -> Any:
+    """Returns a mask that prunes what ``mask`` does besides, if it is its turn."""
+    # What was pruned before stays pruned, also where a count or a unit cannot say so.
+    return old & (spread_mask(mask, old) if turn is None else spread_mask(mask, old) | ~turn)
 
 
 def get_masks(opt_state: Any, params: Params) -> Masks:

@@ -25,6 +25,7 @@ from purepruning.granularity import fold
 from purepruning.selection import kth_host, kth_jax, kth_torch, prune
 from purepruning.selection import large as large_module
 from purepruning.selection.keys import Piece
+from purepruning.selection.problem import members
 from tests import oracle
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch, off_host
@@ -610,6 +611,24 @@ def test_layers_of_one_table_may_have_different_dtypes():
     expected = oracle.lowest_together(scores, config.counts["rule 0"], caps_of(config))
     for layer, pruned in zip(LAYERS, expected, strict=True):
         np.testing.assert_array_equal(masks[layer.weight], ~pruned)
+
+
+@pytest.mark.parametrize("pruner", [pp.level, pp.random_pruning])
+def test_stacks_of_more_weights_than_int32_counts(pruner):
+    """Nothing is computed: the weights of 80 scanned layers would take 38 GB."""
+    shape = (80, 8192, 28672)
+    layer = Layer("w", "Linear", "w", shape, (2,), (1,), stack_axes=(0,))
+    config = pp.resolve(0.5, [layer])
+    stats = None if pruner is pp.level else 3
+    params = {"w": jax.ShapeDtypeStruct(shape, "bfloat16")}
+    masks = jax.eval_shape(lambda params: pruner(params, stats, config), params)
+    assert masks["w"].shape == shape
+    # Positions go on from layer to layer, and from the largest int32 to the smallest.
+    one = np.broadcast_to(np.float32(1), shape)
+    offsets = [piece.offset for piece in members(Piece((one,), None), (0,))]
+    assert offsets[:2] == [0, 8192 * 28672]
+    assert offsets[10] == 10 * 8192 * 28672 - 2**32
+    assert len(set(offsets)) == 80
 
 
 def test_input_axes_that_do_not_lie_side_by_side():
