@@ -54,6 +54,11 @@ def active(params, layers, granularity=None):
     return activations.ActivationStats(**fields)
 
 
+def magnitudes(params, layers, granularity=None):
+    """The magnitude of every weight, as scores by layer."""
+    return {layer.name: np.abs(params[layer.weight]) for layer in layers}
+
+
 def slopes(params, layers, granularity, keep=gradients.KEPT):
     """Gradient statistics of one step, with gradients of 1 or -1 by position."""
     single = granularity == "element" or isinstance(granularity, NM)

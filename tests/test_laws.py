@@ -16,7 +16,7 @@ from purepruning import NM, Block, Layer
 from tests import oracle
 from tests.messages import raises
 from tests.modes import MODES, OVER_COUNTS, OVER_PARAMS, as_jax, as_numpy, as_torch, moved, stacked
-from tests.statistics import active, movement, nothing, seed, slopes, slopes_of_elements
+from tests.statistics import active, magnitudes, movement, nothing, seed, slopes, slopes_of_elements
 
 LAYERS = (
     Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 8), (3,), (2,), bias="conv.b"),
@@ -84,6 +84,10 @@ class Row:
         return self.stats(params, self.layers, self.granularity)
 
 
+def prune_scores(params, stats, config):
+    return pp.prune_scores(stats, params, config)
+
+
 CHANNEL, INPUTS, TILES = "output_channel", "input_channel", Block((3, 2))
 ROWS = (
     Row(pp.level),
@@ -125,6 +129,9 @@ ROWS = (
     Row(pp.movement.masks, NM(1, 2), stats=movement),
     Row(pp.movement.masks, CHANNEL, "global", stats=movement),
     Row(pp.movement.masks, TILES, stats=movement, channels=None),
+    Row(prune_scores, stats=magnitudes),
+    Row(prune_scores, CHANNEL, "global", stats=magnitudes),
+    Row(prune_scores, TILES, stats=magnitudes, channels=None),
 )
 
 
@@ -191,9 +198,9 @@ rows = pytest.mark.parametrize("row", ROWS, ids=str)
 layer_rows = pytest.mark.parametrize(
     "row", [x for x in ROWS if x.scope == "layer" and x.pruner is not pp.random_pruning], ids=str
 )
-# Movement scores are a plain dict; test_movement.py has what is wrong with them.
+# Scores are a plain dict; test_movement.py and test_criteria_of_users.py have what is wrong there.
 with_stats = pytest.mark.parametrize(
-    "row", [x for x in ROWS if needs_stats(x) and x.stats is not movement], ids=str
+    "row", [x for x in ROWS if needs_stats(x) and x.stats not in (movement, magnitudes)], ids=str
 )
 counted = pytest.mark.parametrize(
     "row", [row for row in ROWS if not isinstance(row.granularity, NM)], ids=str
