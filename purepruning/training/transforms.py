@@ -5,6 +5,7 @@ And pruning in one: :func:`prune_on_schedule` makes the masks as training goes o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -314,7 +315,8 @@ def _narrowed(old: Any, mask: Any, turn: Any) -> Any:
 def get_masks(opt_state: Any, params: Params) -> Masks:
     """Returns the masks in :func:`keep_pruned`'s state, wherever it is, as a tree like ``params``.
 
-    Of ``params`` only the structure matters.
+    Of ``params`` only the structure matters. ``opt_state`` may be an ``nnx.Optimizer``, or
+    ``nnx.state`` of one, in which states are plain mappings.
 
     Raises:
         ValueError: there is no such state.
@@ -326,7 +328,7 @@ def get_masks(opt_state: Any, params: Params) -> Masks:
     >>> get_masks(tx.init(params), params)
     {'b': None, 'w': Array([ True, False], dtype=bool)}
     """
-    states, tree = _states(opt_state), flatten(params)
+    states, tree = _states(opt_state) or _written_out(opt_state), flatten(params)
     if not states:
         raise ValueError(
             "get_masks: there is no state of keep_pruned in this opt_state; give it what the "
@@ -390,6 +392,18 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
 def _states(opt_state: Any) -> list[KeepPrunedState]:
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(leaf)]
     return found + [deeper for state in found for deeper in _states(state.inner)]
+
+
+def _written_out(opt_state: Any) -> list[KeepPrunedState]:
+    """Returns the states of an optimizer whose named tuples have become mappings by field."""
+    if not isinstance(opt_state, Mapping):
+        return []
+    masks, found = opt_state.get("masks"), []
+    if isinstance(masks, Mapping) and {*opt_state} <= {*KeepPrunedState._fields}:
+        leaves = jax.tree.leaves(masks)
+        if leaves and all(jnp.result_type(leaf) == jnp.bool_ for leaf in leaves):
+            found.append(KeepPrunedState(dict(masks), opt_state.get("inner", ())))
+    return found + [deeper for child in opt_state.values() for deeper in _written_out(child)]
 
 
 def _map_states(function: Any, opt_state: Any) -> Any:

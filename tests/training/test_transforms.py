@@ -461,10 +461,13 @@ def test_nnx_optimizer(form):
     for _ in range(3):
         step(model, optimizer)
     assert_kept([T, T, F, F], out)
-    got = flatten(get_masks(optimizer.opt_state, nnx.state(model, nnx.Param))).leaves
-    assert {path: mask.tolist() for path, mask in got.items()} == {
-        path: mask.tolist() for path, mask in new.items()
-    }
+    for where in (optimizer.opt_state, optimizer, nnx.state(optimizer), nnx.split(optimizer)[1]):
+        got = flatten(get_masks(where, nnx.state(model, nnx.Param))).leaves
+        assert {path: mask.tolist() for path, mask in got.items()} == {
+            path: mask.tolist() for path, mask in new.items()
+        }
+    with pytest.raises(ValueError, match="there is no state of keep_pruned in this opt_state"):
+        get_masks(nnx.state(model), nnx.state(model, nnx.Param))
 
     _, state = nnx.split(optimizer)
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
