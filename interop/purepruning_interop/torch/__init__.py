@@ -12,6 +12,7 @@ internals.check(internals.NAMES)
 from purepruning_interop.torch.capture import capture
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
+from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
 from purepruning_interop.torch.shrink import rebuild, shrink
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
@@ -22,6 +23,7 @@ __all__ = [
     "apply_",
     "keep_pruned",
     "masked_call",
+    "masks_from_torch_prune",
     "couple",
     "count",
     "shrink",
