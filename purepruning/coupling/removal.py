@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from purepruning.coupling.atoms import Axis
 from purepruning.coupling.flow import Flow
+from purepruning.coupling.shapes import blocks
 from purepruning.coupling.value import Value
 
 #: What to do about a statistic that cannot be corrected.
@@ -60,3 +62,15 @@ class Removal:
             kept = self.kept(axis)
             sizes.append(n if kept is None else len(kept))
         return tuple(sizes)
+
+
+def axis_before(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:
+    """Returns which axis of what is reshaped an axis of the result is.
+
+    Raises:
+        NotImplementedError: none; the reshape made it.
+    """
+    for left, right in blocks(old, new):
+        if right == [axis] and len(left) == 1:
+            return left[0]
+    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.coupling.removal import WITHOUT, Removal
-from purepruning.coupling.shapes import blocks
+from purepruning.coupling.removal import WITHOUT, Removal, axis_before
 from purepruning.coupling.value import Value
 from purepruning.jaxpr.internals import bind
 from purepruning.jaxpr.primitives import ELEMENTWISE, SOURCES
@@ -144,7 +143,7 @@ class Run:
             return jax.lax.broadcast_in_dim(_fit(source, shape, dims), shape, dims)
         if op.name in ("reshape", "squeeze", "expand_dims"):
             old = self.values[op.inputs[0]]
-            place = _same_place(old.shape, value.shape, axis)
+            place = axis_before(old.shape, value.shape, axis)
             source = self.masked(op.inputs[0], place)
             shape = list(s.shape(value))
             shape[axis] = source.shape[place]
@@ -237,13 +236,6 @@ def _fit(source: Any, shape: Sequence[int], dims: Sequence[int]) -> Any:
     """Returns the source with its axes as long as ``broadcast_in_dim`` needs them."""
     sizes = [1 if source.shape[a] == 1 else shape[d] for a, d in enumerate(dims)]
     return jnp.broadcast_to(source, sizes)
-
-
-def _same_place(old: Sequence[int], new: Sequence[int], axis: int) -> int:
-    for left, right in blocks(old, new):
-        if right == [axis] and len(left) == 1:
-            return left[0]
-    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")
 
 
 def _with_divisor(

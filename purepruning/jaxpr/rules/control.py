@@ -28,28 +28,21 @@ def _call(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     return found if elementwise_only(op.inner[0]) else [without_uniform(x) for x in found]
 
 
-def _custom_jvp(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+def _custom(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+    """A custom derivative: from tangents of operands to those of results, or the way back."""
     found = _call(state, op, xs)
     if found is None or len(op.inner) == 1:
         return found
+    operands = _differentiable(state, op.inputs, xs)
+    results = _differentiable(state, op.outputs, found)
+    forward = op.name == "custom_jvp_call"
+    start, end = (operands, results) if forward else (results, operands)
     # The tangents are like what they are tangents of; what they hold is not known.
-    slopes = [_slope(x) for x in _differentiable(state, op.inputs, xs)]
+    slopes = [_slope(x) for x in start]
     derivative, trace = state.enter(op.inner[1], [*(without_uniform(x) for x in xs), *slopes])
     state.trace.inner[state.index].append([trace])
-    for result, slope in zip(_differentiable(state, op.outputs, found), derivative, strict=True):
-        state.flow.unify([result, slope], "a derivative")
-    return found
-
-
-def _custom_vjp(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
-    found = _call(state, op, xs)
-    if found is None or len(op.inner) == 1:
-        return found
-    slopes = [_slope(x) for x in _differentiable(state, op.outputs, found)]
-    derivative, trace = state.enter(op.inner[1], [*(without_uniform(x) for x in xs), *slopes])
-    state.trace.inner[state.index].append([trace])
-    for operand, slope in zip(_differentiable(state, op.inputs, xs), derivative, strict=True):
-        state.flow.unify([operand, slope], "a derivative")
+    for value, slope in zip(end, derivative, strict=True):
+        state.flow.unify([value, slope], "a derivative")
     return found
 
 
@@ -174,6 +167,6 @@ RULES: dict[str, Rule] = {
     "scan": _scan,
     "remat2": _call,
     "checkpoint": _call,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
+    "custom_jvp_call": _custom,
+    "custom_vjp_call": _custom,
 }

@@ -14,8 +14,7 @@ from torch.fx.graph import _PyTreeInfo
 
 from purepruning.coupling.atoms import Axis
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.removal import WITHOUT, Removal
-from purepruning.coupling.shapes import blocks
+from purepruning.coupling.removal import WITHOUT, Removal, axis_before
 from purepruning.coupling.value import Value
 from purepruning_interop.torch.couple import Analysis
 from purepruning_interop.torch.emit.graph_module import (
@@ -296,7 +295,7 @@ class Emitter:
         if op.name in ("expand", "expand_as", "broadcast_to", "copy"):
             return self._masked_spread(op, value, axis)
         if op.name in _RESHAPES:
-            place = _same_place(old.shape, value.shape, axis)
+            place = axis_before(old.shape, value.shape, axis)
             part = self.masked(source.number, place)
             whole = [-1] * old.ndim
             return self._reshaped_masked(part, whole, place, axis, value, source.number)
@@ -443,10 +442,3 @@ def order_of(op: Op, old: Value, value: Value) -> list[int] | None:
         return None
     order[a], order[b] = order[b], order[a]
     return order
-
-
-def _same_place(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:
-    for left, right in blocks(old, new):
-        if right == [axis] and len(left) == 1:
-            return left[0]
-    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")

@@ -147,11 +147,7 @@ def _along(what: str, key: str = "dim", linear: bool = True) -> Callable[..., li
         value = s.value(op.args["self"])
         axis = op.args.get(key)
         axes = [] if not value.ndim else [(-1 if axis is None else axis) % value.ndim]
-        found = []
-        for i in range(len(op.outputs)):
-            one = reductions.along_whole(s.flow, value, axes, s.shape(op, i), what)
-            found.append(one if linear and i == 0 else unknown(one))
-        return found
+        return _along_whole(s, op, value, axes, what, linear)
 
     return rule
 
@@ -163,13 +159,20 @@ def _within(rank: int | None, what: str, linear: bool = True) -> Callable[..., l
         value = s.value(op.args["self"] if "self" in op.args else op.args["input"])
         k = rank if rank is not None else value.ndim - 2
         axes = list(range(value.ndim - k, value.ndim))
-        found = []
-        for i in range(len(op.outputs)):
-            one = reductions.along_whole(s.flow, value, axes, s.shape(op, i), what)
-            found.append(one if linear and i == 0 else unknown(one))
-        return found
+        return _along_whole(s, op, value, axes, what, linear)
 
     return rule
+
+
+def _along_whole(
+    s: Walk, op: Op, value: Value, axes: list[int], what: str, linear: bool
+) -> list[Value]:
+    """Returns the results of what mixes positions of some axes; zeros stay zeros if linear."""
+    found = []
+    for i in range(len(op.outputs)):
+        one = reductions.along_whole(s.flow, value, axes, s.shape(op, i), what)
+        found.append(one if linear and i == 0 else unknown(one))
+    return found
 
 
 RULES = rules_of(
