@@ -212,7 +212,7 @@ class Config:
             KeyError: a pool is unknown.
             TypeError: something that is no fraction.
 
-        >>> from purepruning import Layer
+        >>> from purepruning import Layer, resolve
         >>> layer = Layer("fc", "Linear", "fc.w", (4, 25), out_axes=(1,), in_axes=(0,))
         >>> config = resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
         >>> config.counts, config.with_sparsity(0.29).counts
