@@ -18,6 +18,33 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="run every case of the products that tests choose from"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "full: a case of a product that others cover, which runs with --full"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def unoptimized():
+    """Compiles in half the time, for a test of what no order of operations changes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def standard_promotion():
     """Lets dtypes promote, for a test that runs code which is not ours and relies on it.
