@@ -166,7 +166,7 @@ def _shrunk(
         len(found.flow.statistics),
         chosen.restored,
         chosen.extended,
-        reason="a function was shrunk",
+        reason="given as a function, not as a model",
     )
     return Shrunk(None, function, params, report)
 

@@ -325,6 +325,18 @@ def test_models_of_other_frameworks_are_recognised(adapter, given, name):
         call(model, *owned, *between, X, **options)
 
 
+@pytest.mark.parametrize("given", [name for name in MODELS if name != "torch"])
+def test_torch_trains_modules_of_torch(given):
+    model, sgd = MODELS[given], torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    for call in (
+        lambda: ppt.masked_call(model, {}, X),
+        lambda: ppt.apply_(model, {}),
+        lambda: ppt.keep_pruned(model, {}, sgd),
+    ):
+        with pytest.raises(TypeError, match=rf"use purepruning_interop.{given} for it$"):
+            call()
+
+
 def test_a_class_in_place_of_a_model():
     with pytest.raises(TypeError, match="got the class Linen; pass an instance of it"):
         linen.layers(Linen, {}, X)

@@ -180,6 +180,26 @@ def test_a_saved_plan_makes_the_small_function_again_without_weights(shrunk, tmp
         np.testing.assert_array_equal(mask, flatten(again.report.masks).leaves[path])
 
 
+@pytest.mark.parametrize("kind", ["head", "head_position"])
+def test_a_plan_of_heads_removes_heads_and_of_positions_positions(kind):
+    """A position of a fused axis goes with its head or with its place in every head."""
+
+    def fn(params, x):
+        q, k, v = ((x @ params[n]).reshape(6, 4, 3) for n in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("ihd,jhd->hij", q, k))
+        return jnp.einsum("hij,jhd->ihd", weights, v).reshape(6, 12) @ params["o"]
+
+    shapes = {n: jnp.ones((3, 12)) for n in "qkv"} | {"o": jnp.ones((12, 2))}
+    params, x = draw(shapes), X[0, 0]
+    coupling = pp.couple(fn, params, x)
+    units = [f.units[1] for f in coupling.families if f.kind == kind]
+    small = pp.shrink(fn, params, coupling.masks(units, params), coupling, x)
+    again = pp.rebuild(fn, params, small.report.plan, x)
+    assert again.report.params == small.report.params
+    assert again.report.plan.removed == small.report.plan.removed
+    np.testing.assert_array_equal(small.fn(small.params, x), again.fn(again.params, x))
+
+
 def test_a_plan_of_abstract_arrays_gives_abstract_arrays():
     plan = Plan({"w": (3, 8)}, {"w": (Cut(1, np.array([0, 5])),)}, (1,))
     tree = {"w": jax.ShapeDtypeStruct((3, 8), jnp.bfloat16), "b": jax.ShapeDtypeStruct((8,), int)}
@@ -241,12 +261,12 @@ def test_statistics_of_training_are_as_small_as_their_channels(standard_promotio
 def test_the_result_says_what_it_is(shrunk):
     assert (shrunk.model, shrunk.reason, shrunk.report.kind) == (
         None,
-        "a function was shrunk",
+        "given as a function, not as a model",
         "function",
     )
     assert repr(shrunk).startswith("Shrunk(model=None, report=ShrinkReport(params=(")
     last = str(shrunk.report).splitlines()[-1]
-    assert last == "result: a function of smaller parameters (a function was shrunk)"
+    assert last == "result: a function of smaller parameters (given as a function, not as a model)"
 
 
 def test_a_file_without_a_plan_is_refused(tmp_path):

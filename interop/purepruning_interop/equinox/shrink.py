@@ -16,7 +16,7 @@ from purepruning.coupling.unit_masks import Conflicts
 from purepruning.jaxpr.call import trace_call
 from purepruning.jaxpr.count import cost_of
 from purepruning.trees import flatten
-from purepruning.types import Masks
+from purepruning.types import Masks, Params
 from purepruning_interop._native import Change, attributes, with_model
 from purepruning_interop._table import children, float_shapes, join
 from purepruning_interop.equinox.layers import check
@@ -25,7 +25,7 @@ from purepruning_interop.equinox.layers import check
 Method = Callable[..., Any] | str | None
 
 
-def function(model: Any, *, method: Method = None) -> tuple[Callable[..., Any], Any]:
+def function(model: Any, *, method: Method = None) -> tuple[Callable[..., Any], Params]:
     """Returns ``fn(params, *inputs, **kwargs)`` and its params: all arrays of the model.
 
     Args:

@@ -14,7 +14,7 @@ from purepruning.coupling.shrink_report import Norms, Shrunk
 from purepruning.coupling.unit_masks import Conflicts
 from purepruning.jaxpr.call import trace_call
 from purepruning.jaxpr.count import cost_of
-from purepruning.types import Masks
+from purepruning.types import Masks, Params
 from purepruning_interop._native import Change, attributes, with_model
 from purepruning_interop.nnx.layers import check
 
@@ -22,7 +22,7 @@ from purepruning_interop.nnx.layers import check
 Method = Callable[..., Any] | str | None
 
 
-def function(model: nnx.Module, *, method: Method = None) -> tuple[Callable[..., Any], Any]:
+def function(model: nnx.Module, *, method: Method = None) -> tuple[Callable[..., Any], Params]:
     """Returns ``fn(params, *inputs, **kwargs)`` and its params.
 
     They are all variables of the model but the state of random keys. What the call writes to

@@ -136,6 +136,8 @@ def analyse(
 
 def _whole(program: Program, outputs: Any) -> list[bool]:
     """Returns for every output of a program whether it stays whole."""
+    if isinstance(outputs, bool):  # no object of the result's class need be made
+        return [outputs] * len(program.outputs)
     flags = pytree._broadcast_to_and_flatten(outputs, program.out_spec)
     if flags is None:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 
 from purepruning.arguments import missing
 from purepruning.masks import apply_masks, by_path
+from purepruning_interop.torch.program import check
 
 Masks = Mapping[str, torch.Tensor]
 
@@ -54,6 +55,7 @@ def masked_call(
     >>> model.weight.grad.tolist()
     [[3.0, 0.0]]
     """
+    check("masked_call(model, masks, *args)", model)
     own = dict(model.named_parameters())
     given = dict(params or {})
     known = {*(name for name, _ in model.named_parameters(remove_duplicate=False))}
@@ -82,7 +84,7 @@ def apply_(model: Model, masks: Masks) -> None:
     >>> model.bias[1].item()
     0.0
     """
-    for parameter, mask in _pairs(model, masks):
+    for parameter, mask in _pairs("apply_(model, masks)", model, masks):
         parameter.masked_fill_(~mask, 0)
 
 
@@ -158,7 +160,7 @@ class KeepPruned:
         Raises:
             KeyError, ValueError, TypeError: as :func:`keep_pruned`; the old masks then stay.
         """
-        pairs = _pairs(self._model, masks)
+        pairs = _pairs("keep_pruned(model, masks, optimizer)", self._model, masks)
         if masks and not any(parameter in self._held for parameter, _ in pairs):
             raise ValueError(
                 "keep_pruned: the optimizer holds none of the masked parameters; was it made for "
@@ -234,6 +236,8 @@ def _clear(tensor: torch.Tensor, bits: torch.Tensor) -> None:
         tensor.masked_fill_(bits.to(tensor.device) == 0, 0)
 
 
-def _pairs(model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(where: str, model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if not isinstance(model, Mapping):
+        check(where, model)
     params = dict(model if isinstance(model, Mapping) else model.named_parameters())
     return [(params[name], mask) for name, mask in by_path(masks, params).items()]
