@@ -2,26 +2,99 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from purepruning.arrays import is_concrete
+
+
+def shown(value: Any) -> str:
+    """Returns what a message says of a wrong value: a short one itself, of others what they are."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, int | float | complex | str | bytes):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:50]}... (a {type(value).__name__})"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value) or inspect.ismodule(value):
+        return f"the {type(value).__name__} {getattr(value, '__name__', '')!r}"
+    if isinstance(value, list | tuple | dict | set) and not value:
+        return f"an empty {type(value).__name__}"
+    if isinstance(value, np.generic) or (isinstance(value, list | tuple) and _is_short(value)):
+        return repr(value)[:60]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    return type(value).__name__
+
+
+def _is_short(values: Any) -> bool:
+    return len(values) <= 8 and all(x is None or isinstance(x, int | float | str) for x in values)
+
 
 def one_of(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     """Raises ValueError if an option has no allowed value."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
+
+
+def some_of(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the words of a collection, or one word alone; raises where it holds others."""
+    words = (value,) if isinstance(value, str) else value
+    listed = isinstance(words, list | tuple | set | frozenset) and bool(words)
+    if not listed or not all(isinstance(word, str) and word in allowed for word in words):
+        known = ", ".join(map(repr, allowed))
+        got = ", ".join(map(shown, words)) if listed else shown(value)
+        raise ValueError(f"{name} must hold some of {known}, got {got}")
+    return tuple(words)
+
+
+def collection(value: Any, where: str, expected: str) -> tuple[Any, ...]:
+    """Returns the elements of a collection, as a tuple; a string and a mapping are none."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        try:
+            return tuple(value)
+        except TypeError:  # an array without axes
+            pass
+    raise TypeError(f"{where} must be {expected}, got {shown(value)}")
+
+
+def instance(value: Any, of: type | tuple[type, ...], where: str, expected: str) -> None:
+    """Raises TypeError for what is none of these; ``where`` names the argument in the message."""
+    if not isinstance(value, of):
+        raise TypeError(f"{where} must be {expected}, got {shown(value)}")
+
+
+def function(value: Any, where: str, expected: str) -> None:
+    """Raises TypeError for what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{where} must be {expected}, got {shown(value)}")
+
+
+def flag(value: Any, where: str) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where} must be True or False, got {shown(value)}")
+
+
+def strings(value: Any, where: str, *, optional: bool = False) -> None:
+    """Raises TypeError for what is no string."""
+    if not (isinstance(value, str) or (optional and value is None)):
+        wanted = "a string or None" if optional else "a string"
+        raise TypeError(f"{where} must be {wanted}, got {shown(value)}")
 
 
 def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5) -> str:
     """Returns ``message`` followed by the known names nearest to ``name``."""
     import difflib
 
-    known = list(dict.fromkeys(known))
+    known = list(dict.fromkeys(map(str, known)))
     # Matched without case, which is often all that is wrong.
     spelled = {k.lower(): k for k in reversed(known)}
     close = difflib.get_close_matches(str(name).lower(), spelled, n=limit, cutoff=0.5)
@@ -40,9 +113,14 @@ def fraction(value: Any, where: str) -> float:
     """
     dtype = getattr(value, "dtype", None)
     if not is_number(value):
-        raise TypeError(f"{where} must be a number, got {value!r}")
+        raise TypeError(f"{where} must be a number, got {shown(value)}")
+    if not is_concrete(value):
+        raise TypeError(
+            f"{where} must be a known number, got one that jit or vmap traces; make counts outside "
+            "of them, and pass those"
+        )
     if not 0 <= value <= 1:
-        raise ValueError(f"{where} must lie in [0, 1], got {value!r}")
+        raise ValueError(f"{where} must lie in [0, 1], got {shown(value)}")
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
         near = Fraction(float(value))
         noise = near * 2 * Fraction(float(jnp.finfo(dtype).eps))
@@ -55,7 +133,9 @@ def is_number(value: Any) -> bool:
     if isinstance(value, int | float):
         return not isinstance(value, bool)
     dtype = getattr(value, "dtype", None)
-    return isinstance(dtype, np.dtype) and np.ndim(value) == 0 and jnp.issubdtype(dtype, jnp.number)
+    if not isinstance(dtype, np.dtype) or np.shape(value):
+        return False
+    return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
 
 def _simplest(low: Fraction, high: Fraction) -> Fraction:
@@ -66,12 +146,37 @@ def _simplest(low: Fraction, high: Fraction) -> Fraction:
     return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
-def whole_number(value: Any, where: str, lowest: int) -> int:
-    """Returns an integer that is at least ``lowest``; ``where`` names it in messages."""
+def scalar(value: Any, where: str, *, zero: bool = False, below: float = math.inf) -> Any:
+    """Returns a finite number above 0 (or 0 too), and below ``below``, as far as it is known.
+
+    It may be an array without axes, of any framework, and traced.
+    """
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real:
+        named = str(getattr(value, "dtype", ""))
+        if not any(kind in named for kind in ("int", "float")):
+            raise TypeError(f"{where} must be a number, got {shown(value)}")
+        if tuple(value.shape):
+            raise ValueError(f"{where} has shape {tuple(value.shape)}; map over it with vmap")
+    if not is_concrete(value):
+        return value
+    huge = isinstance(value, int) and value.bit_length() > 1000
+    fits = not huge and (value >= 0 if zero else value > 0) and value < below
+    if not fits:
+        bounds = f"{'[' if zero else '('}0, {below:g})"
+        got = shown(value) if real else float(value)
+        raise ValueError(f"{where} must lie in {bounds}, got {got}")
+    return value
+
+
+def whole_number(value: Any, where: str, lowest: int, highest: int | None = None) -> int:
+    """Returns an integer from ``lowest`` on; ``where`` names it in messages."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{where} must be an integer, got {value!r}")
+        raise TypeError(f"{where} must be an integer, got {shown(value)}")
     if value < lowest:
-        raise ValueError(f"{where} must be at least {lowest}, got {value!r}")
+        raise ValueError(f"{where} must be at least {lowest}, got {shown(value)}")
+    if highest is not None and value > highest:
+        raise ValueError(f"{where} must be at most {highest}, got {shown(value)}")
     return int(value)
 
 

@@ -72,6 +72,22 @@ def is_numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
 
 
+def is_array(x: Any) -> bool:
+    """Whether ``x`` is an array of numbers, a tensor, or a shape in the place of one."""
+    if is_torch(x):
+        return True
+    if is_numpy(x):
+        return x.dtype.kind == "b" or jnp.issubdtype(x.dtype, jnp.number)  # no objects, no strings
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | jax.core.ShapedArray)
+
+
+def has_values(x: Any) -> bool:
+    """Whether an array has numbers: a shape has none, nor a tensor on torch's meta device."""
+    if is_torch(x):
+        return not x.is_meta
+    return not isinstance(x, jax.ShapeDtypeStruct)
+
+
 def compiled(x: Any, function: Callable[..., Any], *static: str) -> Callable[..., Any]:
     """Returns ``function`` compiled for the framework of ``x``: jitted in JAX, else itself."""
     return function if is_torch(x) or is_numpy(x) else _jitted(function, static)

@@ -10,9 +10,20 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from purepruning.arguments import adapter_of, missing
+import numpy as np
+
+from purepruning.arguments import (
+    adapter_of,
+    collection,
+    instance,
+    missing,
+    one_of,
+    shown,
+    strings,
+    whole_number,
+)
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -102,22 +113,31 @@ class Layer:
     output_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        where = f"layer {self.name!r}"
-        if not all(isinstance(x, str) for x in (self.name, self.type, self.weight)):
-            raise TypeError(f"{where}: name, type and weight must be strings")
-        sizes = tuple(self.shape)
-        if not all(isinstance(n, int) and n >= 0 for n in (*sizes, self.groups)):
+        where = f"layer {shown(self.name)}"
+        for field in ("name", "type", "weight", "class_name"):
+            strings(getattr(self, field), f"{where}: {field}")
+        strings(self.bias, f"{where}: bias", optional=True)
+        if not isinstance(self.aliases, tuple | list) or not all(
+            isinstance(alias, str) for alias in self.aliases
+        ):
             raise TypeError(
-                f"{where}: shape and groups must be integers, got {self.shape} and {self.groups!r}"
+                f"{where}: aliases must be a tuple of strings, got {shown(self.aliases)}"
             )
-        object.__setattr__(self, "shape", sizes)
-        stack, out = tuple(self.stack_axes), tuple(self.out_axes)
-        for field in ("out_axes", "in_axes", "stack_axes"):
-            axes = getattr(self, field)
-            bad = [a for a in axes if not -len(self.shape) <= a < len(self.shape)]
-            if bad:
-                raise ValueError(f"{where}: {field}={axes} has no place in shape {self.shape}")
-            axes = tuple(a % len(self.shape) for a in axes)
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        whole_number(self.groups, f"{where}: groups", 1)
+        shape = _integers(self.shape, f"{where}: shape")
+        if any(n < 0 for n in shape):
+            raise ValueError(f"{where}: shape must have sizes of at least 0, got {shape}")
+        object.__setattr__(self, "shape", shape)
+        given = {
+            field: _integers(getattr(self, field), f"{where}: {field}")
+            for field in ("out_axes", "in_axes", "stack_axes")
+        }
+        stack, out = given["stack_axes"], given["out_axes"]
+        for field, axes in given.items():
+            if any(not -len(shape) <= a < len(shape) for a in axes):
+                raise ValueError(f"{where}: {field}={axes} has no place in shape {shape}")
+            axes = tuple(a % len(shape) for a in axes)
             object.__setattr__(self, field, tuple(sorted(axes)))
         used = self.out_axes + self.in_axes + self.stack_axes
         if len(set(used)) != len(used):
@@ -125,15 +145,14 @@ class Layer:
                 f"{where}: an axis has one meaning, but out_axes={self.out_axes}, "
                 f"in_axes={self.in_axes} and stack_axes={self.stack_axes} overlap"
             )
-        if self.grouped not in ("in", "out"):
-            raise ValueError(f"{where}: grouped must be 'in' or 'out', got {self.grouped!r}")
+        one_of(f"{where}: grouped", self.grouped, ("in", "out"))
         whole = self.out_axes if self.grouped == "in" else self.in_axes
         size = self.shape[whole[0]] if whole else 0
-        if self.groups < 1 or (self.groups > 1 and (not size or size % self.groups)):
+        if self.groups > 1 and (not size or size % self.groups):
             raise ValueError(f"{where}: {self.groups} groups do not divide {size} channels")
         if self.output_axes is None:
             axes = _default_output_axes(self)
-        elif len(axes := tuple(self.output_axes)) == len(stack) + len(out):
+        elif len(axes := _integers(self.output_axes, f"{where}: output_axes")) == len(stack + out):
             # They follow their axes of the weight, which are sorted now.
             place = dict(zip((*stack, *out), axes, strict=True))
             place = {a % len(self.shape): position for a, position in place.items()}
@@ -216,11 +235,17 @@ def make_layer(
     ('hidden', 8)
     """
     leaves = flatten(params).leaves
-    for path in (weight, bias):
+    strings(weight, "make_layer: weight")
+    strings(type, "make_layer: type")
+    for what, path in (("weight", weight), ("bias", bias)):
+        strings(path, f"make_layer: {what}", optional=True)
         if path is not None and path not in leaves:
-            raise KeyError(missing(f"no parameter at path {path!r}", path, leaves))
+            message = f"make_layer: {what}: no parameter at path {path!r}"
+            raise KeyError(missing(message, path, leaves))
         if path is not None and not hasattr(leaves[path], "shape"):
-            raise TypeError(f"the parameter {path!r} is no array, but {leaves[path]!r}")
+            raise TypeError(
+                f"make_layer: the parameter {path!r} is no array, but {shown(leaves[path])}"
+            )
     layer = Layer(
         name=name if name is not None else weight.rpartition(".")[0] or weight,
         type=type,
@@ -245,8 +270,8 @@ def make_layer(
     return layer
 
 
-def checked_table(layers: Layers) -> tuple[Layer, ...]:
-    """Returns the rows of a layer table.
+def checked_table(layers: Layers, where: str = "layers") -> tuple[Layer, ...]:
+    """Returns the rows of a layer table; ``where`` names it in messages.
 
     Raises:
         TypeError: it is no table, or holds something else than rows.
@@ -255,26 +280,25 @@ def checked_table(layers: Layers) -> tuple[Layer, ...]:
     adapter = adapter_of(layers)
     if adapter is not None:
         raise TypeError(
-            f"layers must be a table of Layer rows, got a model, {type(layers).__name__}; make the "
-            f"table by purepruning_interop.{adapter}.layers"
+            f"{where} must be a table of Layer rows, got a model, {type(layers).__name__}; make "
+            f"the table by purepruning_interop.{adapter}.layers"
         )
-    if isinstance(layers, Layer) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a table of Layer rows, got {type(layers).__name__}")
-    table = tuple(layers)
+    table: tuple[Layer, ...] = collection(layers, where, "a table of Layer rows")
     for layer in table:
-        if not isinstance(layer, Layer):
-            raise TypeError(f"layers must hold Layer rows, got {type(layer).__name__}")
+        instance(layer, Layer, f"{where}: every row", "a Layer")
     for what in ("name", "weight"):
         seen: set[str] = set()
         for layer in table:
             value = getattr(layer, what)
             if value in seen:
-                raise ValueError(f"two layers have the {what} {value!r}")
+                raise ValueError(f"{where}: two rows have the {what} {value!r}")
             seen.add(value)
     weights = {layer.weight for layer in table}
     for layer in table:
         if layer.bias in weights:
-            raise ValueError(f"layer {layer.name!r}: its bias {layer.bias!r} is a layer's weight")
+            raise ValueError(
+                f"{where}: layer {layer.name!r}: its bias {layer.bias!r} is a layer's weight"
+            )
     return table
 
 
@@ -287,5 +311,18 @@ def _default_output_axes(layer: Layer) -> tuple[int, ...]:
     return (*range(len(layer.stack_axes)), *range(-n - behind, -behind))
 
 
-def _as_tuple(axes: int | Iterable[int]) -> tuple[int, ...]:
-    return (operator.index(axes),) if hasattr(axes, "__index__") else tuple(axes)  # type: ignore[arg-type]
+def _as_tuple(axes: Any) -> Any:
+    """Returns one axis as a tuple; anything else comes back, for :class:`Layer` to look at."""
+    try:
+        return axes if isinstance(axes, bool | np.bool_) else (operator.index(axes),)
+    except TypeError:
+        return axes
+
+
+def _integers(values: Any, where: str) -> tuple[int, ...]:
+    """Returns a tuple of integers; ``where`` names it in messages."""
+    some = collection(values, where, "a tuple of integers")
+    for n in some:
+        if not isinstance(n, int | np.integer) or isinstance(n, bool):
+            raise TypeError(f"{where} must be a tuple of integers, got {shown(n)} in it")
+    return tuple(map(int, some))

@@ -17,8 +17,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from purepruning.arguments import adapter_of, missing
-from purepruning.arrays import by_numpy, chosen, is_concrete, is_torch, namespace
+from purepruning.arguments import adapter_of, missing, shown
+from purepruning.arrays import (
+    by_numpy,
+    chosen,
+    is_array,
+    is_concrete,
+    is_torch,
+    namespace,
+)
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -171,8 +178,8 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
     for path, mask in named.items():
         if path not in leaves:
             raise KeyError(missing(f"masks: no parameter is called {path!r}", path, leaves))
-        if not _is_array(leaves[path]):
-            raise TypeError(f"masks: the parameter {path!r} is no array, but {leaves[path]!r}")
+        if not is_array(leaves[path]):
+            raise TypeError(f"masks: the parameter {path!r} is no array, but {shown(leaves[path])}")
         _check(path, mask, leaves[path])
     return named
 
@@ -191,7 +198,7 @@ def _whole(mask: Any, x: Any) -> Any:
     xp = namespace(x)
     if mask is not None:
         return xp.astype(spread_mask(mask, x), xp.bool, copy=True)
-    return xp.ones_like(x, dtype=xp.bool) if _is_array(x) else xp.ones((), dtype=xp.bool)
+    return xp.ones_like(x, dtype=xp.bool) if is_array(x) else xp.ones((), dtype=xp.bool)
 
 
 def spread_mask(mask: Any, x: Any) -> Any:
@@ -225,22 +232,51 @@ def to_numpy(mask: Any) -> np.ndarray:
 
 
 def named_masks(masks: Any) -> dict[str, Any]:
-    """Returns the masks of a tree by parameter path, without its None."""
+    """Returns the masks of a tree by parameter path, without its None.
+
+    Raises:
+        TypeError: it is no tree, or a mask is not boolean.
+    """
     if isinstance(masks, Mapping) and any(map(is_torch, masks.values())):
         masks = {name: mask for name, mask in masks.items() if mask is not None}
-    return flatten(masks).leaves
+    leaves = flatten(masks).leaves
+    if "" in leaves and not is_array(masks):
+        raise TypeError(
+            f"masks must be a tree of booleans by parameter, as pruners return it, got "
+            f"{shown(masks)}"
+        )
+    for path, mask in leaves.items():
+        _check_bool(path, mask)
+    return leaves
+
+
+def masks_of_pruner(where: str, masks: Any, params: Any) -> dict[str, Any]:
+    """Returns the masks that a pruner returned, by path; ``where`` names who called it.
+
+    Raises:
+        KeyError, ValueError, TypeError: they are no masks of these parameters.
+    """
+    try:
+        return by_path(masks, params)
+    except (KeyError, ValueError, TypeError) as error:
+        why = error.args[0] if error.args else error
+        raise type(error)(f"{where}: the pruner returned no masks of params: {why}") from None
+
+
+def check_mask(path: str, mask: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless a mask is boolean and broadcasts to its parameter's shape."""
+    _check_bool(path, mask)
+    if not _broadcasts(_shape(mask), shape):
+        raise ValueError(
+            f"masks: {path!r} must broadcast to the parameter's shape {shape}, got {_shape(mask)}"
+        )
 
 
 def _check(path: str, mask: Any, param: Any) -> None:
-    _check_bool(path, mask)
+    check_mask(path, mask, _shape(param))
     if is_torch(mask) != is_torch(param):
         kinds = ["torch" if is_torch(x) else "JAX" for x in (mask, param)]
         raise TypeError(f"masks: {path!r} is a {kinds[0]} mask for a {kinds[1]} parameter")
-    shape, got = _shape(param), _shape(mask)
-    if not _broadcasts(got, shape):
-        raise ValueError(
-            f"masks: {path!r} must broadcast to the parameter's shape {shape}, got {got}"
-        )
     if is_torch(mask) and mask.device != param.device:
         raise ValueError(
             f"masks: {path!r} is on device {mask.device}, its parameter on {param.device}"
@@ -248,8 +284,8 @@ def _check(path: str, mask: Any, param: Any) -> None:
 
 
 def _check_bool(path: str, mask: Any) -> None:
-    if not _is_array(mask):
-        raise TypeError(f"masks: {path!r} must be a boolean array, got {mask!r}")
+    if not is_torch(mask) and (not is_array(mask) or isinstance(mask, jax.ShapeDtypeStruct)):
+        raise TypeError(f"masks: {path!r} must be a boolean array, got {shown(mask)}")
     if not namespace(mask).isdtype(mask.dtype, "bool"):
         raise TypeError(f"masks: {path!r} must be boolean, got {mask.dtype}")
 
@@ -257,10 +293,6 @@ def _check_bool(path: str, mask: Any) -> None:
 def _broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     tail = shape[len(shape) - len(mask) :]
     return len(mask) <= len(shape) and all(m in (1, n) for m, n in zip(mask, tail, strict=True))
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -289,7 +321,7 @@ def _places(masks: tuple[Any, ...]) -> tuple[Any, Iterable[str]]:
 def _is_flat_dict(tree: Any) -> bool:
     if type(tree) is not dict:
         return False
-    return all(type(k) is str and (x is None or _is_array(x)) for k, x in tree.items())
+    return all(type(k) is str and (x is None or is_array(x)) for k, x in tree.items())
 
 
 def _values(masks: tuple[Any, ...]) -> list[Any]:

@@ -39,13 +39,16 @@ def flatten(tree: Any) -> Flat:
     only.
 
     Raises:
-        TypeError: ``tree`` is a model of torch, Flax or Haiku, not its parameters.
+        TypeError: ``tree`` is a model of torch, Flax or Haiku, not its parameters; or keys of a
+            dict cannot be sorted, or names of tensors are no strings.
         ValueError: two leaves have the same path, or torch tensors are not in one flat dict.
 
     >>> flatten({"b": {"w": 1.0}, "a": [2.0, 3.0]}).leaves
     {'a.0': 2.0, 'a.1': 3.0, 'b.w': 1.0}
     """
     if isinstance(tree, Mapping) and tree and all(map(is_torch, tree.values())):
+        if not all(isinstance(name, str) for name in tree):
+            raise TypeError("torch parameters must be a dict by name, and a name is no string")
         leaves = {name: tree[name] for name in sorted(tree)}
         return Flat(leaves, lambda values: {n: values[n] for n in leaves if n in values})
     # Not of dicts: torch.compile cannot follow what tells models.
@@ -55,7 +58,13 @@ def flatten(tree: Any) -> Flat:
             f"expected a tree of arrays, got a model, {type(tree).__name__}; give "
             f"{_PARAMETERS[adapter]}"
         )
-    treedef = jax.tree_util.tree_structure(tree)
+    try:
+        treedef = jax.tree_util.tree_structure(tree)
+    except (TypeError, ValueError):  # of keys that have no order among each other
+        raise TypeError(
+            "a dict in the tree of parameters has keys that cannot be sorted; give it keys that "
+            "are all strings"
+        ) from None
     leaves = {}
     # Flax's boxes are nodes with a value in them; the path ends at the box.
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):

@@ -58,7 +58,7 @@ def test_a_bias_that_does_not_fit():
         ({"stack_axes": (3,)}, ("overlap", "stack_axes=(3,)")),
         ({"grouped": "both"}, ("grouped", "'both'")),
         ({"groups": 3}, ("3 groups", "8 channels")),
-        ({"groups": 0}, ("0 groups",)),
+        ({"groups": 0}, ("groups", "at least 1", "0")),
         ({"groups": 3, "grouped": "out"}, ("3 groups", "4 channels")),
         ({"groups": 2, "out_axes": ()}, ("2 groups",)),
     ],

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import jax
 import numpy as np
 
-from purepruning.arguments import fraction, missing
+from purepruning.arguments import fraction, instance, missing, shown
+from purepruning.arrays import has_values, is_array, is_concrete, namespace
 from purepruning.config.rules import Gradual, Scope
 from purepruning.counts import count_of
 from purepruning.granularity import NM, Granularity
 from purepruning.layers import Layer
-from purepruning.masks import named_masks
+from purepruning.masks import named_masks, to_numpy
 from purepruning.types import Masks, Params, Stats
 
 if TYPE_CHECKING:
@@ -247,6 +248,80 @@ class Config:
 
 #: What prunes: ``(params, stats, config) -> masks``.
 Pruner: TypeAlias = Callable[[Params, Stats, Config], Masks]
+
+
+def check_config(where: str, config: Any) -> None:
+    """Raises for what is no config, or one that was put together wrongly; all entries pass here.
+
+    What its counts are is looked at where they are used, since they may be traced.
+
+    Raises:
+        TypeError: it is no config, or its counts or masks are no mappings.
+        ValueError: its counts are not those of its pools.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(f"{where}: config must be what resolve returned, got {shown(config)}")
+    for field in ("counts", "masks"):
+        instance(getattr(config, field), Mapping, f"{where}: config.{field}", "a mapping")
+    names = [] if isinstance(config.granularity, NM) else [pool.name for pool in config.pools]
+    if config.counts.keys() != set(names):
+        raise ValueError(
+            f"{where}: config.counts must have one for each pool, {names}, got "
+            f"{list(config.counts)}; change them by with_counts"
+        )
+
+
+def check_count(where: str, pool: Pool, count: Any) -> None:
+    """Raises unless a count is an integer, or an array of them, that its pool can lose, if known.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: there is none, or it is more than the pool can lose, or not allowed.
+    """
+    if count is None:
+        raise ValueError(
+            f"{where}: rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule "
+            "or call config.with_sparsity(...)"
+        )
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole and not (is_array(count) and namespace(count).isdtype(count.dtype, "integral")):
+        raise TypeError(
+            f"{where}: the count of {pool.name!r} must be an integer, got {shown(count)}"
+        )
+    if not whole and not (is_concrete(count) and has_values(count)):
+        return
+    known = [count] if whole else to_numpy(count).reshape(-1).tolist()
+    for n in known:
+        if not 0 <= n <= pool.most:
+            capped = pool.caps or pool.total is not None
+            why = "max_sparsity_per_layer" if capped else "'allow_empty': True"
+            raise ValueError(
+                f"{where}: the count of {pool.name!r} must lie in [0, {pool.most}], got "
+                f"{shown(n)}; its size is {pool.size}, and how much of it can go depends on the "
+                f"rule's {why}"
+            )
+        if pool.allowed is not None and n not in pool.allowed:
+            some = f"{', '.join(map(str, pool.allowed[:8]))}{', ...' * (len(pool.allowed) > 8)}"
+            raise ValueError(
+                f"{where}: the count of {pool.name!r} must be one that round_to and min_channels "
+                f"allow: {some}; got {n}"
+            )
+
+
+def known_counts(where: str, pool: Pool, count: Any) -> np.ndarray:
+    """Returns a count, or several of them, as int64 on the host.
+
+    Raises:
+        TypeError: it is not known, under ``jit`` or ``vmap``; or as :func:`check_count`.
+        ValueError: as :func:`check_count`.
+    """
+    check_count(where, pool, count)
+    if not is_concrete(count) or not has_values(count):
+        raise TypeError(
+            f"{where}: the count of {pool.name!r} is not known under jit or vmap; make the table "
+            "outside of them, and map over it"
+        )
+    return np.asarray(to_numpy(count) if is_array(count) else count, np.int64)
 
 
 def checked_count(pool: Pool, sparsity: float, where: str) -> int:

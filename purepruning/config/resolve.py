@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import is_number, one_of, whole_number
+from purepruning.arguments import collection, is_number, one_of, whole_number
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.rules import (
     Rule,
@@ -26,12 +26,9 @@ from purepruning.config.rules import (
     sparsity_of,
 )
 from purepruning.counts import count_of
+from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.granularity import NM, Block, Granularity, Grid, grid
 from purepruning.layers import Layer, Layers, checked_table
-
-if TYPE_CHECKING:
-    from purepruning.coupling.coupling import Coupling
-
 
 _GRANULARITIES = {
     "element": "element",
@@ -138,6 +135,8 @@ def resolve(
     {'conv': 7}
     """
     table = checked_table(layers)
+    if coupling is not None:
+        check_coupling("resolve", coupling)
     if coupling is not None and granularity not in (None, "output_channel", "out_channel"):
         raise ValueError(
             f"a coupling is about output channels, so granularity must be 'output_channel' or left "
@@ -192,12 +191,8 @@ def _as_list(rules: Any) -> list[Rule]:
         return [rules]
     if is_number(rules):
         return [{"sparsity": rules}]
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(
-            "rules must be a list of dictionaries, one dictionary or a sparsity such as 0.8, got "
-            f"{rules!r:.60}"
-        )
-    return list(rules)
+    expected = "a list of dictionaries, one dictionary or a sparsity such as 0.8"
+    return list(collection(rules, "rules", expected))
 
 
 class _Options(NamedTuple):

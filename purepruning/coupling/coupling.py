@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import one_of
+from purepruning.arguments import instance, one_of
 from purepruning.counts import count_of
 from purepruning.coupling.describe import text
 from purepruning.coupling.unit_masks import Chosen, Conflicts, check_removal, masks_of, units_of
@@ -235,6 +235,11 @@ def _arrays(x: Any) -> Iterator[Any]:
             yield from _arrays(part)
     else:
         yield np.ascontiguousarray(x) if _is_array(x) else repr(x)
+
+
+def check_coupling(where: str, coupling: Any) -> None:
+    """Raises TypeError for what is no coupling; ``where`` names the function in messages."""
+    instance(coupling, Coupling, f"{where}: coupling", "what couple returned")
 
 
 def _left(units: np.ndarray, removed: np.ndarray) -> int:

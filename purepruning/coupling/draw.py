@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from purepruning.coupling.coupling import Coupling
+from purepruning.arguments import flag
+from purepruning.coupling.coupling import Coupling, check_coupling
 
 
 def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
@@ -26,6 +26,8 @@ def draw(coupling: Coupling, *, ax: Any = None, labels: bool = True) -> Any:
     Raises:
         ImportError: a package is missing.
     """
+    check_coupling("draw_coupling", coupling)
+    flag(labels, "draw_coupling: labels")
     import matplotlib.pyplot as plt
     import networkx as nx
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from purepruning.arrays import array_like, by_numpy, namespace
+from purepruning.arguments import instance, missing, shown, whole_number
+from purepruning.arrays import array_like, by_numpy, is_array, namespace
 from purepruning.coupling.coupling import Coupling
 from purepruning.trees import flatten
 
@@ -24,11 +25,28 @@ class Cut:
         axis: which axis.
         positions: int array ``(kept,)``, or ``(blocks, kept)``: for every block of axis ``by``.
         by: the axis whose blocks keep positions of their own, or None.
+
+    Raises:
+        TypeError, ValueError: positions are no ascending integers of such a shape; no axis.
     """
 
     axis: int
     positions: np.ndarray
     by: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"Cut of axis {shown(self.axis)}"
+        whole_number(self.axis, f"{where}: axis", 0)
+        if self.by is not None and whole_number(self.by, f"{where}: by", 0) == self.axis:
+            raise ValueError(f"{where}: by must be another axis, got {self.by}")
+        positions, ndim = np.asarray(self.positions), 1 if self.by is None else 2
+        if positions.dtype.kind not in "iu" or positions.ndim != ndim:
+            raise ValueError(
+                f"{where}: positions must be integers with {ndim} axes, got {shown(positions)}"
+            )
+        if (positions < 0).any() or (positions[..., 1:] <= positions[..., :-1]).any():
+            raise ValueError(f"{where}: positions must ascend from 0 on")
+        object.__setattr__(self, "positions", positions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -39,18 +57,42 @@ class Plan:
         shapes: shape of every parameter before it is cut.
         cuts: for every parameter that shrinks, its axes that do.
         removed: numbers of the units that go, of the coupling the plan was made from.
+
+    Raises:
+        TypeError, ValueError: shapes are none; a parameter has no place for its cuts.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     cuts: Mapping[str, tuple[Cut, ...]]
     removed: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for field in ("shapes", "cuts"):
+            instance(getattr(self, field), Mapping, f"Plan: {field}", "a mapping by parameter path")
+        for path, shape in self.shapes.items():
+            instance(shape, tuple, f"Plan: shape of {path!r}", "a tuple of integers")
+            for size in shape:
+                whole_number(size, f"Plan: shape of {path!r}", 0)
+        for path, cuts in self.cuts.items():
+            if path not in self.shapes:
+                raise ValueError(missing(f"Plan: cuts of {path!r}, of no shape", path, self.shapes))
+            _check_cuts(path, cuts, self.shapes[path])
+        instance(self.removed, tuple, "Plan: removed", "a tuple of integers")
+        for unit in self.removed:
+            whole_number(unit, "Plan: removed", 1)
+
     def __repr__(self) -> str:
         cut = f"{len(self.cuts)} of {len(self.shapes)} parameters"
         return f"Plan({len(self.removed)} units removed, {cut} cut)"
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Returns the shape of a parameter after it is cut."""
+        """Returns the shape of a parameter after it is cut.
+
+        Raises:
+            KeyError: the plan knows no parameter of that path.
+        """
+        if not isinstance(path, str) or path not in self.shapes:
+            raise KeyError(missing(f"the plan has no parameter {shown(path)}", path, self.shapes))
         shape = list(self.shapes[path])
         for cut in self.cuts.get(path, ()):
             shape[cut.axis] = cut.positions.shape[-1]
@@ -72,6 +114,11 @@ class Plan:
             TypeError: the tree holds no arrays.
         """
         flat = flatten(tree)
+        if not any(map(is_array, flat.leaves.values())):
+            raise TypeError(
+                f"Plan.apply: the tree must hold arrays, got {shown(tree)}; of a torch module pass "
+                "its state_dict"
+            )
         found = {}
         for path, leaf in flat.leaves.items():
             name = self._parameter(path, leaf)
@@ -98,7 +145,7 @@ class Plan:
         return before, sum(math.prod(self.shape(path)) for path in paths)
 
     def _parameter(self, path: str, leaf: Any) -> str | None:
-        if not hasattr(leaf, "shape"):
+        if not is_array(leaf):
             return None
         if path in self.shapes:
             if tuple(leaf.shape) != self.shapes[path]:
@@ -131,6 +178,27 @@ class Plan:
                 found.setdefault(tail, []).append(name)
                 tail = tail.partition(".")[2]
         return {tail: tuple(names) for tail, names in found.items()}
+
+
+def _check_cuts(path: str, cuts: Any, shape: tuple[int, ...]) -> None:
+    where = f"Plan: cuts of {path!r}"
+    instance(cuts, tuple, where, "a tuple of Cut")
+    for cut in cuts:
+        instance(cut, Cut, where, "a tuple of Cut")
+        if max(cut.axis, cut.by or 0) >= len(shape):
+            raise ValueError(
+                f"{where}: axis {cut.axis} by {cut.by} has no place in the shape {shape}"
+            )
+        if cut.by is not None and shape[cut.by] % max(len(cut.positions), 1):
+            raise ValueError(
+                f"{where}: {len(cut.positions)} blocks do not divide axis {cut.by} of {shape}"
+            )
+        if cut.positions.size and cut.positions.max() >= shape[cut.axis]:
+            raise ValueError(
+                f"{where}: axis {cut.axis} of {shape} has no position {cut.positions.max()}"
+            )
+    if len({cut.axis for cut in cuts}) != len(cuts):
+        raise ValueError(f"{where}: an axis is cut twice")
 
 
 def plan_of(coupling: Coupling, removed: np.ndarray) -> Plan:

@@ -136,12 +136,6 @@ def check_same(expected: Coupling, found: Coupling) -> None:
             )
 
 
-def check_coupling(coupling: Any) -> None:
-    """Raises TypeError for what is no coupling."""
-    if not isinstance(coupling, Coupling):
-        raise TypeError(f"coupling must be what couple() returns, got {type(coupling).__name__}")
-
-
 def check_plan(plan: Any) -> None:
     """Raises TypeError for what is no plan."""
     if not isinstance(plan, Plan):

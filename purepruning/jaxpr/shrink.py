@@ -9,14 +9,13 @@ import jax
 import numpy as np
 
 from purepruning.arguments import missing, one_of
-from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.plan import Plan, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
 from purepruning.coupling.shrink_report import (
     Norms,
     ShrinkReport,
     Shrunk,
-    check_coupling,
     check_plan,
     check_same,
 )
@@ -81,7 +80,7 @@ def shrink(
     """
     check_function(fn, "shrink")
     one_of("norms", norms, ("original", "kept"))
-    check_coupling(coupling)
+    check_coupling("shrink", coupling)
     tree = flatten(params)
     for path, leaf in tree.leaves.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.config.config import Config
+from purepruning.arguments import instance
+from purepruning.config.config import Config, check_config
 from purepruning.granularity import Grid
 from purepruning.layers import Layer
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import Count, Sum, value
 from purepruning.stats.activations import ActivationStats, channels
-from purepruning.stats.checks import match, placed, refuse_empty
+from purepruning.stats.checks import check_totals, match, placed, refuse_empty
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -68,6 +69,7 @@ def mean_activation_rank(params: Params, stats: ActivationStats, config: Config)
 
 def _checked(pruner: str, params: Any, stats: Any, config: Config) -> Any:
     """Returns what scores are made of: positions, zeros and sums of the layers that are pruned."""
+    check_config(pruner, config)
     if config.granularity == "input_channel":
         raise ValueError(
             f"{pruner} ranks output channels, but the config has granularity='input_channel'; give "
@@ -75,11 +77,12 @@ def _checked(pruner: str, params: Any, stats: Any, config: Config) -> Any:
         )
     if config.granularity != "output_channel":
         return None  # prune says what is wrong
-    if not isinstance(stats, ActivationStats):
-        raise TypeError(
-            f"{pruner} needs the statistics of stats.activations, got {type(stats).__name__}"
-        )
-    match(pruner, stats.zeros, {layer.name: channels(pruner, layer) for layer in config.layers})
+    instance(stats, ActivationStats, f"{pruner}: stats", "the statistics of stats.activations")
+    check_totals(pruner, stats)
+    sizes = {layer.name: channels(pruner, layer) for layer in config.layers}
+    for totals in (stats.zeros, stats.sums):
+        match(pruner, totals, sizes)
+    match(pruner, stats.positions, dict.fromkeys(sizes, ()))
     names = {layer.name: layer.weight for layer in config.layers}
     refuse_empty(pruner, {name: stats.positions[name] for name in names})
     leaves = flatten(params).leaves

@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from purepruning.arguments import missing, one_of, scalar, shown, some_of
 from purepruning.arrays import (
     by_numpy,
     compiled,
+    has_values,
     int32,
+    is_array,
     is_concrete,
     is_torch,
     namespace,
@@ -21,8 +24,8 @@ from purepruning.arrays import (
     zeros,
 )
 from purepruning.config.allocation import Allocation
-from purepruning.config.config import Config
-from purepruning.coupling.coupling import Coupling
+from purepruning.config.config import Config, check_config
+from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.units import FamilyAxis
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.exact_sum import exact_sum
@@ -88,21 +91,20 @@ def unit_scores(
     >>> unit_scores(params, coupling, reduce="mean", normalize="max").tolist()
     [0.75, 0.5]
     """
-    for name, value, known in (
-        ("reduce", reduce, ("sum", "mean", "max", "prod")),
-        ("normalize", normalize, ("none", "mean", "max", "sum")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    wanted = checked_roles(roles)
+    one_of("unit_scores: reduce", reduce, ("sum", "mean", "max", "prod"))
+    one_of("unit_scores: normalize", normalize, ("none", "mean", "max", "sum"))
+    wanted = some_of("unit_scores: roles", roles, ROLES)
+    check_coupling("unit_scores", coupling)
     leaves = {}
     for path, x in flatten(values).leaves.items():
-        if path not in coupling.leaves or x is None:
+        if path not in coupling.leaves:
             continue
+        if not is_array(x) or not has_values(x):
+            raise TypeError(f"unit_scores: values: {path!r} must be an array, got {shown(x)}")
         if tuple(x.shape) != coupling.leaves[path].shape:
             raise ValueError(
-                f"{path!r} has shape {tuple(x.shape)}, but {coupling.leaves[path].shape} when it "
-                "was coupled"
+                f"unit_scores: values: {path!r} has shape {tuple(x.shape)}, but "
+                f"{coupling.leaves[path].shape} when it was coupled"
             )
         if namespace(x).isdtype(x.dtype, "real floating"):
             leaves[path] = stop_gradient(x)
@@ -129,14 +131,6 @@ def unit_scores(
     return by_numpy(score, leaves)
 
 
-def checked_roles(roles: Collection[str]) -> list[str]:
-    """Returns the roles as a list; raises if one is unknown, or there is none."""
-    wanted = [roles] if isinstance(roles, str) else list(roles)
-    if not wanted or set(wanted) - set(ROLES):
-        raise ValueError(f"roles must be some of {', '.join(map(repr, ROLES))}, got {roles!r}")
-    return wanted
-
-
 def group_norm(
     params: Params,
     stats: None,
@@ -161,6 +155,7 @@ def group_norm(
     Fang et al. 2023, arXiv:2301.12900; Torch-Pruning's group magnitude importance.
 
     Raises:
+        KeyError: ``params`` lack one that makes or reads channels of a unit.
         ValueError: the config has no coupling. See also :func:`purepruning.prune` for the form of
             the masks, ties, NaN and errors.
 
@@ -178,14 +173,19 @@ def group_norm(
     """
     allocation = _allocation("group_norm", config)
     if stats is not None:
-        raise TypeError(f"group_norm takes stats=None, got {type(stats).__name__}")
-    if not p > 0:
-        raise ValueError(f"group_norm: p must be positive, got {p!r}")
+        raise TypeError(f"group_norm takes stats=None, got {shown(stats)}")
+    p = scalar(p, "group_norm: p")
     tree = flatten(params)
+    weights_of("group_norm", tree.leaves, config)
+    for axis in (axis for family in allocation.coupling.families for axis in family.axes):
+        # Companions may be statistics, which need not be part of params.
+        if axis.role != COMPANION and axis.path not in tree.leaves:
+            message = f"group_norm: params have no {axis.path!r}"
+            raise KeyError(missing(message, axis.path, tree.leaves))
     powers = {
         path: by_numpy(_power, stop_gradient(x), p)
         for path, x in tree.leaves.items()
-        if hasattr(x, "dtype") and namespace(x).isdtype(x.dtype, "real floating")
+        if is_array(x) and namespace(x).isdtype(x.dtype, "real floating")
     }
     scores = unit_scores(
         powers if is_torch(next(iter(powers.values()))) else tree.rebuild(powers),
@@ -226,13 +226,19 @@ def prune_units(scores: Array, params: Params, config: Config) -> Masks:
     tree = flatten(params)
     weights = weights_of("prune_units", tree.leaves, config)
     n = allocation.coupling.n_units
-    if not hasattr(scores, "shape") or tuple(scores.shape) not in ((n,), (n + 1,)):
-        got = tuple(getattr(scores, "shape", ())) or type(scores).__name__
+    if not is_array(scores) or tuple(scores.shape) not in ((n,), (n + 1,)):
         raise ValueError(
-            f"prune_units: scores must be of shape ({n},), one of each unit, got {got}"
+            f"prune_units: scores must be of shape ({n},), one of each unit, got {shown(scores)}"
         )
+    xp = namespace(scores)
+    if not has_values(scores) or not xp.isdtype(scores.dtype, ("real floating", "integral")):
+        raise TypeError(f"prune_units: scores must be numbers, got {shown(scores)}")
     if not weights:
         return tree.rebuild({})
+    like = next(iter(weights.values()))
+    if is_torch(like) != is_torch(scores):
+        kinds = ["torch" if is_torch(x) else "JAX" for x in (scores, like)]
+        raise TypeError(f"prune_units: scores are of {kinds[0]}, but params of {kinds[1]}")
     order = np.concatenate([s.units.reshape(-1) for s in allocation.sets]) - 1
     grids = {x.name: grid(x, config.granularity) for x in config.layers}
     before = by_path(config.masks, tree.leaves) if config.masks else {}
@@ -249,15 +255,12 @@ def prune_units(scores: Array, params: Params, config: Config) -> Masks:
         return with_biases({x.weight: masks[x.name] for x in config.layers}, tree, config)
 
     weights = {path: stop_gradient(x) for path, x in weights.items()} if before else {}
-    counts = checked_counts(config)
+    counts = checked_counts("prune_units", config)
     return tree.rebuild(by_numpy(solve, stop_gradient(scores), weights, before, counts))
 
 
 def _allocation(where: str, config: Any) -> Allocation:
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{where}: config must be what resolve returned, got {type(config).__name__}"
-        )
+    check_config(where, config)
     if config.allocation is None:
         raise ValueError(f"{where} prunes coupled units: give resolve a coupling=...")
     return config.allocation

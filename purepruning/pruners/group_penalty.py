@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from purepruning.arguments import flag, scalar, some_of
 from purepruning.arrays import int32, namespace
 from purepruning.config.config import Config
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.units import Family, FamilyAxis
-from purepruning.pruners.coupled import ROLES, checked_roles, places_of_units
+from purepruning.pruners.coupled import ROLES, places_of_units
 from purepruning.trees import flatten
 from purepruning.types import Array, Params
 
@@ -63,7 +64,9 @@ def group_penalty(
     (5.0, [[0.6000000238418579, 0.0]])
     """
     coupling, chosen = _units_of(coupling)
-    wanted = checked_roles(roles)
+    scale = scalar(scale, "group_penalty: scale", zero=True)
+    flag(weighted, "group_penalty: weighted")
+    wanted = some_of("group_penalty: roles", roles, ROLES)
     leaves = _checked(flatten(params).leaves, coupling)
     total: Any = 0.0
     for family in coupling.families:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.arguments import missing
-from purepruning.arrays import by_numpy, namespace
-from purepruning.config.config import Config
+from purepruning.arguments import instance, missing, scalar, shown
+from purepruning.arrays import by_numpy, has_values, is_array, namespace
+from purepruning.config.config import Config, check_config
 from purepruning.granularity import any_of, fold, grid, spread
 from purepruning.layers import Layer, Layers
 from purepruning.pruners import magnitude
@@ -59,9 +59,11 @@ def slim(
     >>> masks["norm"].tolist(), masks["conv"].shape, masks["conv"].reshape(-1).tolist()
     ([True, False, True], (1, 1, 1, 3), [True, False, True])
     """
+    check_config("slim", config)
     _refuse_others("slim", config.layers)
-    tree = flatten(params)
-    pairs = _pairs(config, feeds or {}, tree.leaves)
+    tree, feeds = flatten(params), {} if feeds is None else feeds
+    instance(feeds, Mapping, "slim: feeds", "a mapping from names of norms to layers")
+    pairs = _pairs(config, feeds, tree.leaves)
     masks = prune(_SLIM, params, stats, config)
     if not pairs:
         return masks
@@ -106,11 +108,14 @@ def slim_penalty(params: Params, layers: Config | Layers, *, scale: float = 1e-4
     >>> float(value), grad["norm"].tolist()
     (3.0, [4.0, -4.0, 0.0])
     """
-    table, leaves = watched(layers), flatten(params).leaves
+    table, leaves = watched("slim_penalty", layers), flatten(params).leaves
+    scale = scalar(scale, "slim_penalty: scale", zero=True)
     _refuse_others("slim_penalty", table)
     total: Any = 0.0
     for layer in table:
-        x = _leaf("slim_penalty", layer, layer.weight, leaves)
+        x = _weight("slim_penalty", layer, leaves)
+        if not has_values(x):
+            raise TypeError(f"slim_penalty: {layer.weight!r} has no values in params, only a shape")
         xp = namespace(x)
         x = xp.astype(x, xp.float32)
         # |x|, but with derivative 0 at 0 in every framework.
@@ -144,18 +149,11 @@ def _pairs(
         if name not in norms:
             message = f"slim: feeds names {name!r}, but no norm of that name with a scale is pruned"
             raise KeyError(missing(message, name, norms))
-        if not isinstance(layer, Layer):
-            raise TypeError(
-                f"slim: feeds[{name!r}] must be a row of the layer table, got {layer!r:.60}"
-            )
+        instance(layer, Layer, f"slim: feeds[{name!r}]", "a row of the layer table")
         if any(layer.weight == other.weight for _, other in pairs):
             raise ValueError(f"slim: feeds names layer {layer.name!r} for two norms")
-        norm, shape = norms[name], tuple(_leaf("slim", layer, layer.weight, leaves).shape)
-        if shape != layer.shape:
-            raise ValueError(
-                f"slim: layer {layer.name!r}: {layer.weight!r} has shape {shape} in params, but "
-                f"{layer.shape} in the layer table"
-            )
+        norm = norms[name]
+        _weight("slim", layer, leaves)
         if config.bias == "follow" and layer.bias is not None:
             _leaf("slim", layer, layer.bias, leaves)
         sizes = [
@@ -176,6 +174,21 @@ def _leaf(where: str, layer: Layer, path: str, leaves: Mapping[str, Any]) -> Any
             missing(f"{where}: layer {layer.name!r}: params have no {path!r}", path, leaves)
         )
     return leaves[path]
+
+
+def _weight(where: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:
+    """Returns the weight of a layer, checked against its row."""
+    x = _leaf(where, layer, layer.weight, leaves)
+    if not is_array(x) or tuple(x.shape) != layer.shape:
+        raise ValueError(
+            f"{where}: layer {layer.name!r}: {layer.weight!r} must be an array of shape "
+            f"{layer.shape} in params, as in the layer table, got {shown(x)}"
+        )
+    if not namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(
+            f"{where}: layer {layer.name!r}: {layer.weight!r} must be floating, got {x.dtype}"
+        )
+    return x
 
 
 _SLIM = Criterion("slim", element=magnitude.element, channel=magnitude.l1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from purepruning.arguments import flag, instance
 from purepruning.arrays import namespace
-from purepruning.config.config import Config
+from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, fold
 from purepruning.layers import Layer
@@ -14,7 +15,7 @@ from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
 from purepruning.stats import gradients
 from purepruning.stats.accumulate import Sum, value
-from purepruning.stats.checks import match, placed, refuse_empty
+from purepruning.stats.checks import check_totals, match, placed, refuse_empty
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -65,10 +66,11 @@ def taylor_fo(
 
 def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str, Sum]:
     """Returns the total that scores are made of, of the layers that are pruned."""
-    if not isinstance(stats, gradients.GradientStats):
-        raise TypeError(
-            f"taylor_fo needs the statistics of stats.gradients, got {type(stats).__name__}"
-        )
+    check_config("taylor_fo", config)
+    expected = "the statistics of stats.gradients"
+    instance(stats, gradients.GradientStats, "taylor_fo: stats", expected)
+    check_totals("taylor_fo", stats)
+    flag(grouped, "taylor_fo: grouped")
     kind = "grouped" if grouped else "squares"
     totals = getattr(stats, kind)
     if config.layers and not totals:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from purepruning.arguments import missing
-from purepruning.arrays import is_torch, namespace
+from purepruning.arguments import missing, shown
+from purepruning.arrays import is_array, is_torch, namespace
 from purepruning.masks import by_path, to_numpy
-from purepruning.saving.files import read_whole, write_whole
+from purepruning.saving.files import (
+    BROKEN,
+    check_sum,
+    checksum,
+    file_path,
+    read_whole,
+    unreadable,
+    write_whole,
+)
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 from purepruning.versions import __version__
@@ -55,9 +62,12 @@ def save_masks(path: str | os.PathLike[str], masks: Masks, params: Params) -> No
     ...     load_masks(folder + "/masks.safetensors", params)
     {'b': None, 'w': Array([[ True, False,  True]], dtype=bool)}
     """
-    leaves = flatten(params).leaves
+    target, leaves = file_path(path, "save_masks"), flatten(params).leaves
     if "__metadata__" in leaves:
-        raise ValueError("a parameter called '__metadata__' has no place in a safetensors file")
+        raise ValueError(
+            "save_masks: a parameter called '__metadata__' has no place in a safetensors file; "
+            "rename it"
+        )
     keep = {name: to_numpy(mask) for name, mask in by_path(masks, params).items()}
     bits = {name: np.packbits(mask.reshape(-1), bitorder="little") for name, mask in keep.items()}
     header = {
@@ -68,14 +78,14 @@ def save_masks(path: str | os.PathLike[str], masks: Masks, params: Params) -> No
             name: {
                 "mask_shape": list(mask.shape),
                 "param_shape": list(leaves[name].shape),
-                "crc32": zlib.crc32(bits[name].tobytes()),
+                "crc32": checksum(bits[name]),
             }
             for name, mask in keep.items()
         },
     }
     # One metadata entry, since safetensors writes several in any order.
     metadata = {"purepruning": json.dumps(header, sort_keys=True)}
-    write_whole(Path(path), safetensors.numpy.save(bits, metadata=metadata))
+    write_whole(target, safetensors.numpy.save(bits, metadata=metadata))
 
 
 def load_masks(path: str | os.PathLike[str], params: Params) -> Masks:
@@ -91,13 +101,15 @@ def load_masks(path: str | os.PathLike[str], params: Params) -> Masks:
             has another shape than the one its mask was saved for.
         KeyError: the file has a mask for a parameter that is not in ``params``.
     """
-    tree = flatten(params)
+    source, tree = file_path(path, "load_masks"), flatten(params)
     masks = {}
-    for name, (mask, shape) in _read(Path(path)).items():
+    for name, (mask, shape) in _read(source).items():
         if name not in tree.leaves:
             message = f"{path}: a mask is for {name!r}, which is no parameter here"
             raise KeyError(missing(message, name, tree.leaves))
         leaf = tree.leaves[name]
+        if not is_array(leaf):
+            raise TypeError(f"{path}: the parameter {name!r} is no array, but {shown(leaf)}")
         if tuple(leaf.shape) != shape:
             raise ValueError(
                 f"{path}: the mask of {name!r} was saved for a parameter of shape {shape}, but "
@@ -120,8 +132,8 @@ def _read(path: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
         if header["masks"].keys() != bits.keys():
             raise ValueError("header and contents name different masks")
         return {name: _unpack(name, bits[name], header["masks"][name]) for name in sorted(bits)}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as masks: {error}") from error
+    except BROKEN as error:
+        raise unreadable(path, "masks", error) from error
 
 
 def _unpack(name: str, bits: np.ndarray, row: dict) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -131,7 +143,6 @@ def _unpack(name: str, bits: np.ndarray, row: dict) -> tuple[np.ndarray, tuple[i
     size = math.prod(shape)
     if bits.dtype != np.uint8 or bits.shape != (-(-size // 8),):
         raise ValueError(f"{name!r}: {bits.dtype} of shape {bits.shape} for a mask of {shape}")
-    if zlib.crc32(bits.tobytes()) != row["crc32"]:
-        raise ValueError(f"{name!r}: the contents do not agree with their checksum")
+    check_sum(name, bits, row)
     flat = np.unpackbits(bits, count=size, bitorder="little")
     return flat.astype(bool).reshape(shape), param_shape

@@ -5,7 +5,7 @@ reads and writes. Any pytree of arrays can be saved: parameters, optimizer state
 schedules, lotteries and searches, random keys; in torch also the ``state_dict`` of an optimizer.
 
 The format is one safetensors file. Tensors are named by their place in the tree; a dtype that
-safetensors' NumPy side has not (bfloat16) is stored as its bytes. The metadata entry
+safetensors' NumPy side has not (bfloat16, float8) is stored as its bytes. The metadata entry
 ``purepruning`` is a JSON object with ``format`` (``"state"``), ``format_version``,
 ``library_version``, for every place in ``leaves`` its ``dtype``, ``shape`` and ``crc32`` (a typed
 key's generator in ``key``; of Python's own numbers and strings the ``value``), and in ``config``
@@ -26,11 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from purepruning.arguments import missing
-from purepruning.arrays import is_concrete, is_torch, namespace
-from purepruning.config.config import Config
+from purepruning.arguments import missing, shown
+from purepruning.arrays import is_array, is_concrete, is_torch, namespace
+from purepruning.config.config import Config, check_config
 from purepruning.masks import to_numpy
-from purepruning.saving.files import read_whole, write_whole
+from purepruning.saving.files import (
+    BROKEN,
+    check_sum,
+    checksum,
+    file_path,
+    read_whole,
+    unreadable,
+    write_whole,
+)
 from purepruning.schedules.schedule import check_resumed
 from purepruning.versions import __version__
 
@@ -53,7 +61,8 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
             can tell when the rules or the model have changed.
 
     Raises:
-        TypeError: a leaf is something else, or not known (under ``jit``).
+        TypeError: a leaf is something else, not known (under ``jit``), or of a dtype that a file
+            does not hold: objects, records, strings, bytes in the other order, more than 64 bits.
         OSError: the file cannot be written.
 
     >>> import tempfile, jax, jax.numpy as jnp
@@ -64,6 +73,9 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
     >>> state["w"].tolist(), state["key"] == jax.random.key(7)
     ([1.0, 1.0], Array(True, dtype=bool))
     """
+    target = file_path(path, "save_state")
+    if config is not None:
+        check_config("save_state", config)
     rows: dict[str, dict[str, Any]] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in _leaves(state).items():
@@ -73,7 +85,7 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
             continue
         x = _to_numpy(name, leaf)
         tensors[name] = x if x.dtype.kind in "biuf" else np.frombuffer(x.tobytes(), np.uint8)
-        rows[name] = {**kind, "crc32": zlib.crc32(x.tobytes())}
+        rows[name] = {**kind, "crc32": checksum(x)}
     header = {
         "format": "state",
         "format_version": FORMAT_VERSION,
@@ -82,7 +94,7 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
         "config": None if config is None else _description(config),
     }
     metadata = {"purepruning": json.dumps(header, sort_keys=True)}
-    write_whole(Path(path), safetensors.numpy.save(tensors, metadata=metadata))
+    write_whole(target, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None = None) -> Any:
@@ -101,7 +113,9 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
         ValueError: the file was not written by :func:`save_state`, or is damaged; or its leaves,
             rules or schedules are not those of this run: the message says which.
     """
-    path = Path(path)
+    path = file_path(path, "load_state")
+    if config is not None:
+        check_config("load_state", config)
     header, tensors = read_whole(path, "state", FORMAT_VERSION)
     _check_config(path, header.get("config"), config)
     rows, leaves = header.get("leaves"), _leaves(like)
@@ -124,7 +138,7 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
                 for x in ({key: row.get(key) for key in kind}, kind)
             )
             raise ValueError(f"{path} is of another run: {_shown(name)} was {was}, and is {now}")
-        restored.append(row["value"] if "value" in row else _read(path, name, row, tensors, leaf))
+        restored.append(_restored(path, name, row, tensors, leaf))
     state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), restored)
     try:
         check_resumed(state, like)
@@ -133,8 +147,25 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
     return state
 
 
+def _restored(path: Path, name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> Any:
+    """Returns one leaf of a state; its row agrees with ``like`` in what :func:`_kind` says."""
+    try:
+        if not isinstance(like, _SCALARS):
+            return _read(name, row, tensors, like)
+        if type(row["value"]) is not type(like):
+            raise ValueError(f"{_shown(name)} should be {type(like).__name__} in its header")
+        return row["value"]
+    except BROKEN as error:
+        raise unreadable(path, "state", error) from error
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
-    found = jax.tree_util.tree_leaves_with_path(tree)
+    try:
+        found = jax.tree_util.tree_leaves_with_path(tree)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "a dict in the state has keys that cannot be sorted; give it keys of one type"
+        ) from None
     return {jax.tree_util.keystr(keys): leaf for keys, leaf in found}
 
 
@@ -151,43 +182,64 @@ def _kind(name: str, leaf: Any) -> dict[str, Any]:
     """Returns what must agree between the leaf in a file and the one it is read for."""
     if isinstance(leaf, _SCALARS):
         return {"type": type(leaf).__name__}
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(f"the state's leaf {_shown(name)} is no array or number, but {leaf!r:.60}")
+    if not (is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)):
+        raise TypeError(f"the state's leaf {_shown(name)} is no array or number, but {shown(leaf)}")
     kind: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).split(".")[-1]}
     if _is_key(leaf):
         kind |= {"dtype": "key", "key": str(jax.random.key_impl(leaf))}
+    elif not _can_be_stored(leaf, kind["dtype"]):
+        raise TypeError(
+            f"the state's leaf {_shown(name)} has dtype {leaf.dtype}, which a file does not hold; "
+            "convert it to numbers of at most 64 bits, dense and in this machine's byte order"
+        )
     return kind
 
 
+def _can_be_stored(leaf: Any, dtype: str) -> bool:
+    """Whether an array is read back as it is: by the name of its dtype, from its bytes."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        return False
+    number = found == np.bool_ or jnp.issubdtype(found, jnp.number)
+    dense = not is_torch(leaf) or str(leaf.layout) == "torch.strided"
+    widths = {"f": 8, "c": 16}
+    return bool(number) and dense and found.isnative and found.itemsize <= widths.get(found.kind, 8)
+
+
 def _to_numpy(name: str, leaf: Any) -> np.ndarray:
-    if not is_concrete(leaf):
-        raise TypeError(f"the state's leaf {_shown(name)} is not known under jit or vmap")
+    if not is_concrete(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"the state's leaf {_shown(name)} has no values: it is a shape, or jit or vmap traces "
+            "it; save outside of them"
+        )
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     if is_torch(leaf):
-        leaf = leaf.detach().cpu().contiguous()
-        if leaf.dtype == namespace(leaf).bfloat16:
-            return leaf.view(namespace(leaf).int16).numpy().view(jnp.bfloat16)
+        if leaf.is_meta:
+            raise TypeError(f"the state's leaf {_shown(name)} lies on the meta device: no values")
+        xp = namespace(leaf)
+        # Conjugated and negated views are only marked as such until they are looked at.
+        leaf = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        dtype = jnp.dtype(str(leaf.dtype).split(".")[-1])
+        if dtype.kind not in "biufc":  # of those that NumPy has not: the bytes
+            return leaf.reshape(-1).view(xp.uint8).numpy().view(dtype).reshape(tuple(leaf.shape))
         return leaf.numpy()
     return np.ascontiguousarray(np.asarray(leaf)).reshape(np.shape(leaf))
 
 
-def _read(path: Path, name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> Any:
-    try:
-        x = tensors[name]
-        if zlib.crc32(x.tobytes()) != row["crc32"]:
-            raise ValueError("the contents do not agree with their checksum")
-        if row["dtype"] != "key":
-            dtype = jnp.dtype(row["dtype"])
-            x = np.frombuffer(x.tobytes(), dtype).reshape(row["shape"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as state: {_shown(name)}: {error}") from error
+def _read(name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> Any:
+    x = tensors[name]
+    check_sum(_shown(name), x, row)
+    if row["dtype"] != "key":
+        x = np.frombuffer(x.tobytes(), jnp.dtype(row["dtype"])).reshape(row["shape"])
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(x), impl=row["key"])
     if is_torch(like):
         xp = namespace(like)
-        if x.dtype == jnp.bfloat16:
-            return xp.asarray(x.view(np.int16).copy()).view(xp.bfloat16).to(like.device)
+        if x.dtype.kind not in "biufc":
+            flat = xp.asarray(x.reshape(-1).view(np.uint8).copy()).view(like.dtype)
+            return flat.reshape(tuple(x.shape)).to(like.device)
         return xp.asarray(x.copy()).to(like.device)
     if isinstance(like, np.ndarray | np.generic):
         return x.copy()

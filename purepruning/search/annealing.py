@@ -13,7 +13,7 @@ import numpy as np
 
 from purepruning.arguments import fraction
 from purepruning.arrays import is_concrete
-from purepruning.config.config import Config
+from purepruning.config.config import Config, check_config
 from purepruning.counts import count_of
 from purepruning.granularity import NM, grid
 
@@ -264,8 +264,7 @@ class _Group(NamedTuple):
 
 
 def _groups(config: Config) -> list[_Group]:
-    if not isinstance(config, Config):
-        raise TypeError(f"annealing: config is what resolve returned, got {type(config).__name__}")
+    check_config("annealing", config)
     if isinstance(config.granularity, NM):
         raise ValueError(f"annealing: the counts of {config.granularity} are fixed")
     if config.scope != "layer":

@@ -7,9 +7,17 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from purepruning.arguments import missing
-from purepruning.arrays import by_numpy, compiled, is_concrete, namespace, stop_gradient
-from purepruning.config.config import Config
+from purepruning.arguments import instance, missing, shown
+from purepruning.arrays import (
+    by_numpy,
+    compiled,
+    has_values,
+    is_array,
+    is_concrete,
+    namespace,
+    stop_gradient,
+)
+from purepruning.config.config import Config, check_config, check_count
 from purepruning.granularity import NM, Block, Grid, grid
 from purepruning.masks import by_path
 from purepruning.selection.biases import with_biases
@@ -40,24 +48,17 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
             Under ``jit`` and ``vmap`` they are not: counts are then clipped to the units there are,
             and NaN ranks above infinity, so that it stays in the weights to be seen.
     """
-    if not isinstance(criterion, Criterion):
-        raise TypeError(
-            f"prune: criterion must be a Criterion, got {type(criterion).__name__}; make one, such "
-            "as pp.Criterion('mine', channel=function)"
-        )
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{criterion.name}: arguments are (params, stats, config), and config is what resolve "
-            f"returned; got {type(config).__name__}"
-        )
+    expected = "a Criterion, such as pp.Criterion('mine', channel=function)"
+    instance(criterion, Criterion, "prune: criterion", expected)
+    check_config(criterion.name, config)
     if stats is not None and criterion.of is None:
-        raise TypeError(f"{criterion.name} takes stats=None, got {type(stats).__name__}")
+        raise TypeError(f"{criterion.name} takes stats=None, got {shown(stats)}")
     score = _score_of(criterion, config)
     tree = flatten(params)
     if set(tree.leaves) == {""} and not hasattr(params, "shape"):
         raise TypeError(
             f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
-            f"(dict(model.named_parameters())), got {type(params).__name__}"
+            f"(dict(model.named_parameters())), got {shown(params)}"
         )
     weights = weights_of(criterion.name, tree.leaves, config)
     if not weights:
@@ -65,7 +66,8 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
     weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
     plan = Problem(Score(score, config.inverted), pools, config.scope, config.granularity)
-    counts = {} if isinstance(config.granularity, NM) else checked_counts(config)
+    counts = {} if isinstance(config.granularity, NM) else checked_counts(criterion.name, config)
+    check_values(criterion.name, weights)
     before = by_path(config.masks, tree.leaves) if config.masks else {}
     of = criterion.of or (lambda stats, layer: None)
     sources = {
@@ -113,10 +115,7 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
     Raises:
         KeyError, TypeError, ValueError: as :func:`prune` says of parameters and config.
     """
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{pruner}: config must be what resolve returned, got {type(config).__name__}"
-        )
+    check_config(pruner, config)
     weights = {}
     for layer in config.layers:
         where = f"{pruner}: layer {layer.name!r}"
@@ -130,8 +129,8 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
             )
             raise KeyError(missing(message, layer.bias, leaves))
         weight = leaves[layer.weight]
-        if not hasattr(weight, "shape") or not hasattr(weight, "dtype"):
-            raise TypeError(f"{where}: {layer.weight!r} is no array, but {weight!r}")
+        if not is_array(weight):
+            raise TypeError(f"{where}: {layer.weight!r} is no array, but {shown(weight)}")
         shape = tuple(weight.shape)
         if shape != layer.shape:
             raise ValueError(
@@ -151,43 +150,24 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
     return weights
 
 
-def checked_counts(config: Config) -> dict[str, Any]:
+def check_values(pruner: str, weights: Mapping[str, Any]) -> None:
+    """Raises TypeError for a weight that is only a shape."""
+    for path, weight in weights.items():
+        if not has_values(weight):
+            raise TypeError(f"{pruner}: {path!r} has no values in params, only a shape")
+
+
+def checked_counts(pruner: str, config: Config) -> dict[str, Any]:
     """Returns the counts, checked as far as they are known."""
     for pool in config.pools:
         count = config.counts[pool.name]
-        if count is None:
-            raise ValueError(
-                f"rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the rule or "
-                "call config.with_sparsity(...)"
-            )
-        if not _is_integer(count):
-            raise TypeError(f"the count of {pool.name!r} must be an integer, got {count!r}")
-        if not is_concrete(count):
-            continue
+        check_count(pruner, pool, count)
         if getattr(count, "ndim", 0):
             raise ValueError(
-                f"the count of {pool.name!r} has shape {tuple(count.shape)}; map over it with vmap"
-            )
-        if not 0 <= int(count) <= pool.most:
-            capped = pool.caps or pool.total is not None
-            why = "max_sparsity_per_layer" if capped else "'allow_empty': True"
-            raise ValueError(
-                f"the count of {pool.name!r} must lie in [0, {pool.most}], got {int(count)}; its "
-                f"size is {pool.size}, and how much of it can go depends on the rule's {why}"
-            )
-        if pool.allowed is not None and int(count) not in pool.allowed:
-            raise ValueError(
-                f"the count of {pool.name!r} must be one that round_to and min_channels allow: "
-                f"{', '.join(map(str, pool.allowed[:8]))}{', ...' * (len(pool.allowed) > 8)}; "
-                f"got {int(count)}"
+                f"{pruner}: the count of {pool.name!r} has shape {tuple(count.shape)}; map over it "
+                "with vmap"
             )
     return config.counts
-
-
-def _is_integer(count: Any) -> bool:
-    if hasattr(count, "dtype"):
-        return namespace(count).isdtype(count.dtype, "integral")
-    return isinstance(count, int) and not isinstance(count, bool)
 
 
 # From here on everything is traceable. What is done layer by layer is compiled for itself: an eager

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from purepruning.arrays import namespace
+import numpy as np
+
+from purepruning.arguments import instance, shown
+from purepruning.arrays import is_array, namespace
 
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 
@@ -35,23 +38,32 @@ class Sum(NamedTuple):
 
 def count(total: Count, n: Any) -> Count:
     """Returns the count with ``n`` added: an int, or an int32 array, of at most ``2**31 - 1``."""
+    _check("count", Count, total)
+    whole = isinstance(n, int | np.integer) and not isinstance(n, bool) and 0 <= n < 2**31
+    if not whole and not (is_array(n) and namespace(n).isdtype(n.dtype, "integral")):
+        raise TypeError(
+            f"accumulate.count: n must be an integer of at most 2**31 - 1, got {shown(n)}"
+        )
     return merge_counts(total, Count(n >> _BITS, n & ((1 << _BITS) - 1)))
 
 
 def merge_counts(a: Count, b: Count) -> Count:
     """Returns the count of both."""
+    _check("merge_counts", Count, a, b)
     low = a.low + b.low
     return Count(a.high + b.high + (low >> _BITS), low & ((1 << _BITS) - 1))
 
 
 def add(total: Sum, x: Any) -> Sum:
     """Returns the sum with float32 ``x`` added."""
+    _check("add", Sum, total, Sum(x, x))
     high, error = _two_sum(total.high, x)
     return _settled(high, error + total.low)
 
 
 def merge_sums(a: Sum, b: Sum) -> Sum:
     """Returns the sum of both."""
+    _check("merge_sums", Sum, a, b)
     high, error = _two_sum(a.high, b.high)
     return _settled(high, error + (a.low + b.low))
 
@@ -66,10 +78,22 @@ def value(total: Count | Sum) -> Any:
     >>> float(value(total))
     0.3
     """
+    _check("value", (Count, Sum), total)
     if isinstance(total, Sum):
         return total.high + total.low
     xp = namespace(total.high)
     return xp.astype(total.high, xp.float32) * 2.0**_BITS + xp.astype(total.low, xp.float32)
+
+
+def _check(where: str, kind: Any, *totals: Any) -> None:
+    """Raises TypeError for what is no total of that kind, made of numbers or arrays of them."""
+    for total in totals:
+        instance(total, kind, f"accumulate.{where}: total", "a Count or Sum of numbers")
+        for part in total:
+            if isinstance(part, bool) or not (isinstance(part, int | float) or is_array(part)):
+                raise TypeError(
+                    f"accumulate.{where}: the parts of a total must be numbers, got {shown(part)}"
+                )
 
 
 def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:

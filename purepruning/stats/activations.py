@@ -6,13 +6,27 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.arguments import missing
-from purepruning.arrays import compiled, erfc, namespace, stop_gradient, zeros
+from purepruning.arguments import instance, missing, one_of, shown
+from purepruning.arrays import (
+    compiled,
+    erfc,
+    has_values,
+    is_array,
+    namespace,
+    stop_gradient,
+    zeros,
+)
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
 from purepruning.stats import chunked_sums
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
-from purepruning.stats.checks import match, refuse_non_finite, refuse_others, watched
+from purepruning.stats.checks import (
+    check_totals,
+    match,
+    refuse_non_finite,
+    refuse_others,
+    watched,
+)
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -58,15 +72,17 @@ def init(params: Params, layers: Config | Layers) -> ActivationStats:
         ValueError: a layer's output channels are not seen in its output.
     """
     leaves = flatten(params).leaves
-    table = watched(layers)
+    table = watched("activations.init", layers)
     for layer in table:
+        where = f"activations.init: layer {layer.name!r}"
         if layer.weight not in leaves:
-            raise KeyError(
-                missing(
-                    f"activations.init: layer {layer.name!r}: params have no {layer.weight!r}",
-                    layer.weight,
-                    leaves,
-                )
+            message = f"{where}: params have no {layer.weight!r}"
+            raise KeyError(missing(message, layer.weight, leaves))
+        weight = leaves[layer.weight]
+        if not is_array(weight) or tuple(weight.shape) != layer.shape:
+            raise ValueError(
+                f"{where}: {layer.weight!r} must be an array of shape {layer.shape} in params, as "
+                f"in the layer table, got {shown(weight)}"
             )
     shapes = {layer.name: channels("activations.init", layer) for layer in table}
 
@@ -125,12 +141,13 @@ def update(
     >>> stats.zeros["fc"].low.tolist(), stats.sums["fc"].high.tolist()
     ([[0, 2]], [[6.0, 0.5]])
     """
-    where, table = "activations.update", watched(layers)
-    if not (callable(activation) or activation in _ACTIVATIONS):
-        names = ", ".join(map(repr, _ACTIVATIONS))
-        raise ValueError(
-            f"{where}: activation must be a function or one of {names}; got {activation!r}"
-        )
+    where = "activations.update"
+    table = watched(where, layers)
+    instance(stats, ActivationStats, f"{where}: stats", "what activations.init returned")
+    check_totals(where, stats)
+    instance(outputs, Mapping, f"{where}: outputs", "a mapping by layer name, as capture returns")
+    if not callable(activation):
+        one_of(f"{where}: activation", activation, tuple(_ACTIVATIONS))
     match(where, stats.zeros, {layer.name: channels(where, layer) for layer in table})
     batches = {layer.name: _outputs(where, layer, outputs) for layer in table}
     refuse_non_finite(where, "the output", batches)
@@ -151,7 +168,13 @@ def merge(a: ActivationStats, b: ActivationStats) -> ActivationStats:
     Raises:
         ValueError: they are of different layers, or of different channels.
     """
-    refuse_others("activations.merge", a.zeros, b.zeros)
+    for stats in (a, b):
+        instance(
+            stats, ActivationStats, "activations.merge: stats", "what activations.init returned"
+        )
+        check_totals("activations.merge", stats)
+    for field, totals in a._asdict().items():
+        refuse_others(f"activations.merge: {field}", totals, getattr(b, field))
 
     def both(merge: Any, x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
         return {name: merge(x[name], y[name]) for name in x}
@@ -189,8 +212,8 @@ def _outputs(where: str, layer: Layer, outputs: Mapping[str, Any]) -> list[Any]:
     arrays = found if isinstance(found, list) else [found]
     where = f"{where}: the output of layer {layer.name!r}"
     for x in arrays:
-        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
-            raise TypeError(f"{where} must be an array, got {type(x).__name__}")
+        if not (is_array(x) and has_values(x)):
+            raise TypeError(f"{where} must be an array, got {shown(x)}")
         xp = namespace(x)
         if not xp.isdtype(x.dtype, "real floating") or x.dtype == xp.float16:
             raise TypeError(
@@ -225,10 +248,10 @@ def _add(where: str, new: ActivationStats, layer: Layer, x: Any, activation: Act
     named = activation if isinstance(activation, str) else "identity"
     if not isinstance(activation, str):
         y = activation(xp.astype(x, xp.float32))
-        if tuple(y.shape) != tuple(x.shape):
+        if not is_array(y) or tuple(y.shape) != tuple(x.shape):
             raise ValueError(
                 f"{where}: activation must be elementwise, but of the output of layer {name!r}, of "
-                f"shape {tuple(x.shape)}, it made {tuple(y.shape)}"
+                f"shape {tuple(x.shape)}, it made {shown(y)}"
             )
         x = y
     axes = tuple(a % x.ndim for a in layer.output_axes or ())

@@ -5,26 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from purepruning.arguments import missing
-from purepruning.arrays import array_like, compiled, is_concrete, is_torch, namespace
+from purepruning.arguments import instance, missing, shown
+from purepruning.arrays import (
+    array_like,
+    compiled,
+    has_values,
+    is_array,
+    is_concrete,
+    is_torch,
+    namespace,
+)
 from purepruning.config.config import Config
-from purepruning.layers import Layer, Layers
+from purepruning.layers import Layer, Layers, checked_table
 from purepruning.stats.accumulate import Count, Sum
 
 
-def watched(layers: Config | Layers) -> tuple[Layer, ...]:
+def watched(where: str, layers: Config | Layers) -> tuple[Layer, ...]:
     """Returns the rows that ``layers`` stands for; a config stands for those that it prunes.
 
     Raises:
         TypeError: it is neither a config nor rows of a layer table.
     """
-    table = layers.layers if isinstance(layers, Config) else tuple(layers)
-    for layer in table:
-        if not isinstance(layer, Layer):
-            raise TypeError(
-                f"layers must be a config or rows of a layer table, got {type(layer).__name__}"
-            )
-    return table
+    if isinstance(layers, Config):
+        return layers.layers
+    return checked_table(layers, f"{where}: layers")
+
+
+def check_totals(where: str, stats: Any) -> None:
+    """Raises unless every field of statistics is made of totals: arrays of numbers by layer name.
+
+    Raises:
+        TypeError: something else is found in one.
+    """
+    for field, totals in stats._asdict().items():
+        named = totals if isinstance(totals, Mapping) else {"": totals}
+        for name, total in named.items():
+            what = f"{where}: statistics: {field}" + (f" of layer {name!r}" if name else "")
+            wanted = Count if "Count" in str(type(stats).__annotations__[field]) else Sum
+            instance(total, wanted, what, f"a total of stats.accumulate ({wanted.__name__})")
+            if not all(is_array(x) and has_values(x) for x in total):
+                raise TypeError(f"{what} must hold arrays, got {', '.join(map(shown, total))}")
+            if tuple(total.high.shape) != tuple(total.low.shape):
+                shapes = [tuple(x.shape) for x in total]
+                raise ValueError(f"{what} has parts of different shapes, {shapes}")
 
 
 def match(

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.arguments import missing
-from purepruning.arrays import compiled, is_torch, namespace, stop_gradient, zeros
-from purepruning.config.config import Config
+from purepruning.arguments import instance, missing, shown, some_of
+from purepruning.arrays import compiled, is_array, is_torch, namespace, stop_gradient, zeros
+from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
 from purepruning.layers import Layer
 from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
-from purepruning.stats.checks import match, refuse_non_finite, refuse_others
+from purepruning.stats.checks import check_totals, match, refuse_non_finite, refuse_others
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -64,9 +64,8 @@ def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",))
         KeyError: a layer's weight is not in ``params``.
         ValueError: ``keep`` names something else.
     """
-    kinds = (keep,) if isinstance(keep, str) else tuple(keep)
-    if not kinds or not set(kinds) <= set(KEPT):
-        raise ValueError(f"gradients.init: keep must hold some of {KEPT}, got {kinds}")
+    kinds = some_of("gradients.init: keep", keep, KEPT)
+    check_config("gradients.init", config)
     leaves = flatten(params).leaves
     for layer in config.layers:
         _weight("gradients.init", "params", layer, leaves)
@@ -122,6 +121,9 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
     [[[10.0, 5.0]], [[16.0, 1.0]], [[4.0, -1.0]]]
     """
     where = "gradients.update"
+    check_config(where, config)
+    instance(stats, GradientStats, f"{where}: stats", "what gradients.init returned")
+    check_totals(where, stats)
     weights, slopes = flatten(params).leaves, _leaves(grads)
     both = {
         layer.name: (
@@ -158,6 +160,9 @@ def merge(a: GradientStats, b: GradientStats) -> GradientStats:
     Raises:
         ValueError: they keep different things, or are of different layers or units.
     """
+    for stats in (a, b):
+        instance(stats, GradientStats, "gradients.merge: stats", "what gradients.init returned")
+        check_totals("gradients.merge", stats)
     for kind in KEPT:
         refuse_others(f"gradients.merge: {kind}", getattr(a, kind), getattr(b, kind))
     sums = (
@@ -226,9 +231,6 @@ def _weight(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> A
             f"{where}: {layer.weight!r} has shape {got} in {what}, but {layer.shape} in the layer "
             "table"
         )
-    if not hasattr(x, "dtype") or not namespace(x).isdtype(x.dtype, "real floating"):
-        raise TypeError(
-            f"{where}: {layer.weight!r} must be floating in {what}, got "
-            f"{getattr(x, 'dtype', type(x).__name__)}"
-        )
+    if not is_array(x) or not namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(f"{where}: {layer.weight!r} must be floating in {what}, got {shown(x)}")
     return x

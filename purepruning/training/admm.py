@@ -18,16 +18,23 @@ learning via the alternating direction method of multipliers", whose scaled form
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import missing
-from purepruning.arrays import compiled, is_concrete, is_torch, namespace, stop_gradient
+from purepruning.arguments import function, instance, missing, scalar, shown
+from purepruning.arrays import (
+    compiled,
+    has_values,
+    is_array,
+    is_concrete,
+    is_torch,
+    namespace,
+    stop_gradient,
+)
 from purepruning.config.config import Config, Pruner
 from purepruning.layers import Layer
-from purepruning.masks import by_path
-from purepruning.selection.prune import weights_of
+from purepruning.masks import masks_of_pruner
+from purepruning.selection.prune import check_values, weights_of
 from purepruning.trees import flatten
 from purepruning.types import Array, Masks, Params, Stats
 
@@ -69,7 +76,7 @@ def init(params: Params, config: Config) -> State:
             shape or no float; or, where values are known, NaN or infinite.
     """
     where = "admm.init"
-    weights = weights_of(where, flatten(params).leaves, config)
+    weights = _weights(where, params, config)
     _refuse_non_finite(where, config, weights)
     z = {path: _float(stop_gradient(w), copy=True) for path, w in weights.items()}
     return State(z, {path: namespace(x).zeros_like(x) for path, x in z.items()})
@@ -109,7 +116,7 @@ def penalty(params: Params, state: State, config: Config, rho: Any = 1e-4) -> Ar
     (1.0, [[0.0, -1.0]])
     """
     where = "admm.penalty"
-    weights = weights_of(where, flatten(params).leaves, config)
+    weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
     rhos = _rho_of(where, rho, config)
     total: Any = 0.0
@@ -163,7 +170,8 @@ def step(
             then NaN or infinite); the masks are none for these parameters.
     """
     where = "admm.step"
-    weights = weights_of(where, flatten(params).leaves, config)
+    function(pruner, f"{where}: pruner", "a function (params, stats, config) -> masks")
+    weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
     rhos = _rho_of(where, rho, config)
     weights = {path: stop_gradient(w) for path, w in weights.items()}
@@ -194,19 +202,24 @@ def masks(
         KeyError, TypeError, ValueError: as :func:`step`.
     """
     where = "admm.masks"
-    weights = weights_of(where, flatten(params).leaves, config)
+    function(pruner, f"{where}: pruner", "a function (params, stats, config) -> masks")
+    weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
     _refuse_non_finite(where, config, weights)
     return pruner(params, stats, config)
 
 
+def _weights(where: str, params: Any, config: Config) -> dict[str, Any]:
+    """Returns the weights that are pruned, by path, checked."""
+    weights = weights_of(where, flatten(params).leaves, config)
+    check_values(where, weights)
+    return weights
+
+
 def _check_state(where: str, state: Any, config: Config, weights: Mapping[str, Any]) -> None:
-    if not isinstance(state, State):
-        raise TypeError(
-            f"{where}: state must be what admm.init or admm.step returned, "
-            f"got {type(state).__name__}"
-        )
+    instance(state, State, f"{where}: state", "what admm.init or admm.step returned")
     for part, arrays in state._asdict().items():
+        instance(arrays, Mapping, f"{where}: state.{part}", "a dict of arrays by parameter path")
         for path in arrays:
             if path not in weights:
                 message = f"{where}: state.{part} has {path!r}, which the config does not prune"
@@ -222,7 +235,9 @@ def _check_part(
         message = f"{where}: state.{part} has no {layer.weight!r}"
         raise KeyError(missing(message, layer.weight, arrays))
     array, weight = arrays[layer.weight], weights[layer.weight]
-    shape = tuple(getattr(array, "shape", ()))
+    if not is_array(array) or not has_values(array):
+        raise TypeError(f"{where}: state.{part} must be an array, got {shown(array)}")
+    shape = tuple(array.shape)
     if shape != layer.shape:
         raise ValueError(
             f"{where}: state.{part} has shape {shape}, but the weight {layer.shape}; is it the "
@@ -237,7 +252,7 @@ def _rho_of(where: str, rho: Any, config: Config) -> dict[str, Any]:
     """Returns the checked rho of every layer."""
     names = [layer.name for layer in config.layers]
     if not isinstance(rho, Mapping):
-        rho = dict.fromkeys(names, _checked_rho(f"{where}: rho", rho))
+        rho = dict.fromkeys(names, scalar(rho, f"{where}: rho"))
         return rho
     for name in rho:
         if name not in names:
@@ -245,20 +260,7 @@ def _rho_of(where: str, rho: Any, config: Config) -> dict[str, Any]:
     for name in names:
         if name not in rho:
             raise KeyError(f"{where}: rho has no number for layer {name!r}")
-    return {name: _checked_rho(f"{where}: rho of layer {name!r}", rho[name]) for name in names}
-
-
-def _checked_rho(where: str, rho: Any) -> Any:
-    is_number = isinstance(rho, int | float) and not isinstance(rho, bool)
-    if not is_number and not (
-        hasattr(rho, "dtype") and namespace(rho).isdtype(rho.dtype, ("real floating", "integral"))
-    ):
-        raise TypeError(f"{where} must be a number, got {rho!r}")
-    if tuple(getattr(rho, "shape", ())):
-        raise ValueError(f"{where} has shape {tuple(rho.shape)}; map over it with vmap")
-    if is_concrete(rho) and not (math.isfinite(rho) and rho > 0):
-        raise ValueError(f"{where} must be positive and finite, got {float(rho)}")
-    return rho
+    return {name: scalar(rho[name], f"{where}: rho of layer {name!r}") for name in names}
 
 
 def _masks_of(
@@ -266,7 +268,9 @@ def _masks_of(
 ) -> dict[str, Any]:
     """Returns the masks by path, checked."""
     tree = flatten(params)
-    found = by_path(pruner(tree.rebuild({**tree.leaves, **targets}), stats, config), params)
+    found = masks_of_pruner(
+        where, pruner(tree.rebuild({**tree.leaves, **targets}), stats, config), params
+    )
     for layer in config.layers:
         if layer.weight not in found:
             raise KeyError(f"{where}: the pruner returned no mask of layer {layer.name!r}")

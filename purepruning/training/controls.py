@@ -11,12 +11,11 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
-from purepruning.arrays import by_numpy, iota, namespace, replicated
-from purepruning.config.config import Config, Pruner
+from purepruning.arguments import function
+from purepruning.arrays import by_numpy, has_values, iota, is_array, namespace, replicated
+from purepruning.config.config import Config, Pruner, check_config
 from purepruning.granularity import NM, any_of, fold, grid, spread
-from purepruning.masks import named_masks
+from purepruning.masks import check_mask, named_masks
 from purepruning.random_bits import key_words, noise, own_words
 from purepruning.selection.biases import bias_masks
 from purepruning.selection.keys import ordered_bits
@@ -46,9 +45,11 @@ def reinitialize(params: Params, key: Any) -> Params:
     words, tree = key_words(key), flatten(params)
     shuffled = {}
     for path, x in tree.leaves.items():
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        if not is_array(x):
             shuffled[path] = x
             continue
+        if not has_values(x):
+            raise TypeError(f"reinitialize: params: {path!r} has no values, only a shape")
         shuffled[path] = by_numpy(_reordered, x, own_words(words, path))
     return tree.rebuild(shuffled)
 
@@ -82,6 +83,7 @@ def shuffle_masks(masks: Masks, config: Config, key: Any) -> Masks:
     >>> shuffle_masks(masks, config, 1)["w"].astype(int).tolist()
     [[0, 0, 1, 1, 1, 0]]
     """
+    check_config("shuffle_masks", config)
     if isinstance(config.granularity, NM):
         raise ValueError(f"shuffle_masks: {config.granularity} keeps a number in every group")
     if config.allocation is not None:
@@ -91,16 +93,7 @@ def shuffle_masks(masks: Masks, config: Config, key: Any) -> Masks:
     for layer in config.layers:
         if layer.weight not in named:
             raise KeyError(f"shuffle_masks: layer {layer.name!r}: masks have no {layer.weight!r}")
-        shape = tuple(named[layer.weight].shape)
-        try:
-            fits = np.broadcast_shapes(shape, layer.shape) == layer.shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"shuffle_masks: the mask of layer {layer.name!r} has shape {shape}, "
-                f"which does not broadcast to {layer.shape}"
-            )
+        check_mask(layer.weight, named[layer.weight], layer.shape)
 
     def shuffled(old: dict[str, Any], words: tuple[Any, Any]) -> dict[str, Any]:
         new = {}
@@ -130,8 +123,10 @@ def invert_scores(pruner: Pruner) -> Pruner:
     >>> invert_scores(pp.level)(params, None, config)["w"].tolist()
     [[True, True, False]]
     """
+    function(pruner, "invert_scores: pruner", "a function (params, stats, config) -> masks")
 
     def inverted(params: Any, stats: Any, config: Config) -> Any:
+        check_config("invert_scores", config)
         return pruner(params, stats, dataclasses.replace(config, inverted=not config.inverted))
 
     return inverted

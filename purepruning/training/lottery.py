@@ -10,7 +10,7 @@ import jax
 
 from purepruning.arguments import missing, whole_number
 from purepruning.arrays import copied, is_concrete
-from purepruning.config.config import Config, Pool, Pruner
+from purepruning.config.config import Config, Pool, Pruner, check_config
 from purepruning.granularity import NM
 from purepruning.masks import apply_masks, by_path, merge_masks, named_masks, whole_mask
 from purepruning.schedules import schedule as clock
@@ -109,8 +109,7 @@ def lottery(
     [[0.0, 3.0, 0.0, 1.0]]
     [[0.0, 3.0, 0.0, 0.0]]
     """
-    if not isinstance(config, Config):
-        raise TypeError(f"lottery: config is what resolve returned, got {type(config).__name__}")
+    check_config("lottery", config)
     if isinstance(config.granularity, NM):
         raise ValueError(f"lottery: the counts of {config.granularity} are fixed")
     if rounds is None:

@@ -26,25 +26,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import missing
+from purepruning.arguments import instance, missing, scalar, shown, whole_number
 from purepruning.arrays import (
     array_like,
     by_numpy,
+    has_values,
     int32,
     iota,
+    is_array,
     is_concrete,
     is_torch,
     namespace,
     stop_gradient,
     zeros,
 )
-from purepruning.config.config import Config
+from purepruning.config.config import Config, check_config, known_counts
 from purepruning.counts import counts_of
 from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
 from purepruning.layers import Layer
@@ -52,9 +53,12 @@ from purepruning.masks import by_path, spread_mask, zero_pruned
 from purepruning.selection.biases import with_biases
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
-from purepruning.selection.prune import prune, weights_of
+from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.trees import flatten
 from purepruning.types import Array, Masks, Params
+
+#: The longest tables of steps that are made: they have a row for every step.
+MOST_STEPS = 10**8
 
 
 def init(params: Params, config: Config) -> dict[str, Any]:
@@ -153,7 +157,7 @@ def apply(
     ([[10.0, 0.0]], [[20.0, -300.0]])
     """
     where = "movement.apply"
-    _check_scores(where, params, scores, config)
+    check_values(where, _check_scores(where, params, scores, config))
     for name in scores:
         names = [layer.name for layer in config.layers]
         if name not in names:
@@ -190,11 +194,22 @@ def penalty(scores: Mapping[str, Any]) -> Array:
     >>> penalty({"one": jnp.zeros((2, 3)), "two": jnp.array([[-jnp.inf, jnp.inf, jnp.inf]])}).item()
     0.583
     """
+    instance(scores, Mapping, "movement.penalty: scores", "a dict of arrays by layer name")
     if not scores:
         raise ValueError("movement.penalty: there are no scores")
+    if len({is_torch(score) for score in scores.values()}) > 1:
+        raise TypeError("movement.penalty: scores are of two frameworks, JAX and torch")
     total: Any = 0.0
-    for score in scores.values():
+    for name, score in scores.items():
+        if not is_array(score) or not has_values(score):
+            raise TypeError(
+                f"movement.penalty: scores of layer {name!r} must be an array, got {shown(score)}"
+            )
         xp = namespace(score)
+        if not xp.isdtype(score.dtype, "real floating"):
+            raise TypeError(
+                f"movement.penalty: scores of layer {name!r} must be floating, got {score.dtype}"
+            )
         # 1 / (1 + exp(-s)), which does not overflow.
         total = total + xp.mean(0.5 + 0.5 * xp.tanh(0.5 * xp.astype(score, xp.float32)))
     return total / len(scores)
@@ -247,14 +262,10 @@ def schedule(config: Config, steps: int, *, begin_step: int, end_step: int) -> C
     [0, 0, 28, 43, 49, 50]
     """
     where = "movement.schedule"
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{where}: config must be what resolve returned, got {type(config).__name__}"
-        )
+    check_config(where, config)
     share = _ramp(where, steps, begin_step, end_step)
     tables = {}
     for pool in config.pools:
-        count = config.counts.get(pool.name)
         if pool.gradual is not None:
             raise ValueError(
                 f"{where}: rule {pool.rule} has gradual keys, but steps come from begin_step and "
@@ -262,17 +273,7 @@ def schedule(config: Config, steps: int, *, begin_step: int, end_step: int) -> C
             )
         if isinstance(config.granularity, NM):
             raise ValueError(f"{where}: the sparsity of {config.granularity} is fixed")
-        if count is None:
-            raise ValueError(
-                f"{where}: rule {pool.rule} gives no sparsity for {pool.name!r}; name one in the "
-                "rule or call config.with_sparsity(...)"
-            )
-        if not is_concrete(count):
-            raise TypeError(
-                f"{where}: the count of {pool.name!r} is not known under jit or vmap; make the "
-                "schedule outside, and map over it"
-            )
-        final = np.asarray(count, np.int64)[..., None]
+        final = known_counts(where, pool, config.counts[pool.name])[..., None]
         tables[pool.name] = np.asarray(pool.allow(counts_of(share, final)), np.int32)
     return dataclasses.replace(config, counts=tables)
 
@@ -289,17 +290,16 @@ def at(configs: Config, step: Any) -> Config:
         ValueError: it is negative; ``configs`` is no schedule.
     """
     where = "movement.at"
-    if not isinstance(configs, Config):
-        raise TypeError(
-            f"{where}: configs must be what schedule returned, got {type(configs).__name__}"
-        )
+    instance(configs, Config, f"{where}: configs", "what movement.schedule returned")
+    check_config(where, configs)
     if isinstance(step, int | np.integer) and not isinstance(step, bool):
-        if step < 0:
-            raise ValueError(f"{where}: step must be at least 0, got {step}")
-    elif not hasattr(step, "dtype") or not namespace(step).isdtype(step.dtype, "integral"):
-        raise TypeError(f"{where}: step must be an integer, got {step!r}")
+        whole_number(step, f"{where}: step", 0)
+    elif not is_array(step) or not namespace(step).isdtype(step.dtype, "integral"):
+        raise TypeError(f"{where}: step must be an integer, got {shown(step)}")
+    elif not has_values(step) or tuple(step.shape):
+        raise ValueError(f"{where}: step must be one integer, got {shown(step)}; vmap over several")
     for name, table in configs.counts.items():
-        if not getattr(table, "ndim", 0):
+        if not is_array(table) or not table.ndim:
             raise ValueError(f"{where}: the counts of {name!r} are no table made by schedule")
     return configs.with_counts({n: _row(table, step) for n, table in configs.counts.items()})
 
@@ -316,10 +316,9 @@ def _row(table: Any, step: Any) -> Any:
 
 def _ramp(where: str, steps: Any, begin_step: Any, end_step: Any) -> np.ndarray:
     given = {"steps": steps, "begin_step": begin_step, "end_step": end_step}
-    for name, value in given.items():
-        if not hasattr(value, "__index__") or isinstance(value, bool):
-            raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    steps, begin_step, end_step = map(operator.index, given.values())
+    steps, begin_step, end_step = (
+        whole_number(value, f"{where}: {name}", 0, MOST_STEPS) for name, value in given.items()
+    )
     if not 0 <= begin_step < end_step <= steps:
         raise ValueError(
             f"{where}: expected 0 <= begin_step < end_step <= steps, got begin_step={begin_step}, "
@@ -342,21 +341,18 @@ def _shape(layer: Layer, config: Config) -> tuple[int, ...]:
     return g.n_members, g.n_units
 
 
-def _check_scores(where: str, params: Any, scores: Any, config: Config) -> None:
+def _check_scores(where: str, params: Any, scores: Any, config: Config) -> dict[str, Any]:
+    """Returns the weights that are pruned, by path."""
     weights = weights_of(where, flatten(params).leaves, config)
-    if not isinstance(scores, Mapping):
-        raise TypeError(
-            f"{where}: scores must be a dict by layer name, as movement.init returns it, "
-            f"got {type(scores).__name__}"
-        )
+    instance(scores, Mapping, f"{where}: scores", "a dict by layer name, as movement.init returns")
     for layer in config.layers:
         if layer.name not in scores:
             message = f"{where}: scores have no layer {layer.name!r}"
             raise KeyError(missing(message, layer.name, scores))
         score, wanted = scores[layer.name], _shape(layer, config)
         what = f"{where}: scores of layer {layer.name!r}"
-        if not hasattr(score, "shape") or not hasattr(score, "dtype"):
-            raise TypeError(f"{what} must be an array, got {score!r}")
+        if not is_array(score) or not has_values(score):
+            raise TypeError(f"{what} must be an array, got {shown(score)}")
         if not namespace(score).isdtype(score.dtype, "real floating"):
             raise TypeError(f"{what} must be floating, got {score.dtype}")
         if tuple(score.shape) != wanted:
@@ -366,7 +362,8 @@ def _check_scores(where: str, params: Any, scores: Any, config: Config) -> None:
             )
         weight = weights[layer.weight]
         if is_torch(score) and not is_torch(weight):
-            raise TypeError(f"{what} are torch tensors, but its weight is {type(weight).__name__}")
+            raise TypeError(f"{what} are torch tensors, but its weight is {shown(weight)}")
+    return weights
 
 
 def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
@@ -377,18 +374,7 @@ def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
         raise ValueError(
             f"{where}: a threshold compares no layers; resolve the config with scope='layer'"
         )
-    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not is_number and not (
-        hasattr(threshold, "dtype")
-        and namespace(threshold).isdtype(threshold.dtype, "real floating")
-    ):
-        raise TypeError(f"{where}: threshold must be a number, got {threshold!r}")
-    if tuple(getattr(threshold, "shape", ())):
-        raise ValueError(
-            f"{where}: threshold has shape {tuple(threshold.shape)}; map over it with vmap"
-        )
-    if is_concrete(threshold) and not 0 <= float(threshold) < 1:
-        raise ValueError(f"{where}: threshold must lie in [0, 1), got {float(threshold)}")
+    scalar(threshold, f"{where}: threshold", zero=True, below=1)
     if not hasattr(threshold, "dtype") or isinstance(threshold, np.generic | np.ndarray):
         t = float(threshold)
         return float(np.float32(math.log(t) - math.log1p(-t))) if t else -math.inf

@@ -14,7 +14,7 @@ import optax
 
 from purepruning.arguments import adapter_of, missing
 from purepruning.arrays import by_numpy, copied, is_concrete
-from purepruning.config.config import Config, Pruner
+from purepruning.config.config import Config, Pruner, check_config
 from purepruning.masks import by_path, named_masks, spread_mask, whole_mask, zero_pruned
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import Schedule, ScheduleState
@@ -218,10 +218,7 @@ def prune_on_schedule(
     [[2.5, 1.5, 0.0, 0.0]]
     [[2.0, 1.0, 0.0, 0.0]]
     """
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"prune_on_schedule: config is what resolve returned, got {type(config).__name__}"
-        )
+    check_config("prune_on_schedule", config)
     if not isinstance(schedule, Schedule | ScheduleState):
         raise TypeError(
             "prune_on_schedule: schedule must be a Schedule, such as agp(...), or a state of one, "

@@ -450,11 +450,11 @@ def test_mistakes_in_the_arguments_themselves():
     for wrong in (1.5, -1, np.float32(3)):
         with raises(ValueError, "rule 0", "sparsity", "[0, 1]", repr(wrong)):
             resolve(wrong, TABLE)
-    with raises(TypeError, "Layer", "str"):
+    with raises(TypeError, "every row must be a Layer", "'fc1'"):
         resolve([ANY], [*TABLE, "fc1"])
     for field in ("name", "weight"):
         twin = dataclasses.replace(TABLE[0], **{field: getattr(TABLE[1], field)})
-        with raises(ValueError, f"two layers have the {field}", getattr(TABLE[1], field)):
+        with raises(ValueError, f"two rows have the {field}", getattr(TABLE[1], field)):
             resolve([ANY], [*TABLE[1:], twin])
 
 

@@ -272,7 +272,7 @@ def test_the_result_says_what_it_is(shrunk):
 def test_a_file_without_a_plan_is_refused(tmp_path):
     masks = {"w": jnp.array([True, False])}
     pp.save_masks(tmp_path / "masks.safetensors", masks, {"w": jnp.ones(2)})
-    with pytest.raises(ValueError, match="holds no plan"):
+    with pytest.raises(ValueError, match="cannot be read as plan: format 'masks'"):
         pp.load_plan(tmp_path / "masks.safetensors")
 
 
@@ -652,7 +652,7 @@ def test_a_plan_that_is_damaged_is_refused(shrunk, tmp_path):
     data = (tmp_path / "plan").read_bytes()
     for part in (data[: len(data) // 2], b"", data[:-8]):
         (tmp_path / "part").write_bytes(part)
-        with pytest.raises(ValueError, match=r"part' holds no plan of this library: \w+"):
+        with pytest.raises(ValueError, match=r"part is no safetensors file, or is damaged"):
             pp.load_plan(tmp_path / "part")
 
 
@@ -683,7 +683,7 @@ def test_a_derivative_that_moves_positions_is_refused_when_it_is_asked_for():
 
 def test_wrong_arguments_say_what_they_are(shrunk, coupling, tmp_path):
     masks = shrunk.report.masks
-    with pytest.raises(TypeError, match=r"coupling must be what couple\(\) returns, got NoneType"):
+    with pytest.raises(TypeError, match="shrink: coupling must be what couple returned, got None"):
         pp.shrink(NET.apply, VARIABLES, masks, None, X)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), VARIABLES)
     with pytest.raises(TypeError, match="is a shape; to be cut it must be an array"):
@@ -692,7 +692,3 @@ def test_wrong_arguments_say_what_they_are(shrunk, coupling, tmp_path):
     del less["params"]["stem"]
     with pytest.raises(ValueError, match=r"params have no 'params.stem.bias'"):
         shrunk.fn(less, X)
-    plan = Plan({"a": (8,)}, {"a": (Cut(0, np.array([0, 9])),)}, (1,))
-    pp.save_plan(tmp_path / "plan", plan)
-    with pytest.raises(ValueError, match="axis 0 of 'a' has 8 positions, and would keep 9"):
-        pp.load_plan(tmp_path / "plan")

@@ -1,6 +1,8 @@
 """Masks in files: what is read is what was written, in either framework; nothing else passes."""
 
 import json
+import subprocess
+import sys
 import zlib
 
 import equinox as eqx
@@ -16,6 +18,7 @@ import purepruning as pp
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.trees import flatten
 from tests.fast import some_key
+from tests.messages import raises
 
 rng = np.random.default_rng(0)
 SHAPES = {"a.w": (5, 7), "a.b": (7,), "c.w": (3, 4, 5), "s": (), "d": (4,)}
@@ -168,7 +171,7 @@ def test_a_file_written_by_hand_is_read(file):
         (BITS, "{", "cannot be read"),
         (BITS, "[]", "cannot be read"),
         (BITS, header(format="weights"), "'weights'"),
-        (BITS, header(format_version=2), "version 2, by purepruning 9; this is version 1"),
+        (BITS, header(format_version=2), "version 2, by purepruning '9'; this is version 1"),
         (BITS, header(masks={}), "different masks"),
         (BITS, header(masks={"a.b": {}}), "cannot be read"),
         (BITS, header(masks={"a.b": {"mask_shape": [7], "param_shape": "x"}}), "cannot be read"),
@@ -230,3 +233,61 @@ def test_masks_that_do_not_fit_are_not_written(file):
     with pytest.raises(TypeError, match="not known under jit"):
         jax.jit(lambda m: save_masks(file, {"a.b": m}, PARAMS["jax"]))(jnp.ones(7, bool))
     assert not file.exists()
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from purepruning.saving import files
+os.fsync = lambda fd: (print("writing", flush=True), time.sleep(60))
+files.write_whole(Path(sys.argv[1]), b"half")
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_and_spares_the_living(file):
+    def start():
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(file)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout.readline() == "writing\n"
+        return writer
+
+    dead, living = start(), start()
+    dead.kill()
+    dead.wait()
+    beside = file.with_name(f".{file.name}.other")
+    beside.write_text("of somebody else")
+    assert len(list(file.parent.iterdir())) == 3
+    try:
+        pp.save_masks(file, {"a": jnp.ones(2, bool)}, {"a": jnp.ones(2)})
+        left = set(file.parent.iterdir()) - {file, beside}
+        assert len(left) == 1  # the living writer's
+    finally:
+        living.kill()
+        living.wait()
+        living.stdout.close()
+        dead.stdout.close()
+    pp.save_masks(file, {"a": jnp.ones(2, bool)}, {"a": jnp.ones(2)})
+    assert set(file.parent.iterdir()) == {file, beside}
+
+
+def test_a_dtype_that_numpy_has_not_is_no_mask(file):
+    header = {"format": "masks", "format_version": 1, "library_version": "1", "masks": {}}
+    body = {"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}
+    text = json.dumps({"__metadata__": {"purepruning": json.dumps(header)}, **body}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
+    with raises(ValueError, str(file)):
+        pp.load_masks(file, {"a": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("path", [None, 5, b"bytes", ["text"]], ids=repr)
+def test_what_is_no_path(path):
+    for call in (
+        lambda: pp.save_masks(path, {}, {}),
+        lambda: pp.load_masks(path, {}),
+        lambda: pp.save_state(path, {}),
+        lambda: pp.load_state(path, {}),
+        lambda: pp.load_plan(path),
+    ):
+        with raises(TypeError, "path must be a string or a path"):
+            call()

@@ -275,3 +275,62 @@ def test_what_is_no_state(file):
     # What was there is still there.
     with raises(ValueError, "checksum"):
         pp.load_state(file, {"w": np.zeros(100)})
+
+
+RECORD = np.dtype([("a", "f4"), ("b", "i4")])
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        np.ones(2, ">f4"),
+        np.asarray([None, 1], object),
+        np.zeros(2, RECORD),
+        np.asarray(["text"]),
+        np.asarray(["2020-01-01"], "datetime64[D]"),
+        np.ones(2, np.longdouble),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+        jax.ShapeDtypeStruct((2,), "float32"),
+    ],
+    ids=lambda x: f"{type(x).__module__}-{x.dtype}",
+)
+def test_what_could_not_be_read_back_is_not_written(file, leaf):
+    with raises(TypeError, "['w']"):
+        pp.save_state(file, {"w": leaf})
+    assert not file.exists()
+
+
+def test_float8_and_conjugated_tensors_come_back(file):
+    numbers = torch.tensor([[1 + 2j, 3.0], [0.5j, -1]])
+    state = {
+        "f8": torch.tensor([[0.5, -3.0], [448.0, 0.0]]).to(torch.float8_e4m3fn).t(),
+        "conj": numbers.conj(),
+        "negative": numbers.conj().imag,
+        "complex": jnp.asarray(numbers.numpy()),
+    }
+    pp.save_state(file, state)
+    fresh = {"f8": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}
+    fresh |= {"conj": torch.zeros(2, 2, dtype=torch.complex64), "negative": torch.zeros(2, 2)}
+    found = pp.load_state(file, fresh | {"complex": jnp.zeros((2, 2), jnp.complex64)})
+    assert found["f8"].dtype == torch.float8_e4m3fn
+    assert found["f8"].float().tolist() == [[0.5, 448.0], [-3.0, 0.0]]
+    assert torch.equal(found["conj"], torch.tensor([[1 - 2j, 3.0], [-0.5j, -1]]))
+    assert torch.equal(found["negative"], torch.tensor([[-2.0, 0], [-0.5, 0]]))
+    np.testing.assert_array_equal(found["complex"], state["complex"])
+
+
+def test_a_row_does_not_change_what_a_leaf_is(file):
+    pp.save_state(file, {"step": 3, "w": np.ones(2)})
+    tensors = safetensors.numpy.load_file(file)
+    with safetensors.safe_open(file, "np") as opened:
+        header = json.loads(opened.metadata()["purepruning"])
+    for name, changed in {
+        "step": {"type": "int", "value": [3]},
+        "w": {"dtype": "float64", "shape": [2], "value": "text"},
+    }.items():
+        leaves = {**header["leaves"], f"['{name}']": changed}
+        text = json.dumps({**header, "leaves": leaves})
+        safetensors.numpy.save_file(tensors, file, {"purepruning": text})
+        with raises(ValueError, str(file), "state"):
+            pp.load_state(file, {"step": 0, "w": np.zeros(2)})

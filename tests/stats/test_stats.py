@@ -687,7 +687,7 @@ def test_bad_arguments_of_activation_statistics():
         activations.update(stats, outputs, [A], activation=lambda x: x[:, 0])
     with raises(TypeError, "layer 'a'", "tuple"):
         activations.update(stats, {"a": (jnp.ones((5, 3)),)}, [A], activation="relu")
-    with raises(TypeError, "layer table", "str"):
+    with raises(TypeError, "every row must be a Layer", "'a'"):
         activations.init(params, ["a"])
     with raises(KeyError, "layer 'a'", "'a.w'"):
         activations.init(as_jax(params_of(B)), [A])

@@ -508,7 +508,6 @@ def test_scores_that_are_nan_are_refused(framework, threshold):
         (jnp.zeros(3), ValueError, ("(3,)", "vmap")),
         ("0.5", TypeError, ("number", "'0.5'")),
         (True, TypeError, ("number", "True")),
-        (jnp.int32(0), TypeError, ("number",)),
     ],
     ids=str,
 )
@@ -531,7 +530,7 @@ def test_a_threshold_where_it_has_no_meaning_is_refused():
         ({"begin_step": 11}, ValueError, ("begin_step=11", "end_step=8", "steps=10")),
         ({"begin_step": 8}, ValueError, ("begin_step < end_step", "begin_step=8")),
         ({"end_step": 11}, ValueError, ("end_step <= steps", "end_step=11")),
-        ({"begin_step": -1}, ValueError, ("0 <= begin_step", "-1")),
+        ({"begin_step": -1}, ValueError, ("begin_step must be at least 0", "-1")),
         ({"steps": 0}, ValueError, ("steps=0",)),
         ({"begin_step": 1.0}, TypeError, ("begin_step", "integer", "1.0")),
         ({"steps": None}, TypeError, ("steps", "integer", "None")),

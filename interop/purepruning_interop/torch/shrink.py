@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from purepruning.arguments import one_of
-from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.plan import Plan, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
 from purepruning.coupling.shrink_report import (
@@ -20,7 +20,6 @@ from purepruning.coupling.shrink_report import (
     Norms,
     ShrinkReport,
     Shrunk,
-    check_coupling,
     check_plan,
     check_same,
 )
@@ -91,7 +90,7 @@ def shrink(
     """
     check("shrink(model, masks, coupling, *inputs)", model)
     one_of("norms", norms, ("original", "kept"))
-    check_coupling(coupling)
+    check_coupling("shrink", coupling)
     names = leaf_names(model)
     leaves = _leaves(model, names)
     masks = _canonical(masks, names)
