@@ -138,7 +138,9 @@ def test_plans_whose_cuts_have_no_place(cuts, expected):
         Plan({"fc": (12, 6)}, {"fc": cuts}, ())
 
 
-@pytest.mark.parametrize("tree", [{}, None, 5, "text", [], object()], ids=repr)
+@pytest.mark.parametrize(
+    "tree", [{}, None, 5, "text", [], object()], ids=lambda x: type(x).__name__
+)
 def test_a_tree_without_arrays_is_not_cut(tree):
     with raises(TypeError, "Plan.apply", "arrays"):
         PLAN.apply(tree)
