@@ -57,7 +57,7 @@ def jaxpr_and_consts(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
     """Returns how many operands of a scan are constants, and how many are carried.
 
-    Numbers until 0.11; from 0.12 the lengths of the first two parts of a tree.
+    Numbers until 0.10; from 0.11 the lengths of the first two parts of a tree.
     """
     if "ft_in" in params:
         constants, carried, _ = params["ft_in"].unpack()
