@@ -185,7 +185,8 @@ def private_names(source):
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
             modules = [ast.unparse(node)]
-            if modules[0].startswith("jax.core.") and modules[0] != "jax.core.Tracer":
+            documented = ("jax.core.Tracer", "jax.core.ShapedArray")
+            if modules[0].startswith("jax.core.") and modules[0] not in documented:
                 found.add(modules[0])
         for module in modules:
             first, *rest = module.split(".")
