@@ -44,6 +44,16 @@ def residual_network(blocks: tuple[int, ...], width: int) -> dict[str, np.ndarra
     return {f"layer{i:03d}.kernel": normal(shape, i) for i, shape in enumerate(shapes)}
 
 
+def different_convolutions(count: int) -> dict[str, np.ndarray]:
+    """Returns kernels of 1, 9 and 25 taps, ``(height, width, in, out)``, no two of one shape."""
+    kernels = {}
+    for i in range(count):
+        size, most = ((1, 896), (3, 190), (5, 110))[i % 3]
+        shape = (size, size, 24 + i * (most - 24) // (count - 1), 24 + i * 53 % (most - 23))
+        kernels[f"layer{i:03d}.kernel"] = normal(shape, i)
+    return kernels
+
+
 def linear_layers(weights: Mapping[str, Any]) -> list[pp.Layer]:
     return [
         pp.Layer(

@@ -145,7 +145,7 @@ class _Near(NamedTuple):
     """Pieces seen from a bracket: how many keys are up to its lower end, and those inside."""
 
     upto: list[int]
-    inside: list[np.ndarray]
+    inside: list[list[np.ndarray]]
 
 
 class _Kth(NamedTuple):
@@ -203,11 +203,16 @@ def _kth(pieces: Sequence[Piece], k: int) -> _Kth | None:
             if near is None:
                 return None
             rank = k - sum(near.upto)
-            inside = np.concatenate(near.inside)
+            inside = np.concatenate([part for parts in near.inside for part in parts])
             if 0 < rank <= len(inside):
-                key = int(np.partition(inside, rank - 1)[rank - 1])
-                below = [n + int((x < key).sum()) for n, x in zip(*near, strict=True)]
-                return _Kth(key, below, [int((x == key).sum()) for x in near.inside])
+                inside.partition(rank - 1)
+                key = int(inside[rank - 1])
+                below = [
+                    n + sum(int(np.count_nonzero(part < key)) for part in parts)
+                    for n, parts in zip(*near, strict=True)
+                ]
+                ties = [sum(int(np.count_nonzero(p == key)) for p in ps) for ps in near.inside]
+                return _Kth(key, below, ties)
             low = low if rank <= 0 else high
         # Not between two samples: many elements may share the key of one.
         found = _share(pieces, low)
@@ -231,7 +236,7 @@ def _look(pieces: Sequence[Piece], low: int, high: int) -> _Near | None:
             upto += int(np.count_nonzero(lower))
             inside.append(keys[np.greater(keys < high, lower, out=lower)])
         near.upto.append(upto)
-        near.inside.append(np.concatenate(inside))
+        near.inside.append(inside)
     return near
 
 
