@@ -225,7 +225,7 @@ def first_call(blocks: tuple[tuple[int, ...], int], run: Callable[..., Any]) -> 
     calls = {name: run(_first_call, name, blocks) for name in _FIRST_CALLS}
     layers, weights = (calls["level, scope layer"][key] for key in ("layers", "weights"))
     return {
-        "title": f"first call with compilation: {layers} layers of {weights / 1e6:.3g}M weights",
+        "title": f"first call: {layers} layers of {weights / 1e6:.3g}M weights",
         "ours": {name: {"time": call} for name, call in calls.items()},
         "instead": {},
         "checks": [at_most(f"{n}: wall seconds", c["wall_s"], 5) for n, c in calls.items()]

@@ -1,8 +1,8 @@
-"""The one module that knows two frameworks.
+"""The one module that knows three namespaces: those of JAX, torch and NumPy.
 
 Everything else is written once: ``xp = namespace(x)`` at the edge, array-API calls inside. Here
-stand the few things that cannot be: which namespace an array belongs to, how a tree is taken apart
-and put together, and the operations whose best native form differs.
+stand the few things that cannot be: which namespace an array belongs to, what is handed to NumPy,
+and the operations whose best native form differs.
 """
 
 from __future__ import annotations
@@ -216,15 +216,19 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def chosen(mask: Any, x: Any, rest: float) -> Any:
-    """Returns ``x`` where ``mask``, of its shape, is True, and elsewhere the number ``rest``."""
+def chosen(mask: Any, x: Any, rest: Any) -> Any:
+    """Returns ``x`` where ``mask``, of its shape, is True, and elsewhere ``rest``.
+
+    ``rest`` is a number, or an array of the same shape and dtype.
+    """
     xp = namespace(x)
+    is_number = isinstance(rest, int | float)
     if xp is not NUMPY or x.dtype.kind == "c":
-        return xp.where(mask, x, xp.full_like(x, rest))
+        return xp.where(mask, x, xp.full_like(x, rest) if is_number else rest)
     # Products of bits, which clear NaN too, take a fraction of the time of np.where.
     bits = x.view(f"i{x.dtype.itemsize}")
     found = np.multiply(bits, mask, out=empty(x.shape, bits.dtype))
-    if rest:
+    if not is_number or rest:
         found += ~mask * np.asarray(rest, x.dtype).view(bits.dtype)
     return found.view(x.dtype)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import subprocess
 import sys
 from typing import NamedTuple
@@ -184,7 +185,7 @@ def test_numpy_warns_of_nothing():
     assert not np.isfinite(by_numpy(lambda x: np.sqrt(x * 10 / x), big)).all()
 
 
-@pytest.mark.parametrize("rest", [0, -np.inf, 5])
+@pytest.mark.parametrize("rest", [0, -math.inf, 5])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "bool", "complex64"])
 def test_what_is_chosen_is_what_where_chooses(dtype, rest):
     dtype = jnp.dtype(dtype)
@@ -195,8 +196,13 @@ def test_what_is_chosen_is_what_where_chooses(dtype, rest):
         x[0, :2] = np.nan, np.inf
     mask = np.asarray([[True, False, True], [False, False, True]])
     expected = np.where(mask, x, np.asarray(rest, dtype))
-    for asarray in (np.asarray, jnp.asarray):
-        got = chosen(mask, asarray(x), rest)
+    for asarray, other in (
+        (np.asarray, rest),
+        (jnp.asarray, rest),
+        (np.asarray, np.full_like(x, rest)),
+        (jnp.asarray, jnp.full_like(x, rest)),
+    ):
+        got = chosen(mask, asarray(x), other)
         assert got.dtype == dtype
         np.testing.assert_array_equal(
             np.asarray(got).astype("complex64"), expected.astype("complex64")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from purepruning.arguments import adapter_of, missing
-from purepruning.arrays import by_numpy, copied, is_concrete
+from purepruning.arrays import by_numpy, chosen, copied, is_concrete
 from purepruning.config.config import Config, Pruner, check_config
 from purepruning.masks import by_path, named_masks, spread_mask, whole_mask, zero_pruned
 from purepruning.schedules import schedule as clock
@@ -377,10 +377,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
             return node
         # Flattened, since Flax NNX wraps every array of the state.
         old = flatten(node.masks)
-        values = {
-            path: jnp.array(jnp.broadcast_to(new.get(path, True), mask.shape), copy=True)
-            for path, mask in old.leaves.items()
-        }
+        values = {path: whole_mask(new.get(path), mask) for path, mask in old.leaves.items()}
         return KeepPrunedState(old.rebuild(values), _map_states(replace, node.inner))
 
     return _map_states(replace, opt_state)
@@ -431,12 +428,13 @@ def _zero_pruned(tree: Any, keep: dict[str, Any], shapes: dict[str, tuple[int, .
 
 def _to_zero(updates: Any, params: Any, keep: dict[str, Any]) -> Any:
     tree, weights = flatten(updates), flatten(params).leaves
-    closed = {path: _towards_zero(tree.leaves[path], weights[path], keep[path]) for path in keep}
+    closed = {
+        path: by_numpy(_towards_zero, tree.leaves[path], weights[path], keep[path]) for path in keep
+    }
     return tree.rebuild({**tree.leaves, **closed})
 
 
 def _towards_zero(update: Any, weight: Any, mask: Any) -> Any:
     # In the dtype of their sum: a float32 weight rounded to a bfloat16 update would leave a rest.
     dtype = jnp.promote_types(update.dtype, weight.dtype)
-    mask = spread_mask(mask, weight)
-    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+    return chosen(spread_mask(mask, weight), update.astype(dtype), -weight.astype(dtype))
