@@ -15,6 +15,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # To look for new counterexamples: pytest --hypothesis-profile=explore
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+# As many examples as usual, but others every time: for continuous integration.
+hypothesis.settings.register_profile("fresh", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
 
