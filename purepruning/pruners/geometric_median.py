@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from purepruning.arrays import iota, is_torch, matmul, namespace, sqrt
+from purepruning.arrays import iota, is_numpy, is_torch, matmul, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum, power_of_two_scale
 from purepruning.granularity import Grid, by_unit
@@ -13,9 +13,9 @@ from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.types import Masks, Params
 
-# A layer's units, in this many blocks: distances of one block are held at a time. XLA's kernels
+# A layer's units, in this many blocks: distances of one block are held at a time. Compiled kernels
 # lose more by a third block than its symmetry saves.
-JAX_BLOCKS, TORCH_BLOCKS = 2, 4
+JITTED_BLOCKS, BLOCKS = 2, 4
 
 
 LEAST_ROWS = 64  # of a block
@@ -53,7 +53,7 @@ def _distances(weight: Any, own: None, g: Grid) -> Any:
     # A block of units against itself and all behind it, from the last block on: the distances to
     # those before are known by symmetry, and a unit's square is its product with itself.
     n = g.n_units
-    blocks = TORCH_BLOCKS if is_torch(weight) else JAX_BLOCKS
+    blocks = BLOCKS if is_torch(weight) or is_numpy(weight) else JITTED_BLOCKS
     size = max(LEAST_ROWS, -(-n // blocks))
     place = iota(xp, n, weight)
     total = squares = units[:, :0, 0]

@@ -8,10 +8,12 @@ from typing import Any
 from purepruning.arguments import instance, missing, shown
 from purepruning.arrays import (
     array_like,
+    by_numpy,
     compiled,
     has_values,
     is_array,
     is_concrete,
+    is_numpy,
     is_torch,
     namespace,
 )
@@ -95,7 +97,7 @@ def refuse_others(where: str, a: Mapping[str, Count | Sum], b: Mapping[str, Coun
 def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
     flags = {
-        name: [compiled(x, _is_finite)(x) for x in some if is_concrete(x)]
+        name: [by_numpy(_finite, x) for x in some if is_concrete(x)]
         for name, some in arrays.items()
     }
     # Inside a trace, what is computed of known values is not known either.
@@ -118,10 +120,14 @@ def refuse_empty(where: str, seen: Mapping[str, Count]) -> None:
             )
 
 
+def _finite(x: Any) -> Any:
+    return compiled(x, _is_finite)(x)
+
+
 def _is_finite(x: Any) -> Any:
     xp = namespace(x)
     # One pass over memory where operations are not compiled: a sum over NaN or infinity is neither
     # finite, though one that is not may have overflown.
-    if is_torch(x) and bool(xp.isfinite(xp.sum(x))):
+    if (is_torch(x) or is_numpy(x)) and bool(xp.isfinite(xp.sum(x))):
         return True
     return xp.all(xp.isfinite(x))

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from purepruning.arguments import instance, missing, shown, some_of
-from purepruning.arrays import compiled, is_array, is_torch, namespace, stop_gradient, zeros
+from purepruning.arrays import (
+    by_numpy,
+    compiled,
+    is_array,
+    is_torch,
+    namespace,
+    stop_gradient,
+    zeros,
+)
 from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
@@ -139,15 +147,25 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
     for kind in keep:
         match(where, getattr(stats, kind), shapes)
     refuse_non_finite(where, "a weight or gradient", both)
-    new = GradientStats(count(stats.steps, 1), *(dict(field) for field in stats[1:]))
-    for layer in config.layers:
-        weight, slope = both[layer.name]
-        g = None if _is_single(layer, config.granularity) else grid(layer, config.granularity)
-        terms = compiled(weight, _terms, "g", "keep")(weight, slope, g=g, keep=keep)
-        for kind, term in zip(keep, terms, strict=True):
-            totals = getattr(new, kind)
-            totals[layer.name] = add(totals[layer.name], term)
-    return new
+    grids = {
+        x.name: None if _is_single(x, config.granularity) else grid(x, config.granularity)
+        for x in config.layers
+    }
+
+    def added(totals: dict[str, dict[str, Sum]], both: dict[str, Any]) -> dict[str, Any]:
+        new: dict[str, dict[str, Sum]] = {kind: {} for kind in keep}
+        for name, (weight, slope) in both.items():
+            of_layer = compiled(weight, _terms, "g", "keep")
+            terms = of_layer(weight, slope, g=grids[name], keep=keep)
+            for kind, term in zip(keep, terms, strict=True):
+                new[kind][name] = add(totals[kind][name], term)
+        return new
+
+    both = {name: tuple(map(stop_gradient, pair)) for name, pair in both.items()}
+    old = {kind: {name: getattr(stats, kind)[name] for name in both} for kind in keep}
+    new = by_numpy(added, old, both)
+    kept = {kind: getattr(stats, kind) | new.get(kind, {}) for kind in KEPT}
+    return GradientStats(count(stats.steps, 1), **kept)
 
 
 def merge(a: GradientStats, b: GradientStats) -> GradientStats:
