@@ -398,7 +398,7 @@ def test_rules_that_are_wrong():
         resolve(convs | {"start_epoch": 1}, {"op_names": ["two"], "sparsity": 0.5})
     with raises(ValueError, "whole model", "[0.3, 0.5]"):
         resolve(convs, {"op_names": ["two"], "sparsity": 0.3}, scope="global")
-        with raises(TypeError, "couple returned", "3"):
+    with raises(TypeError, "couple returned", "3"):
         resolve(convs, coupling=3)
     with raises(ValueError, "allow_empty"):
         added().with_sparsity(1.0)
