@@ -34,11 +34,8 @@ def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = Non
     n = math.prod(values.shape[a] for a in axes)
     if n == 0 or (not axes and times is None):
         return xp.sum(values, axis=axes) if axes else values
-    magnitude = xp.abs(values)
-    top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
-    log_n = (n * (1 if times is None else int(times.max())) - 1).bit_length()
-    bits = min(30 - log_n, 23)
-    limbs = -(-(24 + log_n) // bits)
+    top = largest_magnitude(values, axes)
+    bits, limbs = limbs_of(n * (1 if times is None else int(times.max())))
     scale, unscale = power_of_two_scale(top, bits, 126 - bits * (limbs - 1))
     rest = values * scale
     totals = []
@@ -47,14 +44,39 @@ def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = Non
         total = xp.sum(limb, axis=axes, keepdims=True, dtype=xp.int32) if axes else limb
         totals.append(total if times is None else total * int32(xp, times, total))
         rest = (rest - xp.astype(limb, xp.float32)) * 2.0**bits
-    result = xp.astype(totals[-1], xp.float32)
-    for total in reversed(totals[:-1]):
-        result = xp.astype(total, xp.float32) + result * 2.0**-bits
+    result = total_of_limbs(totals, 2.0**-bits)
     result = xp.where(xp.isfinite(top), result * unscale, top)
     return xp.reshape(result, tuple(n for a, n in enumerate(values.shape) if a not in axes))
 
 
-def power_of_two_scale(top: Any, bits: int, largest: int) -> tuple[Any, Any]:
+def largest_magnitude(values: Any, axes: tuple[int, ...]) -> Any:
+    """Returns the largest of float32 magnitudes over ``axes``, which are kept; NaN if one is NaN.
+
+    As integers, which have the same order, NaN above infinity: XLA's maxima of floats on a CPU
+    leave out NaN where it takes them from a library (jaxlib 0.10, 512 terms of 8 sums).
+    """
+    xp = namespace(values)
+    bits = float_bits(xp, values) & 0x7FFFFFFF
+    return bits_float(xp, xp.max(bits, axis=axes, keepdims=True) if axes else bits)
+
+
+def limbs_of(n: int) -> tuple[int, int]:
+    """Returns how many bits the limbs of n terms have, and how many limbs there are."""
+    log_n = (n - 1).bit_length()
+    bits = min(30 - log_n, 23)
+    return bits, -(-(24 + log_n) // bits)
+
+
+def total_of_limbs(totals: list[Any], step: Any) -> Any:
+    """Returns the float32 sum of int32 sums of limbs, each ``step`` times the one before it."""
+    xp = namespace(totals[0])
+    result = xp.astype(totals[-1], xp.float32)
+    for total in reversed(totals[:-1]):
+        result = xp.astype(total, xp.float32) + result * step
+    return result
+
+
+def power_of_two_scale(top: Any, bits: Any, largest: Any) -> tuple[Any, Any]:
     """Returns powers of two ``scale`` and ``1 / scale`` with ``scale * top < 2**bits``.
 
     ``top`` is non-negative float32, below 2**126 where ``bits`` is 0. ``scale * top`` is at least

@@ -95,6 +95,20 @@ def test_single_values(values, expected):
     np.testing.assert_equal(float(sums(values)), float(np.float32(expected)))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_among_many_terms(sign):
+    """A shape for which XLA takes maxima of floats from a library that passes over NaN."""
+    values = np.ones((512, 64), np.float32)
+    values[44, 6] = np.copysign(np.float32(NAN), np.float32(sign))
+    expected = np.where(np.arange(64) == 6, NAN, 512)
+    with np.errstate(all="ignore"):
+        by_numpy = exact_sum(values, (0,))
+    by_jax = jax.jit(lambda x: exact_sum(x, (0,)))(values)
+    by_torch = exact_sum(torch.tensor(values), (0,)).numpy()
+    for found in (by_numpy, by_jax, by_torch):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_terms_that_some_devices_flush_count_as_zero():
     """XLA on a CPU reads subnormal numbers as zero, torch does not."""
     subnormal = np.float32(1e-40)
