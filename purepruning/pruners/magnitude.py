@@ -151,7 +151,7 @@ def _edges(g: Grid, like: Any) -> tuple[np.ndarray | None, Any]:
 _LEVEL = Criterion("level", element=element)
 
 
-_L1 = Criterion("l1_norm", channel=l1, block=l1)
+_L1 = Criterion("l1_norm", channel=l1, block=l1, terms=element)
 
 
 _L2 = Criterion("l2_norm", channel=_l2, block=_l2, rank=_l2_rank)

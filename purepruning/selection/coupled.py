@@ -165,11 +165,12 @@ def _lowest(xp: Any, keys: Any, counts: Any, sets: list[tuple[int, UnitSet]], go
     """Returns which units of these sets are pruned, of all places; those gone already first."""
     if not sets:
         return xp.zeros_like(keys, dtype=xp.bool)
-    rows, each, at = [], [], []
+    rows, widths, each, at = [], [], [], []
     for i, s in sets:
         place = slice(s.start - 1, s.places[-1])
         mine = xp.where(gone[place], LOWEST, keys[place])
-        rows.append(xp.reshape(mine, s.units.shape))
+        rows.append(mine)
+        widths += [s.units.shape[1]] * s.units.shape[0]
         most = int(s.allowed[-1])
         count = xp.clip(counts[i : i + 1], 0, most)
         if len(s.allowed) <= most:
@@ -178,7 +179,7 @@ def _lowest(xp: Any, keys: Any, counts: Any, sets: list[tuple[int, UnitSet]], go
             count = xp.take(int32(xp, down, counts), count)
         each.append(xp.concat([count] * len(s.units)))
         at.append(np.arange(place.start, place.stop))
-    found = lowest_of_rows(xp, rows, xp.concat(each))
+    found = lowest_of_rows(xp, xp.concat(rows), widths, xp.concat(each))
     order = np.concatenate(at)
     # Places of other sets stay; they take what is behind the last.
     back = np.full(keys.shape[0], len(order))

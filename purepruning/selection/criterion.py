@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from purepruning.granularity import Grid, any_of, fold
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
 from purepruning.selection.keys import Piece
+from purepruning.selection.unit_sums import Runs, unit_sums
 
 LOWEST_FINITE = float(np.finfo(np.float32).min)
 
@@ -38,6 +39,9 @@ class Criterion(NamedTuple):
         rank: as ``channel``, the same order of channels and blocks in other numbers, of which fewer
             are rounded to the same; None if there are none. Where channels are coupled, scores are
             added, and these are not.
+        terms: as ``element``, of criteria whose ``channel`` is
+            :func:`purepruning.exact_sum.exact_sum` over a unit: what is summed, none of it
+            negative. Compiled code then sums many layers at once; None if there is no such sum.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Criterion(NamedTuple):
     block: Callable[[Any, Any, Grid], Any] | None = None
     of: Callable[[Any, Layer], Any] | None = None
     rank: Callable[[Any, Any, Grid], Any] | None = None
+    terms: Callable[[Any, Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Checked:
 
     Attributes:
         criterion: name of the criterion.
-        field: ``"element"``, ``"channel"``, ``"block"`` or ``"rank"``.
+        field: ``"element"``, ``"channel"``, ``"block"``, ``"rank"`` or ``"terms"``.
         function: what stands there.
     """
 
@@ -86,9 +91,8 @@ class Checked:
                 f"{type(weight).__name__}"
             )
         if tuple(scores.shape) != shape:
-            units = (
-                "(members, units) = " if self.field != "element" else "the shape of the weight, "
-            )
+            by_weight = self.field in ("element", "terms")
+            units = "the shape of the weight, " if by_weight else "(members, units) = "
             raise ValueError(
                 f"{where} scores of {units}{shape}, for a weight of shape {tuple(weight.shape)}, "
                 f"got {tuple(scores.shape)}"
@@ -122,10 +126,12 @@ class Score(NamedTuple):
     Attributes:
         of: the criterion's function for the units of the config.
         inverted: whether the units of highest score are pruned.
+        terms: as in :class:`Criterion`; None if the units of the config are no such sums.
     """
 
     of: Callable[..., Any]
     inverted: bool
+    terms: Callable[[Any, Any], Piece] | None = None
 
     def piece(self, source: Source) -> Piece:
         """Returns the single weights of a layer, with their scores."""
@@ -155,6 +161,15 @@ class Score(NamedTuple):
         if source.keep is not None:
             whole = spread_mask(source.keep, source.weight)
             keep = replicated(fold(namespace(whole), whole, g, any_of))
+        return _with_lowest(scores, keep, self.inverted)
+
+    def sums(self, sources: Sequence[Source], places: Sequence[Runs]) -> Any:
+        """Returns what :meth:`units` does, of layers without stacks, in one vector ``(units,)``."""
+        assert self.terms is not None
+        pieces = [self.terms(source.weight, source.own) for source in sources]
+        masked = [source for source in sources if source.keep is not None]
+        keeps = [spread_mask(source.keep, source.weight) for source in masked]
+        scores, keep = unit_sums(pieces, places, keeps)
         return _with_lowest(scores, keep, self.inverted)
 
 

@@ -64,7 +64,7 @@ class Threshold(NamedTuple):
     key: Any
     index: Any
 
-    def keeps(self, i: int, bits: Any, index: Any) -> Any:
+    def keeps(self, i: Any, bits: Any, index: Any) -> Any:
         """Returns which elements of piece i stay, from their keys and flat indices."""
         above = bits > self.key[i]
         if isinstance(self.index[i], int) and self.index[i] == HIGHEST:

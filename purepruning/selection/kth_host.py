@@ -31,34 +31,37 @@ class HostThreshold(NamedTuple):
     ties: list[int]
 
 
-def local_cuts(
+def local_masks(
     pieces: Sequence[Piece], counts: Any, check: bool
-) -> tuple[HostThreshold | None, list[bool]]:
-    """Returns the cuts that prune the ``counts[i]`` lowest of piece i, and where NaN is.
+) -> tuple[list[np.ndarray] | None, list[bool]]:
+    """Returns masks that prune the ``counts[i]`` lowest of piece i, and where NaN is.
 
-    Where there is a NaN there is no cut. It is looked for whether ``check`` or not.
+    Masks have the shapes of the pieces' arrays; where there is a NaN there are none. It is looked
+    for whether ``check`` or not.
     """
     cuts = [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
     if None in cuts:
         return None, [_has_nan(piece) for piece in pieces]
-    found = HostThreshold([c.key[0] for c in cuts if c], [c.ties[0] for c in cuts if c])
-    return found, [False] * len(pieces)
+    masks = [_kept(piece, cut, 0) for piece, cut in zip(pieces, cuts, strict=True) if cut]
+    return masks, [False] * len(pieces)
 
 
-def global_cuts(
+def global_masks(
     pieces: Sequence[Piece], budget: Any, caps: Any, check: bool
-) -> tuple[HostThreshold | None, list[bool]]:
-    """Returns each piece's part of the ``budget`` lowest elements of all, and where NaN is.
+) -> tuple[list[np.ndarray] | None, list[bool]]:
+    """Returns masks that prune the ``budget`` lowest elements of all, and where NaN is.
 
     Only the ``caps[i]`` lowest elements of piece i take part, and ``budget`` is at most their sum.
-    Ties go to the earlier piece first, then to the lower index. As :func:`local_cuts` about NaN.
+    Ties go to the earlier piece first, then to the lower index. Otherwise as :func:`local_masks`.
     """
     cut = _solve(pieces, int(budget), [int(c) for c in caps])
-    nan = [_has_nan(piece) for piece in pieces] if cut is None else [False] * len(pieces)
-    return cut, nan
+    if cut is None:
+        return None, [_has_nan(piece) for piece in pieces]
+    masks = [_kept(piece, cut, i) for i, piece in enumerate(pieces)]
+    return masks, [False] * len(pieces)
 
 
-def kept(piece: Piece, cut: HostThreshold, i: int) -> np.ndarray:
+def _kept(piece: Piece, cut: HostThreshold, i: int) -> np.ndarray:
     """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
     result = empty((piece.size,), np.bool)
     key, ties = cut.key[i], cut.ties[i]

@@ -7,9 +7,9 @@ stay in cache, and copies none of it; k may be traced; across devices only count
 
 Equal numbers are told apart by position, in one more pass that finds the last one to prune.
 
-Weights of similar size are counted by one loop over their chunks, which picks the weight that a
-chunk is read from with ``lax.switch``: one small loop body per weight would take XLA several times
-longer to compile.
+Weights are counted by one loop over their chunks, since a small loop body for every weight would
+take XLA several times longer to compile. Small weights are copied into one vector, from which the
+loop reads; a large one is read where it is, picked with ``lax.switch``.
 """
 
 from __future__ import annotations
@@ -23,46 +23,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from purepruning.selection.joined import in_chunks, is_small, joined, kind
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, Threshold, ordered_bits
 
 CHUNK = 262_144  # elements read at a time: 1 MB of float32, so that what is derived stays in cache
-
-
-LEAST_CHUNK = 1024  # the same of small pieces; between them, steps of 4
-
-
-GROUP = 32  # pieces that share one loop; XLA's compile time grows with the square of it
-
-
+SMALL_CHUNK = 65_536  # the same of small pieces
+GROUP = 32  # large pieces that share one loop; XLA's compile time grows with the square of it
 ROWS = 4  # rows of a chunk summed into one vector of partial counts, see _total
-
-
 SAMPLE = 16_384  # sorted sample for the first guesses, of all pieces together
 
 
-def local_cuts(pieces: Sequence[Piece], counts: Array, check: bool) -> tuple[Threshold, Array]:
-    """Returns the cuts that prune the ``counts[i]`` lowest of piece i, and where NaN is.
+def local_masks(pieces: Sequence[Piece], counts: Array, check: bool) -> tuple[list[Array], Array]:
+    """Returns masks that prune the ``counts[i]`` lowest of piece i, and where NaN is.
 
-    Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``. The second result
-    says for each piece whether a score is NaN, ``(pieces,)``; it is looked for only if ``check``.
+    Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``. Masks have the
+    shapes of the pieces' arrays. The second result says for each piece whether a score is NaN,
+    ``(pieces,)``; it is looked for only if ``check``.
     """
-    return _solve(pieces, counts, None, check)
+    counter = _counter(pieces)
+    cut, has_nan = _solve(counter, counts, None, check)
+    return counter.kept(cut), has_nan
 
 
-def global_cuts(
+def global_masks(
     pieces: Sequence[Piece], budget: Array, caps: Array, check: bool
-) -> tuple[Threshold, Array]:
-    """Returns each piece's part of the ``budget`` lowest elements of all, and where NaN is.
+) -> tuple[list[Array], Array]:
+    """Returns masks that prune the ``budget`` lowest elements of all, and where NaN is.
 
     Only the ``caps[i]`` lowest elements of piece i take part, and ``budget`` is at most their sum.
-    Ties go to the earlier piece first, then to the lower index.
+    Ties go to the earlier piece first, then to the lower index. Otherwise as :func:`local_masks`.
     """
-    return _solve(pieces, jnp.broadcast_to(budget, caps.shape), caps, check)
+    counter = _counter(pieces)
+    cut, has_nan = _solve(counter, jnp.broadcast_to(budget, caps.shape), caps, check)
+    return counter.kept(cut), has_nan
 
 
-def kept(piece: Piece, cut: Threshold, i: int) -> Array:
-    """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
-    return cut.keeps(i, *piece.keys(jnp))
+def local_cuts(pieces: Sequence[Piece], counts: Array) -> Threshold:
+    """Returns the cuts of :func:`local_masks`."""
+    return _solve(_counter(pieces), counts, None, False)[0]
 
 
 def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
@@ -104,6 +102,8 @@ _sum = functools.partial(jnp.sum, dtype=jnp.int32)
 # The search. All pieces are searched side by side, in vectors ``(pieces,)``. In global scope they
 # first share one bracket and one target; when it is closed, each is dealt a count of its own, and
 # the same loop goes on for those that are not cut exactly yet.
+
+
 class _Bracket(NamedTuple):
     """The key to cut at lies in ``(lo, hi]``; ``below``, ``upto`` count the keys up to its ends."""
 
@@ -132,6 +132,7 @@ class _Counter(NamedTuple):
         sizes: elements of each piece.
         upto: ``(keys, active) -> counts``: elements up to the key, 0 where not active.
         tie_index: ``(keys, need) -> index``: flat index of the need-th element equal to the key.
+        kept: ``cut -> masks``: which elements of each piece stay, in the shape of its arrays.
         sample: sorted keys of each piece, ``(pieces, some)``; None where that is not cheap.
         together: sorted keys of all pieces, ``(1, some)``.
     """
@@ -139,14 +140,14 @@ class _Counter(NamedTuple):
     sizes: Array
     upto: Callable[[Array, Array], Array]
     tie_index: Callable[[Array, Array], Array]
+    kept: Callable[[Threshold], list[Array]]
     sample: Array | None = None
     together: Array | None = None
 
 
 def _solve(
-    pieces: Sequence[Piece], target: Array, caps: Array | None, check: bool
+    counter: _Counter, target: Array, caps: Array | None, check: bool
 ) -> tuple[Threshold, Array]:
-    counter = _counter(pieces)
     sizes, zero = counter.sizes, jnp.zeros_like(counter.sizes)
     bracket = _Bracket(zero + LOWEST, zero + HIGHEST, zero, sizes)
     state = _search(counter, bracket, target, caps, check)
@@ -288,48 +289,99 @@ def _from_sample(s: _State, total: Array, sample: Array) -> tuple[Array, Array]:
 
 
 # Counting.
+
+
 def _counter(pieces: Sequence[Piece]) -> _Counter:
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if not in_chunks():
         return _whole(pieces)
-    groups = _groups(pieces)
-    counters = [_chunked([pieces[i] for i in group], length) for group, length in groups]
-    order = np.concatenate([group for group, _ in groups])
+    loops = _loops(pieces)
+    counters = [_chunked(loop) for loop in loops]
+    order = np.argsort(np.concatenate([loop.which for loop in loops]))
 
     def join(parts: Sequence[Callable[[Array, Array], Array]]) -> Callable[[Array, Array], Array]:
-        def joined(a: Array, b: Array) -> Array:
+        def of_all(a: Array, b: Array) -> Array:
             done = [
-                part(a[np.asarray(group)], b[np.asarray(group)])
-                for part, (group, _) in zip(parts, groups, strict=True)
+                part(a[loop.which], b[loop.which]) for part, loop in zip(parts, loops, strict=True)
             ]
-            return jnp.concatenate(done)[np.argsort(order)]
+            return jnp.concatenate(done)[order]
 
-        return joined
+        return of_all
 
-    sample = _sample(pieces)
+    def kept(cut: Threshold) -> list[Array]:
+        done = [
+            mask
+            for counter, loop in zip(counters, loops, strict=True)
+            for mask in counter.kept(Threshold(cut.key[loop.which], cut.index[loop.which]))
+        ]
+        return [done[i] for i in order]
+
+    width = max(SAMPLE // len(pieces), 256)
+    sample = jnp.concatenate([_sample(loop, width) for loop in loops])[order]
     return _Counter(
         sizes=jnp.asarray([p.size for p in pieces], jnp.int32),
         upto=join([c.upto for c in counters]),
         tie_index=join([c.tie_index for c in counters]),
+        kept=kept,
         sample=sample,
         together=jnp.sort(sample.reshape(1, -1)),
     )
 
 
-def _groups(pieces: Sequence[Piece]) -> list[tuple[list[int], int]]:
-    """Returns the pieces that share a loop, and how many elements it reads at a time."""
+class _Loop(NamedTuple):
+    """Pieces that are read by one loop, a chunk at a time.
+
+    Attributes:
+        which: numbers of the pieces, ``(pieces,)``.
+        sizes: elements of each.
+        length: elements of a chunk.
+        sources: what is read: vectors that hold one large piece, or many small ones in a row.
+        source: which of them each piece is in, ``(pieces,)``.
+        begin: where it begins there.
+        pieces: what is read; the score of the first is that of all.
+        own: what else goes into the scores, with one row for each piece.
+        offset: the first index of each piece, as its score is told it.
+    """
+
+    which: np.ndarray
+    sizes: np.ndarray
+    length: int
+    sources: list[tuple[Array, ...]]
+    source: np.ndarray
+    begin: np.ndarray
+    pieces: list[Piece]
+    own: Any
+    offset: Array
+
+
+def _loops(pieces: Sequence[Piece]) -> list[_Loop]:
+    """Returns the loops that read the pieces: those scored alike share one.
+
+    Small pieces are copied into one vector, so that one loop body serves them all; a large one is
+    read where it is, and costs its loop a branch.
+    """
     alike: dict[Any, list[int]] = {}
     for i, piece in enumerate(pieces):
-        length = CHUNK
-        while length > max(piece.size, LEAST_CHUNK):
-            length //= 4
-        own = jax.tree.map(jnp.result_type, piece.own)
-        kind = (piece.score, tuple(a.dtype for a in piece.arrays), str(own), length)
-        alike.setdefault(kind, []).append(i)
-    return [
-        (group[i : i + GROUP], kind[-1])
-        for kind, group in alike.items()
-        for i in range(0, len(group), GROUP)
-    ]
+        alike.setdefault((kind(piece), is_small(piece)), []).append(i)
+    loops = []
+    for (_, small), group in alike.items():
+        most = len(group) if small else GROUP
+        for i in range(0, len(group), most):
+            loops.append(_loop(pieces, np.asarray(group[i : i + most]), small))
+    return loops
+
+
+def _loop(pieces: Sequence[Piece], which: np.ndarray, small: bool) -> _Loop:
+    mine = [pieces[i] for i in which]
+    sizes = np.asarray([p.size for p in mine], np.int32)
+    flat = [tuple(a.reshape(-1) for a in p.arrays) for p in mine]
+    begin, source, length = np.zeros_like(sizes), np.arange(len(mine), dtype=np.int32), CHUNK
+    if small:
+        length = SMALL_CHUNK
+        flat = [joined(flat, length)]  # behind the last piece is room for a whole chunk
+        begin, source = np.cumsum(sizes, dtype=np.int32) - sizes, 0 * source
+    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.own for p in mine))
+    offset = jnp.stack([jnp.asarray(p.offset, jnp.int32) for p in mine])
+    return _Loop(which, sizes, length, flat, source, begin, mine, own, offset)
 
 
 def _whole(pieces: Sequence[Piece]) -> _Counter:
@@ -350,43 +402,38 @@ def _whole(pieces: Sequence[Piece]) -> _Counter:
                 counts.append(_sum((bits == key[i]) & (index <= last[i])))
             return jnp.where(active, jnp.stack(counts), 0)
 
-        counter = _Counter(sizes, ties, tie_index)
+        counter = _Counter(sizes, ties, tie_index, kept)
         start = _Bracket(0 * sizes - 1, sizes - 1, 0 * sizes, 0 * sizes + HIGHEST)
         return _search(counter, start, need, None, False).bracket.hi
 
+    def kept(cut: Threshold) -> list[Array]:
+        return [cut.keeps(i, *piece.keys(jnp)) for i, piece in enumerate(pieces)]
+
     sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
-    return _Counter(sizes, upto, tie_index)
+    return _Counter(sizes, upto, tie_index, kept)
 
 
-def _chunked(pieces: Sequence[Piece], length: int) -> _Counter:
-    """Counts ``length`` elements at a time, so that what is derived from them stays in cache."""
-    chunks = [-(-p.size // length) for p in pieces]
-    start_of = jnp.asarray([i * length for n in chunks for i in range(n)], jnp.int32)
-    owner_of = jnp.asarray(np.repeat(np.arange(len(pieces)), chunks), jnp.int32)
-    sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
-    offsets = jnp.stack([jnp.asarray(p.offset, jnp.int32) for p in pieces])
-    owns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.own for p in pieces))
+def _chunked(loop: _Loop) -> _Counter:
+    """Counts a chunk of elements at a time, so that what is derived from them stays in cache."""
+    length, total = loop.length, -(-loop.sizes // loop.length)
+    owner_of = jnp.asarray(np.repeat(np.arange(len(total), dtype=np.int32), total))
+    start_of = jnp.asarray(np.concatenate([np.arange(n) * length for n in total]), jnp.int32)
+    sizes, source, begin = map(jnp.asarray, (loop.sizes, loop.source, loop.begin))
+    n_chunks = int(total.sum())
     place = lax.iota(jnp.int32, length)
 
-    def reader(piece: Piece) -> Callable[[Array], tuple[Array, ...]]:
-        some = min(length, piece.size)
+    def reader(arrays: tuple[Array, ...]) -> Callable[[Array], tuple[Array, ...]]:
+        return lambda first: tuple(lax.dynamic_slice(a, (first,), (length,)) for a in arrays)
 
-        def part(array: Array, first: Array) -> Array:
-            return jnp.pad(
-                lax.dynamic_slice(array.reshape(-1), (first,), (some,)), (0, length - some)
-            )
-
-        return lambda first: tuple(part(a, first) for a in piece.arrays)
-
-    readers = [reader(p) for p in pieces]
+    readers = [reader(arrays) for arrays in loop.sources]
 
     def read(j: Array) -> tuple[Array, Array, Array]:
         """Returns the keys of a chunk, which of them no other chunk has, and its first index."""
         owner, start = owner_of[j], start_of[j]
         first = jnp.minimum(start, jnp.maximum(sizes[owner] - length, 0))
-        parts = lax.switch(owner, readers, first)
-        own = jax.tree.map(lambda leaf: leaf[owner], owns)
-        piece = Piece(parts, pieces[0].score, own, offsets[owner])
+        parts = lax.switch(source[owner], readers, begin[owner] + first)
+        own = jax.tree.map(lambda leaf: leaf[owner], loop.own)
+        piece = Piece(parts, loop.pieces[0].score, own, loop.offset[owner])
         fresh = (place >= start - first) & (place < sizes[owner])
         return ordered_bits(jnp, piece.scores(parts, first + place)), fresh, first
 
@@ -400,7 +447,7 @@ def _chunked(pieces: Sequence[Piece], length: int) -> _Counter:
 
             return counts.at[owner].add(lax.cond(active[owner], count, lambda: jnp.int32(0)))
 
-        return lax.fori_loop(0, sum(chunks), add, jnp.zeros_like(sizes))
+        return lax.fori_loop(0, n_chunks, add, jnp.zeros_like(sizes))
 
     def tie_index(key: Array, need: Array) -> Array:
         def nth(ties: Array, n: Array) -> Array:
@@ -428,9 +475,27 @@ def _chunked(pieces: Sequence[Piece], length: int) -> _Counter:
 
             return lax.cond(need[owner] > state[0][owner], look, lambda: state)
 
-        return lax.fori_loop(0, sum(chunks), visit, (0 * sizes, 0 * sizes))[1]
+        return lax.fori_loop(0, n_chunks, visit, (0 * sizes, 0 * sizes))[1]
 
-    return _Counter(sizes, upto, tie_index)
+    def kept(cut: Threshold) -> list[Array]:
+        if len(loop.sources) > 1 or len(loop.pieces) == 1:
+            return [cut.keeps(i, *piece.keys(jnp)) for i, piece in enumerate(loop.pieces)]
+
+        def write(j: Array, masks: Array) -> Array:
+            owner = owner_of[j]
+            keys, _, first = read(j)
+            mask = cut.keeps(owner, keys, first + place)
+            # What a chunk reads of the next piece is written again by that piece's own chunks.
+            return lax.dynamic_update_slice(masks, mask, (begin[owner] + first,))
+
+        room = jnp.zeros(loop.sources[0][0].shape, bool)
+        masks = lax.fori_loop(0, n_chunks, write, room)
+        return [
+            masks[i : i + piece.size].reshape(piece.shape)
+            for i, piece in zip(loop.begin.tolist(), loop.pieces, strict=True)
+        ]
+
+    return _Counter(sizes, upto, tie_index, kept)
 
 
 def _total(counted: Array) -> Array:
@@ -443,16 +508,19 @@ def _total(counted: Array) -> Array:
     return _sum(lax.optimization_barrier(_sum(counted.reshape(rows, -1), axis=0)))
 
 
-def _sample(pieces: Sequence[Piece]) -> Array:
+def _sample(loop: _Loop, width: int) -> Array:
     """Returns sorted keys from every piece, evenly spread; they only speed the search up."""
-    width = max(SAMPLE // len(pieces), 256)
-    place = lax.iota(jnp.uint32, width)
+    place = lax.iota(jnp.uint32, width)[None, :]
     scattered = (place * jnp.uint32(2654435761)) >> 8
-
-    def row(piece: Piece) -> Array:
-        stride = max(piece.size // width, 1)
-        index = ((place * stride + scattered % stride) % piece.size).astype(jnp.int32)
-        parts = tuple(a.reshape(-1)[index] for a in piece.arrays)
-        return ordered_bits(jnp, piece.scores(parts, index))
-
-    return jnp.sort(jnp.stack([row(piece) for piece in pieces]), axis=1)
+    stride = jnp.asarray(np.maximum(loop.sizes // width, 1), jnp.uint32)[:, None]
+    index = (place * stride + scattered % stride) % jnp.asarray(loop.sizes, jnp.uint32)[:, None]
+    index = index.astype(jnp.int32)
+    at = index + loop.begin[:, None]
+    if len(loop.sources) == 1:
+        parts = tuple(a[at] for a in loop.sources[0])
+    else:
+        rows = [[a[row] for a in arrays] for arrays, row in zip(loop.sources, at, strict=True)]
+        parts = tuple(map(jnp.stack, zip(*rows, strict=True)))
+    own = jax.tree.map(lambda leaf: leaf[:, None], loop.own)
+    piece = Piece(parts, loop.pieces[0].score, own, loop.offset[:, None])
+    return jnp.sort(ordered_bits(jnp, piece.scores(parts, index)), axis=1)

@@ -21,30 +21,31 @@ CHUNK = 8_388_608  # elements looked at together: what is derived from them is a
 SAMPLE = 65_536  # sorted sample that brackets the cut, of all pieces together
 
 
-def local_cuts(pieces: Sequence[Piece], counts: Any, check: bool) -> tuple[Threshold, list[Any]]:
-    """Returns the cuts that prune the ``counts[i]`` lowest of piece i, and where NaN is.
+def local_masks(pieces: Sequence[Piece], counts: Any, check: bool) -> tuple[list[Any], list[Any]]:
+    """Returns masks that prune the ``counts[i]`` lowest of piece i, and where NaN is.
 
     The second result says for each piece whether a score is NaN; it is looked for only if
     ``check``.
     """
     cuts = [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
-    cut = Threshold([c.key[0] for c in cuts], [c.index[0] for c in cuts])
-    return cut, [check and _has_nan(piece) for piece in pieces]
+    masks = [_kept(piece, cut, 0) for piece, cut in zip(pieces, cuts, strict=True)]
+    return masks, [check and _has_nan(piece) for piece in pieces]
 
 
-def global_cuts(
+def global_masks(
     pieces: Sequence[Piece], budget: Any, caps: Any, check: bool
-) -> tuple[Threshold, list[Any]]:
-    """Returns each piece's part of the ``budget`` lowest elements of all, and where NaN is.
+) -> tuple[list[Any], list[Any]]:
+    """Returns masks that prune the ``budget`` lowest elements of all, and where NaN is.
 
     Only the ``caps[i]`` lowest elements of piece i take part, and ``budget`` is at most their sum.
     Ties go to the earlier piece first, then to the lower index.
     """
     cut = _solve(pieces, int(budget), [int(c) for c in caps])
-    return cut, [check and _has_nan(piece) for piece in pieces]
+    masks = [_kept(piece, cut, i) for i, piece in enumerate(pieces)]
+    return masks, [check and _has_nan(piece) for piece in pieces]
 
 
-def kept(piece: Piece, cut: Threshold, i: int) -> Any:
+def _kept(piece: Piece, cut: Threshold, i: int) -> Any:
     """Returns which elements of piece i the cut keeps, in the shape of its arrays."""
     xp = namespace(piece.arrays[0])
     result = xp.empty(piece.size, dtype=xp.bool, device=piece.arrays[0].device)

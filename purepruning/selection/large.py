@@ -16,8 +16,7 @@ from purepruning.arrays import (
     namespace,
     spans_devices,
 )
-from purepruning.selection.criterion import Score, Source
-from purepruning.selection.keys import Threshold
+from purepruning.selection.criterion import Source
 from purepruning.selection.problem import (
     Problem,
     Solved,
@@ -46,55 +45,43 @@ def is_large(source: Source, plan: Problem, counts: dict[str, Any]) -> bool:
     return sum(math.prod(x.shape) for x in plan.layers) > SMALL
 
 
-# Elements that are too many to copy their scores.
 def large_masks(
     like: Any, sources: dict[str, Source], counts: dict[str, Any], plan: Problem, check: bool
 ) -> Solved:
     """Returns the masks of elements whose scores are not copied."""
     some = {layer.name: sources[layer.name] for layer in plan.layers}
     ks = counts_of_rows(like, counts, plan)
-    cuts, nan = compiled(like, _thresholds, "plan", "check")(some, ks, plan=plan, check=check)
-    mask = compiled(like, _large_mask, "score", "stack_axes")
-    starts = np.cumsum([0, *map(n_members, plan.layers)]).tolist()
-    has_nan = {}
+    keep, nan = compiled(like, _masks, "plan", "check")(some, ks, plan=plan, check=check)
+    has_nan, stops = {}, np.cumsum([n_members(layer) for layer in plan.layers])
     if check and is_concrete(nan):
-        flags = np.split(np.asarray(nan), starts[1:-1])
+        flags = np.split(np.asarray(nan), stops[:-1])
         has_nan = {x.name: part.any() for x, part in zip(plan.layers, flags, strict=True)}
-    if any(has_nan.values()):
-        return {}, has_nan
-    masks = {
-        x.weight: mask(some[x.name], cuts, start, score=plan.score, stack_axes=x.stack_axes)
-        for x, start in zip(plan.layers, starts, strict=False)
-    }
+    masks = {layer.weight: keep[layer.name] for layer in plan.layers if layer.name in keep}
     return masks, has_nan
 
 
-def _thresholds(
+def _masks(
     sources: dict[str, Source], counts: Any, *, plan: Problem, check: bool
-) -> tuple[Threshold, Any]:
-    """Returns where to cut the pieces, and where their scores hold a NaN."""
-    pieces = [
-        piece
-        for layer in plan.layers
-        for piece in members(plan.score.piece(sources[layer.name]), layer.stack_axes)
-    ]
+) -> tuple[dict[str, Any], Any]:
+    """Returns the masks by name of their layers, and where the scores of pieces hold a NaN.
+
+    There may be no masks where there is a NaN.
+    """
+    by_layer = [members(plan.score.piece(sources[x.name]), x.stack_axes) for x in plan.layers]
+    pieces = [piece for some in by_layer for piece in some]
     like = pieces[0].arrays[0]
     xp, kernel = namespace(like), kernel_of(like)
     if not plan.caps:
         sizes = int32(xp, [p.size for p in pieces], like)
-        return kernel.local_cuts(pieces, xp.clip(counts, 0, sizes), check)
-    caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(n_members(x))]
-    budget = xp.clip(counts[0], 0, sum(caps))
-    return kernel.global_cuts(pieces, budget, int32(xp, caps, like), check)
-
-
-def _large_mask(
-    source: Source, cut: Threshold, start: Any, *, score: Score, stack_axes: tuple[int, ...]
-) -> Any:
-    """Returns the mask of a layer whose pieces are cut as ``cut`` says from ``start`` on."""
-    piece = score.piece(source)
-    keep = [
-        kernel_of(p.arrays[0]).kept(p, cut, start + i)
-        for i, p in enumerate(members(piece, stack_axes))
-    ]
-    return restack(keep, piece.shape, stack_axes)
+        keep, nan = kernel.local_masks(pieces, xp.clip(counts, 0, sizes), check)
+    else:
+        caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(n_members(x))]
+        budget = xp.clip(counts[0], 0, sum(caps))
+        keep, nan = kernel.global_masks(pieces, budget, int32(xp, caps, like), check)
+    if keep is None:
+        return {}, nan
+    rest = iter(keep)
+    return {
+        layer.name: restack([next(rest) for _ in some], layer.shape, layer.stack_axes)
+        for layer, some in zip(plan.layers, by_layer, strict=True)
+    }, nan

@@ -65,7 +65,10 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
         return tree.rebuild({})
     weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
-    plan = Problem(Score(score, config.inverted), pools, config.scope, config.granularity)
+    terms = None
+    if criterion.terms is not None and not isinstance(config.granularity, Block):
+        terms = Checked(criterion.name, "terms", criterion.terms)
+    plan = Problem(Score(score, config.inverted, terms), pools, config.scope, config.granularity)
     counts = {} if isinstance(config.granularity, NM) else checked_counts(criterion.name, config)
     check_values(criterion.name, weights)
     before = by_path(config.masks, tree.leaves) if config.masks else {}

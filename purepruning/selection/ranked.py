@@ -6,82 +6,114 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import compiled, int32, namespace, part
+from purepruning.arrays import compiled, int32, is_batched, namespace
 from purepruning.granularity import Grid, grid, spread
 from purepruning.selection.criterion import Score, Source
+from purepruning.selection.joined import is_small, kind
 from purepruning.selection.keys import HIGHEST, ordered_bits
 from purepruning.selection.problem import Problem, Solved, counts_of_rows, kernel_of, members
 from purepruning.selection.rows import lowest_of_rows
+from purepruning.selection.unit_sums import Runs, runs
+
+#: More layers than these are summed together, where they can.
+FEW = 8
 
 
-# Units whose scores are copied: channels, blocks, and the elements of small layers.
 def ranked_masks(
     like: Any, sources: dict[str, Source], counts: dict[str, Any], plan: Problem, check: bool
 ) -> Solved:
     """Returns the masks of units whose scores are copied."""
-    grids = tuple(grid(layer, plan.granularity) for layer in plan.layers)
-    if plan.granularity == "element":
-        of_elements = compiled(like, _element_keys, "score", "stack_axes")
-        scored = [
-            of_elements(sources[x.name], score=plan.score, stack_axes=x.stack_axes)
-            for x in plan.layers
-        ]
-    else:
-        of_units = compiled(like, _unit_keys, "score", "g")
-        scored = [
-            of_units(sources[x.name], score=plan.score, g=g)
-            for x, g in zip(plan.layers, grids, strict=True)
-        ]
+    some = {layer.name: sources[layer.name] for layer in plan.layers}
     ks = counts_of_rows(like, counts, plan)
-    pruned = compiled(like, _lowest, "caps", "grids")(
-        [keys for keys, _ in scored], ks, caps=plan.caps, grids=grids
-    )
-    mask = compiled(like, _unit_mask, "g")
-    masks, start = {}, 0
-    for layer, g in zip(plan.layers, grids, strict=True):
-        masks[layer.weight] = mask(pruned, start, g=g)
-        start += g.n_members * g.n_units
-    nan = {x.name: flag for x, (_, flag) in zip(plan.layers, scored, strict=True)}
-    return masks, nan if check else {}
+    keep, has_nan = compiled(like, _masks, "plan", "check")(some, ks, plan=plan, check=check)
+    return {layer.weight: keep[layer.name] for layer in plan.layers}, has_nan
 
 
-def _element_keys(source: Source, *, score: Score, stack_axes: tuple[int, ...]) -> tuple[Any, Any]:
-    """Returns the ordered scores of all weights, ``(members, weights)``, and whether one is NaN."""
-    xp = namespace(source.weight)
-    pieces = members(score.piece(source), stack_axes)
-    keys = xp.concat([xp.reshape(piece.keys(xp)[0], (1, -1)) for piece in pieces])
-    return keys, xp.any(keys == HIGHEST)
+def _masks(sources: dict[str, Source], counts: Any, *, plan: Problem, check: bool) -> Solved:
+    """Returns the masks by name of their layers, and whether the scores of a layer hold a NaN."""
+    grids = {layer.name: grid(layer, plan.granularity) for layer in plan.layers}
+    if plan.granularity == "element":
+        keys = _element_keys(sources, plan)
+    else:
+        keys = _unit_keys(sources, plan.score, grids)
+    pruned = _lowest(keys, counts, caps=plan.caps, grids=tuple(grids.values()))
+    masks, has_nan, start = {}, {}, 0
+    xp = namespace(keys)
+    for name, g in grids.items():
+        mine = slice(start, start + g.n_members * g.n_units)
+        masks[name] = spread(xp, xp.reshape(~pruned[mine], (g.n_members, g.n_units)), g)
+        if check:
+            has_nan[name] = xp.any(keys[mine] == HIGHEST)
+        start = mine.stop
+    return masks, has_nan
 
 
-def _unit_keys(source: Source, *, score: Score, g: Grid) -> tuple[Any, Any]:
-    """Returns the ordered scores of all units, ``(members, units)``, and whether one is NaN."""
-    keys = ordered_bits(namespace(source.weight), score.units(source, g))
-    return keys, namespace(keys).any(keys == HIGHEST)
+def _element_keys(sources: dict[str, Source], plan: Problem) -> Any:
+    """Returns the ordered scores of all weights, one layer after the other."""
+    pieces = [
+        piece
+        for x in plan.layers
+        for piece in members(plan.score.piece(sources[x.name]), x.stack_axes)
+    ]
+    xp = namespace(pieces[0].arrays[0])
+    return xp.concat([xp.reshape(piece.keys(xp)[0], (-1,)) for piece in pieces])
 
 
-def _lowest(keys: list[Any], counts: Any, *, caps: tuple[int, ...], grids: tuple[Grid, ...]) -> Any:
+def _unit_keys(sources: dict[str, Source], score: Score, grids: dict[str, Grid]) -> Any:
+    """Returns the ordered scores of all units, one layer after the other."""
+    xp = namespace(next(iter(sources.values())).weight)
+    scores, order = [], []
+    for places in _summed_together(sources, score, grids):
+        scores.append(score.sums([sources[name] for name in places], list(places.values())))
+        order += list(places)
+    for name in grids:
+        if name not in order:
+            scores.append(xp.reshape(score.units(sources[name], grids[name]), (-1,)))
+            order.append(name)
+    keys = ordered_bits(xp, xp.concat(scores))
+    if order == list(grids):
+        return keys
+    sizes = {name: grids[name].n_members * grids[name].n_units for name in order}
+    starts = dict(zip(order, np.cumsum([0, *sizes.values()]), strict=False))
+    place = np.concatenate([starts[name] + np.arange(sizes[name]) for name in grids])
+    return xp.take(keys, int32(xp, place, keys))
+
+
+def _summed_together(
+    sources: dict[str, Source], score: Score, grids: dict[str, Grid]
+) -> list[dict[str, Runs]]:
+    """Returns the layers that the same loops sum, by name where their units lie.
+
+    For few layers, sums one by one compile as fast.
+    """
+    alike: dict[Any, dict[str, Runs]] = {}
+    for name, g in grids.items():
+        place = None if score.terms is None else runs(g)
+        if score.terms is None or place is None:
+            continue
+        weight, own, keep = sources[name]
+        piece = score.terms(weight, own)
+        arrays = piece.arrays if keep is None else (*piece.arrays, keep)
+        if is_small(piece) and not any(map(is_batched, arrays)):
+            alike.setdefault((kind(piece), keep is None), {})[name] = place
+    return [places for places in alike.values() if len(places) > FEW]
+
+
+def _lowest(keys: Any, counts: Any, *, caps: tuple[int, ...], grids: tuple[Grid, ...]) -> Any:
     """Returns which units are pruned, those of all layers in one vector.
 
     Without caps every row of a layer loses its count. With caps all layers share the first count,
     to which units are charged at their cost, and a row loses at most its layer's cap of units.
     """
-    xp = namespace(keys[0])
+    xp = namespace(keys)
+    widths = [g.n_units for g in grids for _ in range(g.n_members)]
     if not caps:
-        most = [g.n_units for g in grids for _ in range(g.n_members)]
-        return lowest_of_rows(xp, keys, xp.clip(counts, 0, int32(xp, most, counts)))
+        return lowest_of_rows(xp, keys, widths, xp.clip(counts, 0, int32(xp, widths, counts)))
     # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
     most = [cap for cap, g in zip(caps, grids, strict=True) for _ in range(g.n_members)]
-    within = lowest_of_rows(xp, keys, int32(xp, most, counts))
-    flat = xp.concat([xp.reshape(k, (-1,)) for k in keys])
-    ranked = xp.where(within, xp.clip(flat, max=HIGHEST - 1), HIGHEST)
+    within = lowest_of_rows(xp, keys, widths, int32(xp, most, counts))
+    ranked = xp.where(within, xp.clip(keys, max=HIGHEST - 1), HIGHEST)
     costs = [np.broadcast_to(g.cost, (g.n_members, g.n_units)).reshape(-1) for g in grids]
     cost = int32(xp, np.concatenate(costs), counts)
-    together = kernel_of(flat).lowest(ranked[None, :], counts[:1], cost)
+    together = kernel_of(keys).lowest(ranked[None, :], counts[:1], cost)
     return within & together[0, :]
-
-
-def _unit_mask(pruned: Any, start: Any, *, g: Grid) -> Any:
-    """Returns the mask of a layer whose units begin at ``start`` in the vector of all."""
-    xp = namespace(pruned)
-    own = part(pruned, start, g.n_members * g.n_units)
-    return spread(xp, xp.reshape(~own, (g.n_members, g.n_units)), g)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import int32, is_numpy
+from purepruning.arrays import int32, iota, is_numpy
 from purepruning.selection.keys import HIGHEST
 from purepruning.selection.problem import kernel_of
 
@@ -14,28 +15,31 @@ from purepruning.selection.problem import kernel_of
 _FEW = 1 << 18
 
 
-def lowest_of_rows(xp: Any, keys: list[Any], counts: Any) -> Any:
-    """Returns the ``counts[i]`` lowest of row i of all ``keys``, in one vector of their units."""
-    if is_numpy(counts):
-        ends = np.cumsum([k.shape[0] for k in keys])[:-1]
-        rows = zip(keys, np.split(counts, ends), strict=True)
-        return xp.concat([xp.reshape(kernel_of(k).lowest(k, n, None), (-1,)) for k, n in rows])
-    widths = [k.shape[1] for k in keys]
-    row_widths = np.repeat(widths, [k.shape[0] for k in keys])
+def lowest_of_rows(xp: Any, keys: Any, widths: Sequence[int], counts: Any) -> Any:
+    """Returns the ``counts[i]`` lowest keys of row i, for a vector of keys, as booleans.
+
+    ``keys`` holds one row after the other; row i has ``widths[i]`` of them.
+    """
+    if is_numpy(keys):
+        rows = zip(np.split(keys, np.cumsum(widths)[:-1]), counts[:, None], strict=True)
+        return xp.concat([kernel_of(row).lowest(row[None, :], n, None)[0] for row, n in rows])
+    row_widths = np.asarray(widths)
     starts = np.cumsum(row_widths) - row_widths
-    pruned, start = [], 0
-    place = np.zeros(int(np.sum(row_widths)), np.int64)
+    pruned, done, place = [], 0, np.zeros(int(row_widths.sum()), np.int64)
+    # What rows are filled up with ranks last, behind NaN, and stays.
+    filled = xp.concat([keys, xp.full_like(keys[:1], HIGHEST)])
     for group in _similar(row_widths):
-        # Rows of similar length together: what is filled in ranks last, behind NaN, and stays.
-        longest = max(group)
-        rows = xp.concat([_filled(xp, k, longest) for k in keys if k.shape[1] in group])
+        # Rows of similar length together.
         which = np.flatnonzero(np.isin(row_widths, list(group)))
+        longest, along = max(group), iota(xp, max(group), counts)[None, :]
+        first, width = (int32(xp, x[which], counts)[:, None] for x in (starts, row_widths))
+        at = xp.where(along < width, first + along, keys.shape[0])
+        rows = xp.reshape(xp.take(filled, xp.reshape(at, (-1,))), (-1, longest))
         few = xp.take(counts, int32(xp, which, counts))
         pruned.append(xp.reshape(kernel_of(rows).lowest(rows, few, None), (-1,)))
-        for width in group:
-            mine, along = np.flatnonzero(row_widths[which] == width)[:, None], np.arange(width)
-            place[starts[which[mine]] + along] = start + mine * longest + along
-        start += len(which) * longest
+        for i in which:
+            place[starts[i] : starts[i] + row_widths[i]] = done + np.arange(row_widths[i])
+            done += longest
     return xp.take(xp.concat(pruned), int32(xp, place, counts))
 
 
@@ -53,13 +57,3 @@ def _similar(row_widths: np.ndarray) -> list[set[int]]:
         else:
             groups.append({width})
     return groups
-
-
-def _filled(xp: Any, keys: Any, width: int) -> Any:
-    """Returns rows of the given width, with the highest of all keys behind their own."""
-    more = width - keys.shape[1]
-    if not more:
-        return keys
-    return xp.concat(
-        [keys, xp.broadcast_to(xp.full_like(keys[:, :1], HIGHEST), (keys.shape[0], more))], axis=1
-    )

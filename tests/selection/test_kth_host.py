@@ -30,8 +30,8 @@ def pieces(scores):
     return [Piece((s,), first) for s in scores]
 
 
-def pruned(some, cut):
-    return [~kth_host.kept(p, cut, i) for i, p in enumerate(some)]
+def pruned(masks):
+    return [~mask for mask in masks]
 
 
 def has_nan(scores):
@@ -43,10 +43,10 @@ def has_nan(scores):
 def test_every_piece_loses_its_own_lowest(scores, shares):
     counts = [round(s * n) for s, n in zip(shares, SIZES, strict=False)]
     some = pieces(scores)
-    cut, nan = kth_host.local_cuts(some, counts, True)
+    masks, nan = kth_host.local_masks(some, counts, True)
     assert nan == has_nan(scores)
-    assert (cut is None) == any(nan)
-    for got, s, count in zip(pruned(some, cut) if cut else [], scores, counts, strict=False):
+    assert (masks is None) == any(nan)
+    for got, s, count in zip(pruned(masks or []), scores, counts, strict=False):
         np.testing.assert_array_equal(got, oracle.lowest(s, count))
 
 
@@ -56,10 +56,10 @@ def test_pieces_share_a_budget(scores, shares):
     caps = [round(s * n) for s, n in zip(shares, SIZES, strict=False)]
     budget = round(shares[5] * sum(caps))
     some = pieces(scores)
-    cut, nan = kth_host.global_cuts(some, budget, caps, True)
+    masks, nan = kth_host.global_masks(some, budget, caps, True)
     assert nan == has_nan(scores)
     expected = shared_oracle(scores, budget, caps)
-    for got, want in zip(pruned(some, cut) if cut else [], expected, strict=False):
+    for got, want in zip(pruned(masks or []), expected, strict=False):
         np.testing.assert_array_equal(got, want)
 
 
@@ -77,8 +77,8 @@ def test_samples_that_mislead(n, kind):
     }[kind].astype(np.float32)
     for count in sorted({0, 1, n // 3, n // 2, int(0.9 * n), n - 1, n}):
         some = pieces([scores])
-        cut, _ = kth_host.local_cuts(some, [count], False)
-        np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(scores, count))
+        masks, _ = kth_host.local_masks(some, [count], False)
+        np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(scores, count))
 
 
 @pytest.mark.parametrize("by", [-10, 10])
@@ -95,8 +95,8 @@ def test_a_sample_that_misses_the_cut(by):
     assert 30 <= len(drawn[0]) <= 42
     for count in (30, 43, 2500, 4950, 4999):
         some = pieces([scores])
-        cut, _ = kth_host.local_cuts(some, [count], False)
-        np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(scores, count))
+        masks, _ = kth_host.local_masks(some, [count], False)
+        np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(scores, count))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8999, 0.9, 0.95])
@@ -112,8 +112,8 @@ def test_copies_little_however_many_are_equal(share):
         return near
 
     with mock.patch.multiple(kth_host, SAMPLE=2000, CHUNK=1000, _look=watched):
-        cut, _ = kth_host.local_cuts(pieces([scores]), [int(share * 20_000)], True)
-    got = ~kth_host.kept(pieces([scores])[0], cut, 0)
+        masks, _ = kth_host.local_masks(pieces([scores]), [int(share * 20_000)], True)
+    got = ~masks[0]
     np.testing.assert_array_equal(got, oracle.lowest(scores, int(share * 20_000)))
     assert sum(copied) < 3000
 
@@ -122,8 +122,8 @@ def test_strided_and_read_only_weights_count_in_their_own_order():
     base = np.random.default_rng(0).integers(0, 9, (30, 40)).astype(np.float32)
     base.flags.writeable = False
     some = pieces([base.T])
-    cut, _ = kth_host.local_cuts(some, [500], False)
-    np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(base.T, 500))
+    masks, _ = kth_host.local_masks(some, [500], False)
+    np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(base.T, 500))
 
 
 def test_the_index_of_an_element_is_that_in_the_piece_and_its_offset():
@@ -131,8 +131,8 @@ def test_the_index_of_an_element_is_that_in_the_piece_and_its_offset():
         return abs(index - 107).astype(np.float32)
 
     some = [Piece((np.zeros(130, np.float32),), score, offset=7)]
-    cut, _ = kth_host.local_cuts(some, [3], True)
-    assert np.flatnonzero(pruned(some, cut)[0]).tolist() == [99, 100, 101]
+    masks, _ = kth_host.local_masks(some, [3], True)
+    assert np.flatnonzero(pruned(masks)[0]).tolist() == [99, 100, 101]
 
 
 def test_keys_have_the_order_of_those_of_jax():

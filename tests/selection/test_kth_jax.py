@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purepruning.selection import kth_jax
+from purepruning.selection import joined, kth_jax
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, ordered_bits
 from tests import oracle
 
@@ -22,6 +22,15 @@ def piece(scores):
     return Piece((jnp.asarray(scores, jnp.float32),), lambda arrays, index, own: arrays[0])
 
 
+#: No chunks, or chunks of 64 over pieces that all are small, or two small and three large ones.
+HOWS = {
+    "whole": {"_counter": kth_jax._whole},
+    "small": {},
+    "both": {"GROUP": 2},
+}
+hows = pytest.mark.parametrize("how", HOWS)
+
+
 @functools.cache
 def solver(how, shared):
     """Masks of what is pruned, and NaN flags, from scores, counts and caps; compiled once."""
@@ -29,20 +38,16 @@ def solver(how, shared):
     def solve(scores, counts, caps):
         pieces = [piece(s) for s in scores]
         if shared:
-            cut, nan = kth_jax.global_cuts(pieces, counts[0], caps, True)
+            masks, nan = kth_jax.global_masks(pieces, counts[0], caps, True)
         else:
-            cut, nan = kth_jax.local_cuts(pieces, counts, True)
-        return [~kth_jax.kept(p, cut, i) for i, p in enumerate(pieces)], nan
+            masks, nan = kth_jax.local_masks(pieces, counts, True)
+        return [~mask for mask in masks], nan
 
     def traced(*args):
-        counter = (
-            functools.partial(kth_jax._chunked, length=64)
-            if how == "_chunked"
-            else getattr(kth_jax, how)
-        )
+        small = {"whole": 0, "small": 10**6, "both": 64}[how]
         with (
-            mock.patch.multiple(kth_jax, CHUNK=64, SAMPLE=256),
-            mock.patch.object(kth_jax, "_counter", counter),
+            mock.patch.multiple(kth_jax, CHUNK=64, SMALL_CHUNK=64, SAMPLE=256, **HOWS[how]),
+            mock.patch.object(joined, "SMALL", small),
         ):
             return solve(*args)
 
@@ -56,7 +61,6 @@ def run(how, shared, scores, counts, caps=None):
     return [np.asarray(p) for p in pruned], np.asarray(nan)
 
 
-hows = pytest.mark.parametrize("how", ["_whole", "_chunked", "_counter"])
 special = st.sampled_from([0.0, -0.0, INF, -INF, NAN, 1.0, -1.0, 1e-45, -1e-45, 2.0])
 anything = st.floats(width=32)
 
@@ -119,7 +123,7 @@ def test_equal_scores_everywhere(how):
 @pytest.mark.parametrize("dense", [True, False])
 def test_few_counts_suffice(dense):
     """A count reads all weights, so there should be few; an unlucky sample makes it twenty."""
-    n = kth_jax.CHUNK  # so that a count reads one chunk
+    n = kth_jax.SMALL_CHUNK  # so that a count reads one chunk
     rng = np.random.default_rng(0)
     scores = np.abs(rng.normal(size=n)) if dense else rng.normal(size=n) ** 9
     reads = 0
@@ -133,7 +137,7 @@ def test_few_counts_suffice(dense):
         reads += 1
 
     data = Piece((jnp.asarray(scores, jnp.float32),), score)
-    cut, _ = kth_jax.local_cuts([data], jnp.asarray([n // 3]), False)
+    cut = kth_jax.local_cuts([data], jnp.asarray([n // 3]))
     jax.block_until_ready(cut)
     jax.effects_barrier()
     assert 1 < reads <= 32

@@ -27,8 +27,8 @@ def pieces(scores):
     return [Piece((torch.tensor(s),), lambda arrays, index, own: arrays[0]) for s in scores]
 
 
-def pruned(some, cut):
-    return [~kth_torch.kept(p, cut, i).numpy() for i, p in enumerate(some)]
+def pruned(masks):
+    return [~mask.numpy() for mask in masks]
 
 
 @given(scores=problems(), shares=shares)
@@ -36,8 +36,8 @@ def pruned(some, cut):
 def test_every_piece_loses_its_own_lowest(scores, shares):
     counts = [round(s * n) for s, n in zip(shares, SIZES, strict=False)]
     some = pieces(scores)
-    cut, nan = kth_torch.local_cuts(some, torch.tensor(counts), True)
-    for got, s, count in zip(pruned(some, cut), scores, counts, strict=True):
+    masks, nan = kth_torch.local_masks(some, torch.tensor(counts), True)
+    for got, s, count in zip(pruned(masks), scores, counts, strict=True):
         np.testing.assert_array_equal(got, oracle.lowest(s, count))
     np.testing.assert_array_equal(nan, [np.isnan(s).any() for s in scores])
 
@@ -48,9 +48,9 @@ def test_pieces_share_a_budget(scores, shares):
     caps = [round(s * n) for s, n in zip(shares, SIZES, strict=False)]
     budget = round(shares[5] * sum(caps))
     some = pieces(scores)
-    cut, _ = kth_torch.global_cuts(some, torch.tensor(budget), torch.tensor(caps), True)
+    masks, _ = kth_torch.global_masks(some, torch.tensor(budget), torch.tensor(caps), True)
     expected = shared_oracle(scores, budget, caps)
-    for got, want in zip(pruned(some, cut), expected, strict=True):
+    for got, want in zip(pruned(masks), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -67,8 +67,8 @@ def test_samples_that_mislead(n, kind):
     }[kind].astype(np.float32)
     for count in sorted({0, 1, n // 3, n // 2, n - 1, n}):
         some = pieces([scores])
-        cut, _ = kth_torch.local_cuts(some, [count], False)
-        np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(scores, count))
+        masks, _ = kth_torch.local_masks(some, [count], False)
+        np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(scores, count))
 
 
 def test_a_sample_that_misses_the_cut():
@@ -84,16 +84,16 @@ def test_a_sample_that_misses_the_cut():
     assert np.sum(scores < 1) == 40
     for count in (30, 41, 2500, 4999):
         some = pieces([scores])
-        cut, _ = kth_torch.local_cuts(some, [count], False)
-        np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(scores, count))
+        masks, _ = kth_torch.local_masks(some, [count], False)
+        np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(scores, count))
 
 
 def test_strided_weights_count_in_their_own_order():
     base = np.random.default_rng(0).integers(0, 9, (30, 40)).astype(np.float32)
     turned = torch.tensor(base).T
     some = [Piece((turned,), lambda arrays, index, own: arrays[0])]
-    cut, _ = kth_torch.local_cuts(some, [500], False)
-    np.testing.assert_array_equal(pruned(some, cut)[0], oracle.lowest(base.T, 500))
+    masks, _ = kth_torch.local_masks(some, [500], False)
+    np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(base.T, 500))
 
 
 def test_ordered_bits_are_those_of_jax():
