@@ -52,6 +52,7 @@ ROWS = {
     "torch-step": Row(training.torch_step, (1024, (32, 256)), (16, (4,))),
     "admm-step": Row(training.admm_step, (2048, (32, 256)), (32, (4,))),
     "first-call": Row(training.first_call, ((3, 9, 36, 3), 64), ((1, 1), 4)),
+    "first-update": Row(training.first_update, 160, 12),
     "fpgm": Row(channels.fpgm, (512, 4608), (16, 90)),
     "fpgm-memory": Row(channels.fpgm_memory, (4096, 4608), (16, 90)),
     "capture": Row(

@@ -66,8 +66,7 @@ def _cut(values: Any, k: Any) -> Any:
     from purepruning.pruners.magnitude import element
     from purepruning.selection import kth_jax
 
-    cut, _ = kth_jax.local_cuts([element(values, None)], jnp.stack([k]), False)
-    return cut
+    return kth_jax.local_cuts([element(values, None)], jnp.stack([k]))
 
 
 def _host_cut(values: Any, k: int) -> tuple[int, int]:
@@ -77,7 +76,8 @@ def _host_cut(values: Any, k: int) -> tuple[int, int]:
     from purepruning.selection import kth_host
 
     def cut(values: np.ndarray) -> tuple[int, int]:
-        found, _ = kth_host.local_cuts([element(values, None)], [k], True)
+        (found,) = kth_host.local_cuts([element(values, None)], [k])
+        assert found is not None, "there is a NaN"
         return found.key[0], found.ties[0]
 
     return by_numpy(cut, values)

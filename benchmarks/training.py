@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from data import convolution_layers, linear_layers, nbytes, normal, residual_network, to_jax
+from data import (
+    convolution_layers,
+    different_convolutions,
+    linear_layers,
+    nbytes,
+    normal,
+    residual_network,
+    to_jax,
+)
 from measure import at_most, in_turns, one_torch_thread, report
 
 import purepruning as pp
@@ -268,3 +276,59 @@ def _first_call(name: str, blocks: tuple[tuple[int, ...], int]) -> dict[str, Any
         "layers": len(kernels),
         "weights": nbytes(kernels) // 4,
     }
+
+
+def first_update(size: int, run: Callable[..., Any]) -> dict[str, Any]:
+    names = ("Adam", "level", "l1_norm")
+    calls = {name: run(_first_update, name, size) for name in names}
+    adam = calls.pop("Adam")
+    weights = adam["weights"]
+    return {
+        "title": f"first jitted update, with compilation, of {size} convolutions of {size} shapes, "
+        f"{weights / 1e6:.3g}M weights: Adam and prune_on_schedule",
+        "ours": {name: {"time": call} for name, call in calls.items()},
+        "instead": {"Adam alone": {"time": adam}},
+        "checks": [
+            at_most(f"{n}: CPU time / Adam alone", c["cpu_s"] / adam["cpu_s"], 2)
+            for n, c in calls.items()
+        ]
+        + [report(f"{n}: an update that prunes, ms", c["next_s"] * 1000) for n, c in calls.items()],
+    }
+
+
+def _first_update(name: str, size: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    kernels = different_convolutions(size)
+    params, layers = to_jax(kernels), convolution_layers(kernels)
+    grads = jax.block_until_ready(jax.tree.map(lambda w: 0.01 * w, params))
+    optimizer: Any = optax.adam(1e-3)
+    if name != "Adam":
+        granularity = "element" if name == "level" else "output_channel"
+        rules = [{"op_types": ["Conv2d"], "sparsity": 0.8}]
+        config = pp.resolve(rules, layers, granularity=granularity)
+        schedule = pp.agp(end_step=10)
+        prune = pp.prune_on_schedule(getattr(pp, name), schedule, config)
+        optimizer = optax.chain(optimizer, prune)
+    state = jax.block_until_ready(optimizer.init(params))
+
+    @jax.jit
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    walls, cpus = [], []
+    for _ in range(5):
+        wall, cpu = time.perf_counter(), time.process_time()
+        params, state = jax.block_until_ready(update(grads, state, params))
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    if name != "Adam":
+        # At the fifth of eleven events.
+        for path, mask in pp.get_masks(state, params).items():
+            assert not jnp.any(jnp.where(mask, 0, params[path])), f"{path}: not pruned"
+            assert 0.5 < float(jnp.mean(~mask)) < 0.8, f"{path}: another count"
+    weights = sum(w.size for w in kernels.values())
+    return {"wall_s": walls[0], "cpu_s": cpus[0], "next_s": min(cpus[1:]), "weights": weights}

@@ -31,6 +31,11 @@ class HostThreshold(NamedTuple):
     ties: list[int]
 
 
+def local_cuts(pieces: Sequence[Piece], counts: Any) -> list[HostThreshold | None]:
+    """Returns the cuts of :func:`local_masks`, one for each piece; None where there is a NaN."""
+    return [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
+
+
 def local_masks(
     pieces: Sequence[Piece], counts: Any, check: bool
 ) -> tuple[list[np.ndarray] | None, list[bool]]:
@@ -39,7 +44,7 @@ def local_masks(
     Masks have the shapes of the pieces' arrays; where there is a NaN there are none. It is looked
     for whether ``check`` or not.
     """
-    cuts = [_solve([p], int(k), [p.size]) for p, k in zip(pieces, counts, strict=True)]
+    cuts = local_cuts(pieces, counts)
     if None in cuts:
         return None, [_has_nan(piece) for piece in pieces]
     masks = [_kept(piece, cut, 0) for piece, cut in zip(pieces, cuts, strict=True) if cut]
