@@ -4,9 +4,15 @@ The number of devices is left alone: a test that needs several starts a subproce
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``, so that the rest run as in a user's program.
 """
 
+import os
+
 import hypothesis
 import jax
 import pytest
+
+# Threads that wait for one another cost small tensors ten times what they bring, and more where
+# several processes share the cores. Read when torch is imported; the fixture `threads` has more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -39,12 +45,23 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unoptimized():
-    """Compiles in half the time, for a test of what no order of operations changes."""
+    """Compiles in less time, for a module of tests of what no order of operations changes."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+@pytest.fixture
+def threads():
+    """Four threads for torch, for a test of tensors so large that they share the work."""
+    import torch
+
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

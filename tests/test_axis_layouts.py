@@ -17,6 +17,8 @@ from tests import oracle
 from tests.covering import covered, covering
 from tests.modes import MODES, OVER_COUNTS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def layer(name, shape, out_axes, in_axes, **fields):
     return Layer(name, "Linear", name, shape, out_axes, in_axes, **fields)
@@ -111,7 +113,6 @@ def lower_of_pairs(weight, layer):
     return keep.reshape(layer.shape)
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("mode", "granularity", "scope", "dtype"),
     covered(

@@ -118,6 +118,7 @@ def test_terms_that_some_devices_flush_count_as_zero():
     assert sums([tiny, subnormal, subnormal, tiny]) == 2 * tiny
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("n", [2**20, 3_000_001])
 def test_many_terms(n):
     values = np.random.default_rng(n).random(n, dtype=np.float32)

@@ -286,15 +286,6 @@ def observe(model, x):
     return sum(params), sum(macs)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Convolutions of one image take many threads longer than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("run", [in_flax, in_torch])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_table(name, run):

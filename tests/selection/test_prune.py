@@ -35,11 +35,8 @@ INF, NAN = float("inf"), float("nan")
 DEFAULT = {"op_types": ["default"], "allow_empty": True}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compiled():
-    """Linux lets a process map only so many regions, and every compiled function takes some."""
-    yield
-    jax.clear_caches()
+# Whole numbers are compared and counted here. What XLA makes of them optimized is in test_laws.py.
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def scoring():
@@ -582,6 +579,7 @@ def test_n_of_m_hand_example():
 # As large as real layers.
 
 
+@pytest.mark.usefixtures("threads")
 def test_more_weights_than_float32_can_count():
     rng = np.random.default_rng(7)
     layers = (vector(17_000_003, "a"), vector(1_900_000, "b"))
