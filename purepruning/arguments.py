@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import is_concrete
+from purepruning.arrays import is_concrete, is_torch
 
 
 def shown(value: Any) -> str:
@@ -146,10 +147,12 @@ def _simplest(low: Fraction, high: Fraction) -> Fraction:
     return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
-def scalar(value: Any, where: str, *, zero: bool = False, below: float = math.inf) -> Any:
+def scalar(
+    value: Any, where: str, *, zero: bool = False, below: float = math.inf, like: Any = None
+) -> Any:
     """Returns a finite number above 0 (or 0 too), and below ``below``, as far as it is known.
 
-    It may be an array without axes, of any framework, and traced.
+    It may be an array without axes, and traced; of the framework of ``like`` where that is given.
     """
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real:
@@ -158,6 +161,9 @@ def scalar(value: Any, where: str, *, zero: bool = False, below: float = math.in
             raise TypeError(f"{where} must be a number, got {shown(value)}")
         if tuple(value.shape):
             raise ValueError(f"{where} has shape {tuple(value.shape)}; map over it with vmap")
+        mixed = is_torch(value) if not is_torch(like) else isinstance(value, jax.core.Tracer)
+        if like is not None and mixed:
+            raise TypeError(f"{where} is of another framework than params, got {shown(value)}")
     if not is_concrete(value):
         return value
     huge = isinstance(value, int) and value.bit_length() > 1000
@@ -166,7 +172,7 @@ def scalar(value: Any, where: str, *, zero: bool = False, below: float = math.in
         bounds = f"{'[' if zero else '('}0, {below:g})"
         got = shown(value) if real else float(value)
         raise ValueError(f"{where} must lie in {bounds}, got {got}")
-    return value
+    return float(value) if real else value
 
 
 def whole_number(value: Any, where: str, lowest: int, highest: int | None = None) -> int:

@@ -78,7 +78,8 @@ def is_array(x: Any) -> bool:
         return True
     if is_numpy(x):
         return x.dtype.kind == "b" or jnp.issubdtype(x.dtype, jnp.number)  # no objects, no strings
-    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    known = isinstance(x, jax.Array | jax.ShapeDtypeStruct | jax.core.ShapedArray)
+    return known and not jnp.issubdtype(x.dtype, jax.dtypes.extended)  # no random keys
 
 
 def has_values(x: Any) -> bool:
@@ -272,6 +273,11 @@ def int32(xp: Any, values: Any, like: Any) -> Any:
         return np.asarray(values, np.int32)
     if is_torch(values):
         return values.to(device=like.device, dtype=xp.int32)
+    if isinstance(values, jax.core.Tracer):
+        raise TypeError(
+            "a count or a key that JAX traces cannot be used with torch tensors; give it the "
+            "config or key outside of jit and vmap"
+        )
     # A copy, since torch warns of arrays it may not write to, such as those of JAX.
     return xp.asarray(np.array(values), dtype=xp.int32, device=like.device)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import fraction
+from purepruning.arguments import fraction, whole_number
 
 
 def count_of(sparsity: float, n: int) -> int:
@@ -18,9 +18,8 @@ def count_of(sparsity: float, n: int) -> int:
     >>> count_of(0.7, 10), count_of(0.29, 100), count_of(1 - 0.9, 10), count_of(0.55, 9)
     (7, 29, 1, 4)
     """
-    sparsity = fraction(sparsity, "sparsity")
-    if not hasattr(n, "__index__") or n < 0:
-        raise TypeError(f"n must be a number of units, got {n!r}")
+    sparsity = fraction(sparsity, "count_of: sparsity")
+    n = whole_number(n, "count_of: n", 0, 2**62)
     return int(counts_of(np.float64(sparsity), n))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from purepruning.arguments import collection, shown, whole_number
 from purepruning.arrays import namespace, replicated
 from purepruning.layers import Layer
 
@@ -33,9 +34,12 @@ class Block:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if not self.shape or any(type(b) is not int or b == 0 or b < -1 for b in self.shape):
-            raise ValueError(f"Block sizes must be positive integers or -1, got {self.shape}")
+        shape = collection(self.shape, "Block: shape", "a tuple of sizes")
+        for size in shape:
+            whole_number(size, "Block: shape: every size", -1)
+        if not shape or 0 in shape:
+            raise ValueError(f"Block: shape must hold positive integers or -1, got {shape}")
+        object.__setattr__(self, "shape", tuple(map(int, shape)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +53,12 @@ class NM:
     of: int
 
     def __post_init__(self) -> None:
-        if type(self.keep) is not int or type(self.of) is not int or not 0 < self.keep < self.of:
-            raise ValueError(f"NM needs integers 0 < keep < of, got keep={self.keep}, of={self.of}")
+        of = whole_number(self.of, "NM: of", 2, 2**31 - 1)
+        keep = whole_number(self.keep, "NM: keep", 1)
+        if keep >= of:
+            raise ValueError(f"NM: keep must be less than of, got keep={shown(keep)}, of={of}")
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "of", of)
 
 
 Granularity = Literal["element", "output_channel", "input_channel"] | Block | NM

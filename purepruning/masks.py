@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from purepruning.arguments import adapter_of, missing, shown
+from purepruning.arguments import adapter_of, missing, one_of, shown
 from purepruning.arrays import (
     by_numpy,
     chosen,
@@ -81,8 +81,7 @@ def merge_masks(*masks: Masks, how: Literal["and", "or"] = "and") -> Masks:
     >>> merge_masks(one, two, how="or")["b"] is None
     True
     """
-    if how not in ("and", "or"):
-        raise ValueError(f"how must be 'and' or 'or', got {how!r}")
+    one_of("merge_masks: how", how, ("and", "or"))
     if not masks:
         raise ValueError("merge_masks needs at least one tree of masks")
     named = [named_masks(tree) for tree in masks]
@@ -186,6 +185,8 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
 
 def zero_pruned(x: Any, mask: Any) -> Any:
     """Returns one array with zeros where its mask is False."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError("params: a parameter that has a mask has no values, only a shape")
     return by_numpy(lambda x, mask: chosen(spread_mask(mask, x), x, 0), x, mask)
 
 
@@ -250,17 +251,26 @@ def named_masks(masks: Any) -> dict[str, Any]:
     return leaves
 
 
-def masks_of_pruner(where: str, masks: Any, params: Any) -> dict[str, Any]:
+def masks_of_pruner(
+    where: str, masks: Any, params: Any, weights: Mapping[str, str]
+) -> dict[str, Any]:
     """Returns the masks that a pruner returned, by path; ``where`` names who called it.
 
     Raises:
-        KeyError, ValueError, TypeError: they are no masks of these parameters.
+        KeyError, ValueError, TypeError: they are no masks of these parameters, or there is none for
+            one of ``weights``, the path of each layer's weight by its name.
     """
     try:
-        return by_path(masks, params)
+        found = by_path(masks, params)
+        for name, path in weights.items():
+            if path not in found:
+                raise KeyError(f"there is no mask of layer {name!r}")
+        return found
     except (KeyError, ValueError, TypeError) as error:
         why = error.args[0] if error.args else error
-        raise type(error)(f"{where}: the pruner returned no masks of params: {why}") from None
+        raise type(error)(
+            f"{where}: the pruner must return masks of params, for every layer of the config: {why}"
+        ) from None
 
 
 def check_mask(path: str, mask: Any, shape: tuple[int, ...]) -> None:
@@ -307,6 +317,7 @@ def _places(masks: tuple[Any, ...]) -> tuple[Any, Iterable[str]]:
         fill = {} if any(map(is_torch, _values(masks))) else dict.fromkeys(names)
         return (lambda values: {**fill, **values}), names
     nothing = object()
+    flatten(masks[0])  # says what is no tree
     tree = flatten(
         jax.tree.map(lambda x: nothing if x is None else x, masks[0], is_leaf=lambda x: x is None)
     )

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import bits_float, int32, is_numpy, is_torch, namespace
+from purepruning.arguments import shown
+from purepruning.arrays import (
+    NUMPY,
+    bits_float,
+    has_values,
+    int32,
+    is_array,
+    is_concrete,
+    is_numpy,
+    is_torch,
+    namespace,
+)
 
 
 def key_words(key: Any) -> tuple[Any, Any]:
@@ -23,10 +34,13 @@ def key_words(key: Any) -> tuple[Any, Any]:
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= key < 2**32:
-            raise ValueError(f"a seed must lie in [0, 2**32), got {key}")
+            raise ValueError(f"a seed must lie in [0, 2**32), got {shown(key)}")
         return 0, int(np.uint32(key).view(np.int32))
-    shape = tuple(getattr(key, "shape", ()))
-    if not is_torch(key) and jnp.issubdtype(getattr(key, "dtype", np.float32), jax.dtypes.prng_key):
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and not (is_array(key) and has_values(key)):
+        raise TypeError(f"a random key must be a seed, a JAX key or two words, got {shown(key)}")
+    shape = tuple(key.shape)
+    if typed:
         if shape:
             raise TypeError(f"one random key is needed, {shape} came; map over them with vmap")
         words = jax.lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
@@ -35,10 +49,12 @@ def key_words(key: Any) -> tuple[Any, Any]:
             operator.xor, words[1::2]
         )
     xp = namespace(key)
-    if not hasattr(key, "dtype") or not xp.isdtype(key.dtype, "integral"):
-        raise TypeError(f"a random key must be a seed, a JAX key or two words, got {key!r}")
+    if not xp.isdtype(key.dtype, "integral"):
+        raise TypeError(f"a random key must be a seed, a JAX key or two words, got {shown(key)}")
     if shape not in ((), (2,)):
         raise TypeError(f"a random key must be a scalar or two words, got shape {shape}")
+    if is_torch(key) and is_concrete(key):
+        key, xp = key.detach().cpu().numpy(), NUMPY  # so that it serves every framework
     words = _low_word(xp, key)
     return (words * 0, words) if shape == () else (words[0], words[1])
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import missing
+from purepruning.arguments import missing, shown
+from purepruning.arrays import is_array
 from purepruning.granularity import fold, grid
-from purepruning.layers import Layer, Layers
+from purepruning.layers import Layer, Layers, checked_table
 from purepruning.masks import by_path, count_kept, to_numpy
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
@@ -164,12 +165,13 @@ def summarize(params: Params, masks: Masks, layers: Layers) -> Summary:
     all parameters:    13 of 16 weights kept (81.2%), compression 1.23x
     """
     leaves = flatten(params).leaves
+    table = checked_table(layers, "summarize: layers")
     keep = by_path(masks, params)
-    sizes = {path: math.prod(x.shape) for path, x in leaves.items() if hasattr(x, "dtype")}
+    sizes = {path: math.prod(x.shape) for path, x in leaves.items() if is_array(x)}
     kept = {path: count_kept(mask, tuple(leaves[path].shape)) for path, mask in keep.items()}
     masked_kept, masked = sum(kept.values()), sum(sizes[path] for path in kept)
     total = sum(sizes.values())
-    rows = tuple(_row(layer, leaves, keep, kept) for layer in layers)
+    rows = tuple(_row(layer, leaves, keep, kept) for layer in table)
     return Summary(rows, masked_kept, masked, total - masked + masked_kept, total)
 
 
@@ -179,7 +181,10 @@ def _row(
     where = f"summarize: layer {layer.name!r}"
     if layer.weight not in leaves:
         raise KeyError(missing(f"{where}: params have no {layer.weight!r}", layer.weight, leaves))
-    shape = tuple(leaves[layer.weight].shape)
+    weight = leaves[layer.weight]
+    if not is_array(weight):
+        raise TypeError(f"{where}: {layer.weight!r} is no array in params, but {shown(weight)}")
+    shape = tuple(weight.shape)
     if shape != layer.shape:
         raise ValueError(
             f"{where}: {layer.weight!r} has shape {shape} in params, but {layer.shape} in the "

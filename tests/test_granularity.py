@@ -125,7 +125,7 @@ def test_costs_of_tiles_at_the_edge():
 
 @pytest.mark.parametrize("shape", [(), (0,), (-2,), (2.0,), (True,), ("2",)])
 def test_block_sizes_are_positive_integers_or_minus_1(shape):
-    with raises(ValueError, "Block", shape):
+    with pytest.raises((TypeError, ValueError), match="Block: shape"):
         Block(shape)
 
 
@@ -133,7 +133,7 @@ def test_block_sizes_are_positive_integers_or_minus_1(shape):
     ("keep", "of"), [(0, 4), (4, 4), (5, 4), (-1, 4), (2.0, 4), (2, 4.0), (True, 2)]
 )
 def test_nm_keeps_some_and_prunes_some(keep, of):
-    with raises(ValueError, "NM", f"keep={keep}", f"of={of}"):
+    with pytest.raises((TypeError, ValueError), match=r"NM: (keep|of) must be"):
         NM(keep, of)
 
 

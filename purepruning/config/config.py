@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import jax
 import numpy as np
 
-from purepruning.arguments import fraction, instance, missing, shown
+from purepruning.arguments import collection, fraction, instance, missing, shown
 from purepruning.arrays import has_values, is_array, is_concrete, namespace
 from purepruning.config.rules import Gradual, Scope
-from purepruning.counts import count_of
+from purepruning.counts import count_of, counts_of
 from purepruning.granularity import NM, Granularity
 from purepruning.layers import Layer
 from purepruning.masks import named_masks, to_numpy
@@ -99,6 +99,12 @@ class Pool:
             return -((left - self.total) // self.step)
         return int(self.allow(count_of(sparsity, self.size)))
 
+    def counts_of(self, sparsities: np.ndarray) -> np.ndarray:
+        """Returns the same for a float64 array of sparsities, as int64."""
+        if self.total is not None:
+            return -((counts_of(1 - sparsities, self.total) - self.total) // self.step)
+        return np.asarray(self.allow(counts_of(sparsities, self.size)))
+
     def allow(self, counts: Any) -> Any:
         """Returns the largest allowed counts that do not exceed ``counts``, as NumPy."""
         if self.allowed is None:
@@ -173,6 +179,7 @@ class Config:
             KeyError: a pool is missing or unknown.
             ValueError: the counts of N:M are fixed.
         """
+        instance(counts, Mapping, "with_counts: counts", "a mapping from pool names to counts")
         if counts:
             self._check_counted()
         if isinstance(self.granularity, NM):
@@ -180,10 +187,12 @@ class Config:
         names = [pool.name for pool in self.pools]
         for name in counts:
             if name not in names:
-                raise KeyError(missing(f"no pool is called {name!r}", name, names))
-        for name in names:
-            if name not in counts:
-                raise KeyError(f"counts have none for pool {name!r}")
+                raise KeyError(missing(f"with_counts: no pool is called {name!r}", name, names))
+        for pool in self.pools:
+            if pool.name not in counts:
+                raise KeyError(f"with_counts: counts have none for pool {pool.name!r}")
+            if counts[pool.name] is not None:  # as in a config whose rules name no sparsity
+                check_count("with_counts", pool, counts[pool.name])
         return dataclasses.replace(self, counts={name: counts[name] for name in names})
 
     def with_masks(self, masks: Masks) -> Config:
@@ -225,7 +234,8 @@ class Config:
             sparsity = dict.fromkeys(names, sparsity)
         for name in sparsity:
             if name not in names:
-                raise KeyError(missing(f"no pool is called {name!r}", name, names))
+                message = f"with_sparsity: sparsity: no pool is called {name!r}"
+                raise KeyError(missing(message, name, names))
         counts = dict(self.counts)
         for pool in self.pools:
             if pool.name in sparsity:
@@ -241,7 +251,8 @@ class Config:
         several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
         if not several and getattr(sparsity, "ndim", 0) == 0:
             return checked_count(pool, fraction(sparsity, where), where)
-        fractions = [fraction(s, where) for s in sparsity]
+        some = collection(sparsity, where, "a fraction, or several of them")
+        fractions = [fraction(s, where) for s in some]
         counts = [checked_count(pool, s, where) for s in fractions]
         return np.asarray(counts, np.int32)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import collection, is_number, one_of, whole_number
+from purepruning.arguments import collection, flag, is_number, one_of, shown, whole_number
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.rules import (
     Rule,
@@ -137,17 +137,17 @@ def resolve(
     table = checked_table(layers)
     if coupling is not None:
         check_coupling("resolve", coupling)
-    if coupling is not None and granularity not in (None, "output_channel", "out_channel"):
+    one_of("scope", scope, ("layer", "global"))
+    if granularity is None:
+        granularity = "element" if coupling is None else "output_channel"
+    granularity = _granularity(granularity)
+    if coupling is not None and granularity != "output_channel":
         raise ValueError(
             f"a coupling is about output channels, so granularity must be 'output_channel' or left "
             f"out, got {granularity!r}"
         )
     options = _Options(extra, cost, per_cost, round_to, min_channels)
     options.check(coupling, scope)
-    if granularity is None:
-        granularity = "element" if coupling is None else "output_channel"
-    granularity = _granularity(granularity)
-    one_of("scope", scope, ("layer", "global"))
     one_of("bias", bias, ("follow", "keep"))
     if isinstance(granularity, NM) and scope == "global":
         raise ValueError(
@@ -207,9 +207,8 @@ class _Options(NamedTuple):
     def check(self, coupling: Any, scope: str) -> None:
         """Raises where an option is wrong, or would have no effect."""
         for name in ("round_to", "min_channels"):
-            whole_number(getattr(self, name), name, 1)
-        if not isinstance(self.per_cost, bool):
-            raise TypeError(f"per_cost must be True or False, got {self.per_cost!r}")
+            whole_number(getattr(self, name), name, 1, 2**31 - 1)
+        flag(self.per_cost, "per_cost")
         one_of("extra", self.extra, (None, "own", "none"))
         one_of("cost", self.cost, (None, "params", "macs"))
         unset = _Options(None, None, False, 1, 1)._asdict()
@@ -228,7 +227,7 @@ def _granularity(value: Any) -> Granularity:
     if isinstance(value, str) and value in _GRANULARITIES:
         return _GRANULARITIES[value]  # type: ignore[return-value]
     expected = "'element', 'output_channel', 'input_channel', Block(...) or NM(keep=..., of=...)"
-    raise ValueError(f"granularity must be {expected}, got {value!r}")
+    raise ValueError(f"granularity must be {expected}, got {shown(value)}")
 
 
 def _own_biases(table: tuple[Layer, ...], chosen: Mapping[str, int]) -> tuple[Layer, ...]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from purepruning.arguments import fraction, missing, whole_number
+from purepruning.arguments import fraction, missing, one_of, whole_number
 from purepruning.granularity import NM, Granularity, has_units
 from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer
 
@@ -111,9 +111,7 @@ def check_keys(number: int, rule: Any) -> None:
     for key in ("exclude", "allow_empty"):
         if not isinstance(rule.get(key, False), bool):
             raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
-    if rule.get("units", "head") not in UNIT_KINDS:
-        kinds = ", ".join(map(repr, UNIT_KINDS))
-        raise ValueError(f"rule {number}: units must be one of {kinds}, got {rule['units']!r}")
+    one_of(f"rule {number}: units", rule.get("units", "head"), UNIT_KINDS)
     given = [key for key in _SPARSITIES if key in rule]
     other = [key for key in rule if key not in (*_SELECTORS, "exclude")]
     if rule.get("exclude", False) and other:
@@ -299,5 +297,5 @@ def _strings(number: int, key: str, value: Any) -> list[str]:
 
 
 def integer(rule: Rule, key: str, number: int, default: int, lowest: int) -> int:
-    """Returns the rule's integer at ``key``, at least ``lowest``."""
-    return whole_number(rule.get(key, default), f"rule {number}: {key}", lowest)
+    """Returns the rule's integer at ``key``, at least ``lowest`` and no more than steps can be."""
+    return whole_number(rule.get(key, default), f"rule {number}: {key}", lowest, 2**31 - 2)

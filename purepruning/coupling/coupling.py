@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import instance, one_of
+from purepruning.arguments import collection, instance, is_number, one_of, shown
+from purepruning.arrays import has_values, is_array, is_concrete, namespace
 from purepruning.counts import count_of
 from purepruning.coupling.describe import text
 from purepruning.coupling.unit_masks import Chosen, Conflicts, check_removal, masks_of, units_of
 from purepruning.coupling.units import Coupled, Family, FrozenAxis, Product
-from purepruning.masks import by_path, merge_masks
+from purepruning.masks import by_path, merge_masks, to_numpy
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -89,20 +90,21 @@ class Coupling:
         return removed
 
     def _marked(self, pruned: Iterable[int]) -> np.ndarray:
-        given = np.asarray(list(pruned) if not isinstance(pruned, np.ndarray) else pruned)
-        if given.size and given.dtype.kind not in "iu":
-            raise TypeError(
-                f"pruned must hold unit numbers, got {given.dtype} (of booleans by unit number, "
-                "pass np.flatnonzero)"
-            )
-        numbers = given.astype(np.int64).reshape(-1)
-        if numbers.size and not (numbers.min() >= 1 and numbers.max() <= self.n_units):
+        some = pruned.reshape(-1).tolist() if isinstance(pruned, np.ndarray) else pruned
+        numbers = collection(some, "pruned", "unit numbers, such as [1, 2, 3]")
+        for n in numbers:
+            if isinstance(n, bool) or not isinstance(n, int | np.integer):
+                raise TypeError(
+                    f"pruned must hold unit numbers, got {shown(n)} (of booleans by unit number, "
+                    "pass np.flatnonzero)"
+                )
+        if numbers and not (min(numbers) >= 1 and max(numbers) <= self.n_units):
             raise ValueError(
                 f"pruned must hold unit numbers from 1 to {self.n_units}, got "
-                f"{int(numbers.min())} to {int(numbers.max())}"
+                f"{shown(min(numbers))} to {shown(max(numbers))}"
             )
         removed = np.zeros(self.n_units + 1, bool)
-        removed[numbers] = True
+        removed[np.asarray(numbers, np.int64)] = True
         return removed
 
     def check(self, removed: np.ndarray) -> None:
@@ -181,11 +183,20 @@ class Coupling:
         Raises:
             ValueError: scores of another length, or NaN.
         """
-        scores = np.asarray(scores, np.float64).reshape(-1)
-        if len(scores) == self.n_units:
+        where, n = "Coupling.lowest: scores", self.n_units
+        if isinstance(scores, list | tuple) and all(map(is_number, scores)):
+            scores = np.asarray(scores, np.float64)
+        if not is_array(scores) or not (is_concrete(scores) and has_values(scores)):
+            raise TypeError(f"{where} must be {n} known numbers, got {shown(scores)}")
+        if tuple(scores.shape) not in ((n,), (n + 1,)):
+            raise ValueError(f"{where} must be {n} numbers, one for each unit, got {shown(scores)}")
+        if not namespace(scores).isdtype(scores.dtype, ("real floating", "integral")):
+            raise TypeError(f"{where} must be real numbers, got {scores.dtype}")
+        scores = np.asarray(to_numpy(scores), np.float64)
+        if len(scores) == n:
             scores = np.concatenate([[0.0], scores])
-        if len(scores) != self.n_units + 1 or np.isnan(scores[1:]).any():
-            raise ValueError(f"scores must be {self.n_units} numbers, one for each unit")
+        if np.isnan(scores[1:]).any():
+            raise ValueError(f"{where} must be {n} numbers, and some are NaN")
         found = []
         for chunks in self.groups:
             n = count_of(sparsity, len(chunks[0]))

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import missing
-from purepruning.arrays import array_like, is_torch
+from purepruning.arguments import missing, shown
+from purepruning.arrays import array_like, is_array, is_concrete, is_torch
 from purepruning.coupling.units import Coupled, Family
 from purepruning.coupling.value import COMPANION, SOURCE
 from purepruning.trees import flatten
@@ -32,9 +32,10 @@ def masks_of(leaves: Mapping[str, Coupled], removed: np.ndarray, params: Any) ->
         if path not in tree.leaves:
             raise KeyError(missing(f"params have no {path!r}", path, tree.leaves))
         array = tree.leaves[path]
-        if tuple(array.shape) != leaf.shape:
+        if not is_array(array) or tuple(array.shape) != leaf.shape:
             raise ValueError(
-                f"{path!r} has shape {tuple(array.shape)}, but {leaf.shape} when it was coupled"
+                f"params: {path!r} must be an array of shape {leaf.shape}, as when it was coupled, "
+                f"got {shown(array)}"
             )
         found[path] = array_like(array, keep) if is_torch(array) else jnp.asarray(keep)
     return tree.rebuild(found)
@@ -233,4 +234,9 @@ def _disagreement(families: Sequence[Family], torn: np.ndarray) -> str:
 
 
 def _host(mask: Any) -> np.ndarray:
+    if not is_concrete(mask):
+        raise TypeError(
+            "masks must be known to say which units go, and are traced by jit or vmap; call this "
+            "outside of them"
+        )
     return np.asarray(mask.detach().cpu() if is_torch(mask) else mask)

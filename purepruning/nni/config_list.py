@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import fraction, missing
+from purepruning.arguments import collection, fraction, missing
 from purepruning.config.config import BiasRule
 from purepruning.config.rules import KEYS_OF_NNI_3, Rule, Scope, selected_layers
 from purepruning.granularity import Block, Granularity
@@ -79,7 +79,7 @@ def translate(config_list: Any, table: tuple[Layer, ...]) -> Translated:
     """
     if not isinstance(config_list, Iterable) or isinstance(config_list, str | Mapping):
         return Translated(config_list)
-    entries = list(config_list)
+    entries = list(collection(config_list, "config_list", "a list of dictionaries"))
     new = [i for i, x in enumerate(entries) if isinstance(x, Mapping) and _new_keys(x)]
     if not new:
         return Translated(entries)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from purepruning.arguments import missing
+from purepruning.arguments import missing, one_of
 from purepruning.config.config import Config, Pruner
 from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
@@ -157,8 +157,7 @@ def from_nni(
     base = _base("name", name) if plain not in _SCHEDULED else None
     if base is None:
         base = _base("pruning_algorithm", pruning_algorithm)
-    if mode not in (None, "normal", "dependency_aware"):
-        raise ValueError(f"mode must be 'normal' or 'dependency_aware', got {mode!r}")
+    one_of("mode", mode, (None, "normal", "dependency_aware"))
     table = checked_table(layers)
     said = translate(config_list, table)
     base = _Base(

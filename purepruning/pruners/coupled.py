@@ -33,7 +33,7 @@ from purepruning.granularity import any_of, fold, grid
 from purepruning.masks import by_path, spread_mask
 from purepruning.selection.biases import with_biases
 from purepruning.selection.coupled import joined, masks_of_units
-from purepruning.selection.prune import checked_counts, weights_of
+from purepruning.selection.prune import check_values, checked_counts, weights_of
 from purepruning.trees import flatten
 from purepruning.types import Array, Masks, Params
 
@@ -174,9 +174,10 @@ def group_norm(
     allocation = _allocation("group_norm", config)
     if stats is not None:
         raise TypeError(f"group_norm takes stats=None, got {shown(stats)}")
-    p = scalar(p, "group_norm: p")
+    if not is_concrete(scalar(p, "group_norm: p")):
+        raise TypeError("group_norm: p must be known, and is traced by jit or vmap")
     tree = flatten(params)
-    weights_of("group_norm", tree.leaves, config)
+    check_values("group_norm", weights_of("group_norm", tree.leaves, config))
     for axis in (axis for family in allocation.coupling.families for axis in family.axes):
         # Companions may be statistics, which need not be part of params.
         if axis.role != COMPANION and axis.path not in tree.leaves:
@@ -185,7 +186,7 @@ def group_norm(
     powers = {
         path: by_numpy(_power, stop_gradient(x), p)
         for path, x in tree.leaves.items()
-        if is_array(x) and namespace(x).isdtype(x.dtype, "real floating")
+        if is_array(x) and has_values(x) and namespace(x).isdtype(x.dtype, "real floating")
     }
     scores = unit_scores(
         powers if is_torch(next(iter(powers.values()))) else tree.rebuild(powers),

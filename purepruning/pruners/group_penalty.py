@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import flag, scalar, some_of
-from purepruning.arrays import int32, namespace
+from purepruning.arguments import flag, scalar, shown, some_of
+from purepruning.arrays import has_values, int32, is_array, namespace
 from purepruning.config.config import Config
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.units import Family, FamilyAxis
@@ -64,10 +64,11 @@ def group_penalty(
     (5.0, [[0.6000000238418579, 0.0]])
     """
     coupling, chosen = _units_of(coupling)
-    scale = scalar(scale, "group_penalty: scale", zero=True)
     flag(weighted, "group_penalty: weighted")
     wanted = some_of("group_penalty: roles", roles, ROLES)
     leaves = _checked(flatten(params).leaves, coupling)
+    like = next(iter(leaves.values()), 0)
+    scale = scalar(scale, "group_penalty: scale", zero=True, like=like)
     total: Any = 0.0
     for family in coupling.families:
         axes = [m for m in family.axes if m.path in leaves and m.role in wanted]
@@ -101,8 +102,10 @@ def _units_of(coupling: Any) -> tuple[Coupling, np.ndarray]:
 def _checked(leaves: dict[str, Any], coupling: Coupling) -> dict[str, Any]:
     found = {}
     for path, x in leaves.items():
-        if path not in coupling.leaves or not hasattr(x, "shape"):
+        if path not in coupling.leaves:
             continue
+        if not is_array(x) or not has_values(x):
+            raise TypeError(f"group_penalty: {path!r} must be an array in params, got {shown(x)}")
         if tuple(x.shape) != coupling.leaves[path].shape:
             raise ValueError(
                 f"group_penalty: {path!r} has shape {tuple(x.shape)}, but "

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.arguments import missing
-from purepruning.arrays import array_like, is_torch, namespace, stop_gradient
+from purepruning.arguments import missing, shown
+from purepruning.arrays import (
+    array_like,
+    has_values,
+    is_array,
+    is_torch,
+    namespace,
+    stop_gradient,
+)
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
@@ -65,8 +72,8 @@ def _by_layer(scores: Any, weights: Mapping[str, Any], config: Config) -> dict[s
             message = f"{where}: scores have neither {layer.weight!r} nor the layer's name"
             raise KeyError(missing(message, layer.weight, leaves))
         x = array_like(weights.get(layer.weight), leaves[path])
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{where}: scores must be an array, got {type(x).__name__}")
+        if not is_array(x) or not has_values(x):
+            raise TypeError(f"{where}: scores must be an array, got {shown(x)}")
         if is_torch(x) and not is_torch(weights.get(layer.weight)):
             raise TypeError(f"{where}: scores are a torch tensor, and the weight is none")
         if not namespace(x).isdtype(x.dtype, ("real floating", "integral")):

@@ -109,7 +109,7 @@ def slim_penalty(params: Params, layers: Config | Layers, *, scale: float = 1e-4
     (3.0, [4.0, -4.0, 0.0])
     """
     table, leaves = watched("slim_penalty", layers), flatten(params).leaves
-    scale = scalar(scale, "slim_penalty: scale", zero=True)
+    scale = scalar(scale, "slim_penalty: scale", zero=True, like=next(iter(leaves.values()), 0))
     _refuse_others("slim_penalty", table)
     total: Any = 0.0
     for layer in table:

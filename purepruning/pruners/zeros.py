@@ -9,13 +9,13 @@ import numpy as np
 
 from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
 from purepruning.config.allocation import Allocation
-from purepruning.config.config import Config, Pool
+from purepruning.config.config import Config, Pool, check_count
 from purepruning.config.rules import Scope
 from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
 from purepruning.layers import Layer
 from purepruning.masks import to_numpy
 from purepruning.selection.biases import with_biases
-from purepruning.selection.prune import weights_of
+from purepruning.selection.prune import check_values, weights_of
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -57,6 +57,7 @@ def masks_from_zeros(params: Params, config: Config) -> Masks:
     weights = weights_of(_NAME, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
+    check_values(_NAME, weights)
     biases = {x.bias: tree.leaves[x.bias] for x in config.layers if x.bias in tree.leaves}
 
     def find(weights: dict[str, Any], biases: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +138,8 @@ def _check_counts(
                     "rule 'allow_empty': True"
                 )
         count = config.counts.get(pool.name)
+        if count is not None:
+            check_count(_NAME, pool, count)
         if count is None or np.ndim(count) or not is_concrete(count):
             continue
         if config.allocation is not None:

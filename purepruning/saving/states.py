@@ -28,7 +28,7 @@ import safetensors.numpy
 
 from purepruning.arguments import missing, shown
 from purepruning.arrays import is_array, is_concrete, is_torch, namespace
-from purepruning.config.config import Config, check_config
+from purepruning.config.config import Config, check_config, known_counts
 from purepruning.masks import to_numpy
 from purepruning.saving.files import (
     BROKEN,
@@ -182,7 +182,7 @@ def _kind(name: str, leaf: Any) -> dict[str, Any]:
     """Returns what must agree between the leaf in a file and the one it is read for."""
     if isinstance(leaf, _SCALARS):
         return {"type": type(leaf).__name__}
-    if not (is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)):
+    if not (is_array(leaf) or _is_key(leaf) or isinstance(leaf, np.ndarray | np.generic)):
         raise TypeError(f"the state's leaf {_shown(name)} is no array or number, but {shown(leaf)}")
     kind: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).split(".")[-1]}
     if _is_key(leaf):
@@ -259,8 +259,9 @@ def _description(config: Config) -> dict[str, Any]:
             row[f"layer {layer.name!r}"] = dataclasses.asdict(layer)
         pools[pool.name] = row
     counts = {
-        name: None if count is None else np.asarray(count).tolist()
-        for name, count in config.counts.items()
+        pool.name: known_counts("config", pool, count).tolist()
+        for pool in config.pools
+        if (count := config.counts.get(pool.name)) is not None
     }
     described = {
         "pools": pools,

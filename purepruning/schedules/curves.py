@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from purepruning.arguments import fraction, whole_number
 from purepruning.config.config import Pool
-from purepruning.schedules.schedule import LAST_STEP, Schedule
+from purepruning.schedules.schedule import LAST_STEP, MOST_EVENTS, Schedule, too_many
 
-Curve = Callable[[float, float, float], float]
+Curve = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def one_shot(step: int = 0) -> Schedule:
@@ -20,7 +22,7 @@ def one_shot(step: int = 0) -> Schedule:
     Raises:
         ValueError, TypeError: ``step`` is none.
     """
-    _check_step("step", step)
+    _step("step", step)
     return Schedule(functools.partial(_at_once, step))
 
 
@@ -131,19 +133,19 @@ def exponential(
     return _gradual(_geometric, begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
 
 
-def _line(u: float, initial: float, final: float) -> float:
+def _line(u: np.ndarray, initial: float, final: float) -> np.ndarray:
     return initial + (final - initial) * u
 
 
-def _cubic(u: float, initial: float, final: float) -> float:
-    return final + (initial - final) * (1 - u) ** 3
+def _cubic(u: np.ndarray, initial: float, final: float) -> np.ndarray:
+    return final + (initial - final) * ((1 - u) * (1 - u) * (1 - u))
 
 
-def _half_cosine(u: float, initial: float, final: float) -> float:
-    return initial + (final - initial) * (1 - math.cos(math.pi * u)) / 2
+def _half_cosine(u: np.ndarray, initial: float, final: float) -> np.ndarray:
+    return initial + (final - initial) * (1 - np.cos(math.pi * u)) / 2
 
 
-def _geometric(u: float, initial: float, final: float) -> float:
+def _geometric(u: np.ndarray, initial: float, final: float) -> np.ndarray:
     return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** u
 
 
@@ -165,14 +167,12 @@ def _gradual(
     initial_sparsity: float | None,
     steps_per_epoch: int,
 ) -> Schedule:
-    for name, value, least in (
-        ("begin_step", begin_step, 0),
-        ("end_step", end_step, begin_step or 0),
-        ("frequency", frequency, 1),
-        ("steps_per_epoch", steps_per_epoch, 1),
-    ):
-        if value is not None or name == "steps_per_epoch":
-            _check_step(name, value, least)
+    first = 0 if begin_step is None else _step("begin_step", begin_step)
+    if end_step is not None:
+        _step("end_step", end_step, first)
+    if frequency is not None:
+        _step("frequency", frequency, 1)
+    _step("steps_per_epoch", steps_per_epoch, 1)
     if initial_sparsity is not None:
         initial_sparsity = fraction(initial_sparsity, "initial_sparsity")
     span = _Span(begin_step, end_step, frequency, initial_sparsity, steps_per_epoch)
@@ -183,18 +183,22 @@ def _at_once(step: int, pool: Pool, final: float) -> list[tuple[int, float]]:
     return [(step, final)]
 
 
-def _along(curve: Curve, span: _Span, pool: Pool, final: float) -> list[tuple[int, float]]:
+def _along(curve: Curve, span: _Span, pool: Pool, final: float) -> np.ndarray:
+    """Returns the steps of all events and their sparsities, ``(events, 2)``."""
     initial, begin, end, frequency = _of_rule(pool, span)
     if initial > final:
         raise ValueError(
             f"rule {pool.rule}: {pool.name!r} would begin at sparsity {initial:g}, above the final "
             f"one of {final:g}"
         )
-    steps = [*range(begin, end, frequency), end]
-    if initial == final or len(steps) == 1:
-        return [(step, final) for step in steps]
-    width = end - begin
-    return [(t, curve((t - begin) / width, initial, final)) for t in steps[:-1]] + [(end, final)]
+    number = -((begin - end) // frequency) + 1
+    if number > MOST_EVENTS:
+        raise ValueError(too_many(f"rule {pool.rule}: the events of {pool.name!r}", number))
+    steps = np.append(np.arange(begin, end, frequency, dtype=np.float64), end)
+    shares = np.full(len(steps), final)
+    if initial != final and len(steps) > 1:
+        shares[:-1] = curve((steps[:-1] - begin) / (end - begin), initial, final)
+    return np.stack([steps, shares], axis=1)
 
 
 def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
@@ -225,6 +229,5 @@ def _of_rule(pool: Pool, span: _Span) -> tuple[float, int, int, int]:
     return initial, begin, end, frequency
 
 
-def _check_step(name: str, value: object, least: int = 0) -> None:
-    if whole_number(value, name, least) >= LAST_STEP:
-        raise ValueError(f"{name} must be below 2**31 - 1, got {value}")
+def _step(name: str, value: object, least: int = 0) -> int:
+    return whole_number(value, name, least, LAST_STEP - 1)

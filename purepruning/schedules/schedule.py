@@ -13,17 +13,23 @@ would run both sides at every step.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
-from purepruning.arguments import fraction
-from purepruning.arrays import by_numpy, is_concrete, namespace
-from purepruning.config.config import Config, Pool
+from purepruning.arguments import collection, fraction, function, instance, shown, whole_number
+from purepruning.arrays import by_numpy, is_array, is_concrete, namespace
+from purepruning.config.config import Config, Pool, check_config, known_counts
 from purepruning.granularity import NM
+
+#: When to prune a pool of a final sparsity, and to which: pairs of a step and a sparsity, in a list
+#: or as an array ``(events, 2)``.
+Events: TypeAlias = Callable[[Pool, float], Sequence[tuple[int, float]] | np.ndarray]
+
+#: The most events a schedule has: a table holds a row for each.
+MOST_EVENTS = 10**6
 
 #: Steps up to which a state counts; the counter then stays.
 LAST_STEP = 2**31 - 1
@@ -68,8 +74,8 @@ class Schedule:
     """When to prune, and to which sparsity: made by :func:`purepruning.agp` and its like.
 
     Attributes:
-        events: ``(pool, final sparsity) -> [(step, sparsity), ...]``, steps ascending; the last
-            sparsity should be the final one.
+        events: ``(pool, final sparsity) -> [(step, sparsity), ...]``, steps ascending, also as an
+            array ``(events, 2)``; the last sparsity should be the final one.
 
     >>> import purepruning as pp
     >>> layer = pp.Layer("fc", "Linear", "fc.w", (10, 10), out_axes=(1,), in_axes=(0,))
@@ -88,7 +94,11 @@ class Schedule:
     0 80
     """
 
-    events: Callable[[Pool, float], Sequence[tuple[int, float]]]
+    events: Events
+
+    def __post_init__(self) -> None:
+        expected = "a function (pool, final sparsity) -> [(step, sparsity), ...]"
+        function(self.events, "Schedule: events", expected)
 
     def init(self, config: Config, sparsity: Any = None) -> ScheduleState:
         """Returns the state before the first step, as NumPy arrays.
@@ -102,10 +112,13 @@ class Schedule:
                 sequence of them gives counts ``(sparsities, events + 1)``, to ``vmap`` over.
 
         Raises:
+            TypeError: ``config`` is no config, or its counts are not known, under ``jit``; the
+                schedule's events are no pairs of a step and a sparsity.
             ValueError: a pool has no sparsity, or one that its layers do not allow; the steps of
-                a pool do not ascend; the config is of N:M, whose counts are fixed, and there are
-                several events.
+                a pool do not ascend, or are too many for a table; the config is of N:M, whose
+                counts are fixed, and there are several events.
         """
+        check_config("Schedule.init", config)
         if sparsity is not None:
             config = config.with_sparsity(sparsity)
         own = {pool.name: _table(self.events, pool, config, sparsity) for pool in config.pools}
@@ -132,6 +145,7 @@ class Schedule:
         The first call is for step 0. Call it once per step, before the step is taken; a step is
         whatever the schedule's times count, an update or an epoch.
         """
+        check_state("Schedule.step", state)
         return advance(state), Event(due(state), counts(state), turns(state))
 
 
@@ -213,6 +227,8 @@ def check_resumed(restored: Any, fresh: Any) -> None:
             f"the checkpoint has {len(pairs[0])} schedules, and this run {len(pairs[1])}"
         )
     for old, new in zip(*pairs, strict=True):
+        for state in (old, new):
+            check_state("check_resumed", state)
         _check_same(old, new)
 
 
@@ -250,44 +266,43 @@ def _is_state(node: Any) -> bool:
 class _Table(NamedTuple):
     """One pool's own events: times ``(events,)`` and counts ``(..., events + 1)``."""
 
-    times: tuple[int, ...]
+    times: np.ndarray
     counts: np.ndarray
 
 
 def _table(
-    events: Callable[[Pool, float], Sequence[tuple[int, float]]],
+    events: Events,
     pool: Pool,
     config: Config,
     sparsity: Any,
 ) -> _Table:
     if isinstance(config.granularity, NM):
-        return _Table(_times(pool, events(pool, 0.0)), np.zeros(1, np.int32))
+        return _Table(_read(pool, events(pool, 0.0))[0], np.zeros(1, np.int32))
     count = config.counts[pool.name]
     if count is None:
         raise ValueError(
-            f"rule {pool.rule} gives no sparsity for {pool.name!r}, so that a schedule has none to "
-            "end at; name one in the rule or give init(config, sparsity=...)"
+            f"Schedule.init: rule {pool.rule} gives no sparsity for {pool.name!r}, so that a "
+            "schedule has none to end at; name one in the rule or give init(config, sparsity=...)"
         )
-    if not is_concrete(count):
-        raise TypeError("Schedule.init makes a table on the host; call it outside of jit and vmap")
+    finals = known_counts("Schedule.init", pool, count).reshape(-1).tolist()
     given = sparsity.get(pool.name) if isinstance(sparsity, Mapping) else sparsity
-    finals = np.asarray(count).reshape(-1).tolist()
     several = np.ndim(count) > 0
     if given is None:
         fractions = [_fraction_of(pool, k) for k in finals]
     else:
         fractions = [fraction(s, "sparsity") for s in (given if several else [given])]
-    times: set[tuple[int, ...]] = set()
-    rows = []
+    if not fractions:
+        raise ValueError("Schedule.init: sparsity holds no fraction; give one or several")
+    rows: list[_Table] = []
     for share, final in zip(fractions, finals, strict=True):
-        row = [(t, s) for t, s in events(pool, share)]
-        times.add(_times(pool, row))
+        times, shares = _read(pool, events(pool, share))
         # The last count is the config's own, which need not be that of any short fraction.
-        rows.append([0, *(final if s == share else pool.count_of(s) for _, s in row)])
-    if len(times) > 1:
+        counts = np.where(shares == share, final, pool.counts_of(shares))
+        rows.append(_Table(times, np.concatenate([[0], counts]).astype(np.int32)))
+    if any(not np.array_equal(row.times, rows[0].times) for row in rows):
         raise ValueError(f"the events of {pool.name!r} are at other steps for other sparsities")
-    counts = np.asarray(rows, np.int32)
-    return _Table(times.pop(), counts if several else counts[0])
+    counts = np.stack([row.counts for row in rows])
+    return _Table(rows[0].times, counts if several else counts[0])
 
 
 def _fraction_of(pool: Pool, count: int) -> float:
@@ -297,8 +312,69 @@ def _fraction_of(pool: Pool, count: int) -> float:
     return count / pool.size
 
 
-def _times(pool: Pool, events: Sequence[tuple[int, float]]) -> tuple[int, ...]:
-    times = tuple(time for time, _ in events)
-    if not times or times[0] < 0 or any(a >= b for a, b in itertools.pairwise(times)):
-        raise ValueError(f"the events of {pool.name!r} must be at ascending steps, got {times}")
-    return times
+def _read(pool: Pool, events: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps of events, int64, and their sparsities, float64."""
+    where = f"the events of {pool.name!r}"
+    expected = "a list of pairs (step, sparsity)"
+    rows = events if isinstance(events, np.ndarray) else collection(events, where, expected)
+    if len(rows) > MOST_EVENTS:
+        raise ValueError(too_many(where, len(rows)))
+    if isinstance(rows, np.ndarray):
+        if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iuf":
+            raise TypeError(f"{where} must be an array (events, 2) of numbers, got {shown(rows)}")
+        whole = (rows[:, 0] == np.floor(rows[:, 0])) & (rows[:, 0] >= 0) & (rows[:, 0] < LAST_STEP)
+        if not whole.all() or not ((rows[:, 1] >= 0) & (rows[:, 1] <= 1)).all():
+            raise ValueError(f"{where} must be whole steps from 0 on, and sparsities in [0, 1]")
+        steps, shares = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.float64)
+    else:
+        for row in rows:
+            if len(collection(row, f"{where}: every event", "a pair (step, sparsity)")) != 2:
+                raise TypeError(f"{where}: every event must be a pair (step, sparsity)")
+        pairs = [tuple(row) for row in rows]
+        steps = np.asarray([whole_number(t, f"{where}: step", 0, LAST_STEP - 1) for t, _ in pairs])
+        shares = np.asarray([fraction(s, f"{where}: sparsity") for _, s in pairs], np.float64)
+    if not len(steps) or (np.diff(steps) <= 0).any():
+        raise ValueError(f"{where} must be at ascending steps, got {_short(steps)}")
+    return steps, shares
+
+
+def too_many(where: str, events: int) -> str:
+    """Returns the message for a table that would be too long."""
+    return (
+        f"{where} would be {events:,}, and a table has a row for each; at most {MOST_EVENTS:,} "
+        "are made: give a larger frequency"
+    )
+
+
+def check_state(where: str, state: Any) -> None:
+    """Raises for what is no state of a schedule, as its ``init`` and ``step`` return them.
+
+    Raises:
+        TypeError: it is no state, or something in it is no array of integers.
+        ValueError: an array has another shape than its place.
+    """
+    instance(state, ScheduleState, f"{where}: state", "what Schedule.init returned")
+    _check_array(f"{where}: state.step", state.step, "integral", 0)
+    _check_array(f"{where}: state.times", state.times, "integral", 1)
+    events = state.times.shape[0]
+    for field, dtype, length in (("counts", "integral", events + 1), ("turns", "bool", events)):
+        tables = getattr(state, field)
+        instance(tables, Mapping, f"{where}: state.{field}", "a dict by pool name")
+        for name, table in tables.items():
+            what = f"{where}: state.{field}[{name!r}]"
+            _check_array(what, table, dtype, None)
+            if not table.ndim or table.shape[-1] != length:
+                raise ValueError(
+                    f"{what} must have {length} entries for {events} events, got shape "
+                    f"{tuple(table.shape)}"
+                )
+
+
+def _check_array(what: str, x: Any, dtype: str, ndim: int | None) -> None:
+    if not is_array(x) or not namespace(x).isdtype(x.dtype, dtype):
+        kind = {"integral": "integers", "bool": "booleans"}[dtype]
+        raise TypeError(f"{what} must be an array of {kind}, got {shown(x)}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(
+            f"{what} must have {ndim} axes, got shape {tuple(x.shape)}; map over states with vmap"
+        )

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import fraction
-from purepruning.arrays import is_concrete
-from purepruning.config.config import Config, check_config
+from purepruning.arguments import fraction, instance, one_of, scalar, shown
+from purepruning.arrays import is_array, is_concrete, is_torch
+from purepruning.config.config import Config, check_config, known_counts
 from purepruning.counts import count_of
 from purepruning.granularity import NM, grid
 
@@ -24,6 +24,9 @@ LEAST_SHARE = 1e-3
 
 #: Scores that differ by less are as good as equal.
 SMALLEST_CHANGE = 1e-30
+
+#: How often the temperature may fall: a table has a row for each.
+MOST_COOLINGS = 10**6
 
 
 class AnnealingState(NamedTuple):
@@ -143,8 +146,7 @@ def annealing(
     >>> int(state.evaluated) >= 17, abs(int(search.best(state)["a"]) - 30) < 5
     (True, True)
     """
-    if optimize_mode not in ("maximize", "minimize"):
-        raise ValueError(f"optimize_mode must be 'maximize' or 'minimize', got {optimize_mode!r}")
+    one_of("annealing: optimize_mode", optimize_mode, ("maximize", "minimize"))
     start = _positive("start_temperature", start_temperature)
     stop = _positive("stop_temperature", stop_temperature)
     magnitude = _positive("perturbation_magnitude", perturbation_magnitude)
@@ -152,9 +154,17 @@ def annealing(
         raise ValueError(
             f"stop_temperature must not exceed start_temperature, got {stop} > {start}"
         )
-    rate = fraction(cool_down_rate, "cool_down_rate")
+    rate = fraction(cool_down_rate, "annealing: cool_down_rate")
     if not 0 < rate < 1:
-        raise ValueError(f"cool_down_rate must lie between 0 and 1, got {cool_down_rate!r}")
+        raise ValueError(
+            f"annealing: cool_down_rate must lie between 0 and 1, got {shown(cool_down_rate)}"
+        )
+    coolings = math.log(stop / start) / math.log(rate)
+    if not coolings < MOST_COOLINGS:
+        raise ValueError(
+            f"annealing: from start_temperature {start:g} to stop_temperature {stop:g} the "
+            f"temperature would fall {coolings:.3g} times; give a smaller cool_down_rate"
+        )
     if scale is not None:
         scale = _positive("scale", scale)
     # Counted, not multiplied up, so that rounding does not decide when the search ends.
@@ -189,7 +199,7 @@ def annealing(
         return begin(key)
 
     @jax.jit
-    def propose(state: AnnealingState) -> tuple[AnnealingState, dict[str, Any]]:
+    def proposed(state: AnnealingState) -> tuple[AnnealingState, dict[str, Any]]:
         key, draw = jax.random.split(state.key)
         reach = magnitude * temperature(state) / start
         noise = jax.random.uniform(draw, (len(names),), jnp.float32, -1.0, 1.0)
@@ -205,10 +215,8 @@ def annealing(
         return state, _named(names, counts)
 
     @jax.jit
-    def accept(state: AnnealingState, score: Any) -> AnnealingState:
+    def accepted(state: AnnealingState, score: Any) -> AnnealingState:
         score = sign * jnp.asarray(score, jnp.float32)
-        if score.ndim:
-            raise ValueError(f"accept: a score is one number, got shape {score.shape}")
         old, best = sign * state.score, sign * state.best_score
         key, draw = jax.random.split(state.key)
         delta = jnp.nan_to_num(jnp.abs(score - old), nan=0.0, posinf=jnp.finfo(jnp.float32).max)
@@ -233,13 +241,25 @@ def annealing(
         )
         return _where(done(state), state, new)
 
+    def propose(state: AnnealingState) -> tuple[AnnealingState, dict[str, Any]]:
+        _check_state("propose", state, len(names))
+        return proposed(state)
+
+    def accept(state: AnnealingState, score: Any) -> AnnealingState:
+        _check_state("accept", state, len(names))
+        _check_score(score)
+        return accepted(state, float(score) if isinstance(score, int) else score)
+
     def best(state: AnnealingState) -> dict[str, Any]:
+        _check_state("best", state, len(names))
         return _named(names, state.best_counts)
 
     def done(state: AnnealingState) -> Any:
+        _check_state("done", state, len(names))
         return state.coolings >= last
 
     def temperature(state: AnnealingState) -> Any:
+        _check_state("temperature", state, len(names))
         return jnp.asarray(temperatures)[state.coolings]
 
     return Annealing(init, propose, accept, best, done, temperature)
@@ -277,11 +297,12 @@ def _groups(config: Config) -> list[_Group]:
     groups = []
     for number in sorted({pool.rule for pool in config.pools}):
         mine = [(i, pool) for i, pool in enumerate(config.pools) if pool.rule == number]
-        known = [config.counts[pool.name] for _, pool in mine]
-        if any(count is None for count in known):
-            raise ValueError(f"annealing: rule {number} gives no sparsity")
-        if not all(is_concrete(count) and getattr(count, "ndim", 0) == 0 for count in known):
-            raise TypeError(f"annealing: the counts of rule {number} must be known integers")
+        given = [known_counts("annealing", p, config.counts[p.name]) for _, p in mine]
+        if any(count.ndim for count in given):
+            raise ValueError(
+                f"annealing: rule {number} has several counts for a pool; search for each of them"
+            )
+        known = [int(count) for count in given]
         grids = [grid(pool.layers[0], config.granularity) for _, pool in mine]
         if any(g.is_padded for g in grids):
             raise ValueError(f"annealing: rule {number}: blocks at the edge of a layer are smaller")
@@ -373,10 +394,58 @@ def _where(condition: Any, yes: AnnealingState, no: AnnealingState) -> Annealing
     return AnnealingState(key, *others)
 
 
+def _check_state(where: str, state: Any, pools: int) -> None:
+    """Raises for what is no state of a search over so many pools, as ``init`` returns it."""
+    where = f"annealing: {where}: state"
+    instance(state, AnnealingState, where, "what init of this search returned")
+    _check_key(state.key)
+    for field, dtype, shape in _FIELDS:
+        x = getattr(state, field)
+        if is_torch(x) or not is_array(x) or not jnp.isdtype(x.dtype, dtype):
+            raise TypeError(f"{where}.{field} must be an array of {dtype} numbers, got {shown(x)}")
+        wanted = (pools,) if shape else ()
+        if x.shape != wanted:
+            raise ValueError(
+                f"{where}.{field} must have shape {wanted}, got {x.shape}; is it of another "
+                "search? Map over several states with vmap"
+            )
+
+
+#: The fields of a state besides its key: of what dtype, and whether they have one entry per pool.
+_FIELDS = (
+    ("evaluated", "integral", False),
+    ("coolings", "integral", False),
+    ("sparsity", "real floating", True),
+    ("score", "real floating", False),
+    ("proposed", "real floating", True),
+    ("counts", "integral", True),
+    ("best_counts", "integral", True),
+    ("best_score", "real floating", False),
+    ("change", "real floating", False),
+)
+
+
+def _check_score(score: Any) -> None:
+    known = isinstance(score, int | float) and not isinstance(score, bool)
+    array = (
+        is_array(score)
+        and not is_torch(score)
+        and jnp.isdtype(score.dtype, ("integral", "real floating"))
+    )
+    if not known and not array:
+        raise TypeError(f"annealing: accept: score must be a number, got {shown(score)}")
+    if np.shape(score):
+        raise ValueError(f"annealing: accept: score must be one number, got {shown(score)}")
+    huge = isinstance(score, int) and score.bit_length() > 127
+    if huge or (known and not math.isinf(score) and abs(score) > jnp.finfo(jnp.float32).max):
+        raise ValueError(f"annealing: accept: score must fit into float32, got {shown(score)}")
+
+
 def _check_key(key: Any) -> None:
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"annealing: key must be a typed key, jax.random.key(seed), got {key!r}")
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"annealing: key must be a typed key, jax.random.key(seed), got {shown(key)}"
+        )
     if key.shape:
         raise TypeError(
             f"annealing: one key is needed, keys of shape {key.shape} came; map over them with vmap"
@@ -384,8 +453,7 @@ def _check_key(key: Any) -> None:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+    value = scalar(value, f"annealing: {name}")
+    if not is_concrete(value):
+        raise TypeError(f"annealing: {name} must be known; make the search outside of jit and vmap")
     return float(value)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purepruning.arguments import instance, shown
-from purepruning.arrays import is_array, namespace
+from purepruning.arrays import has_values, is_array, is_torch, namespace
 
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 
@@ -44,6 +44,7 @@ def count(total: Count, n: Any) -> Count:
         raise TypeError(
             f"accumulate.count: n must be an integer of at most 2**31 - 1, got {shown(n)}"
         )
+    _check("count", Count, Count(n, total.low))
     return merge_counts(total, Count(n >> _BITS, n & ((1 << _BITS) - 1)))
 
 
@@ -86,14 +87,26 @@ def value(total: Count | Sum) -> Any:
 
 
 def _check(where: str, kind: Any, *totals: Any) -> None:
-    """Raises TypeError for what is no total of that kind, made of numbers or arrays of them."""
+    """Raises for what is no total of that kind: numbers, or arrays of one framework that fit."""
+    where = f"accumulate.{where}: total"
     for total in totals:
-        instance(total, kind, f"accumulate.{where}: total", "a Count or Sum of numbers")
+        instance(total, kind, where, "a Count or Sum of numbers")
         for part in total:
-            if isinstance(part, bool) or not (isinstance(part, int | float) or is_array(part)):
-                raise TypeError(
-                    f"accumulate.{where}: the parts of a total must be numbers, got {shown(part)}"
-                )
+            dtypes = "integral" if isinstance(total, Count) else ("real floating", "integral")
+            number = isinstance(part, int | float) and not isinstance(part, bool)
+            array = is_array(part) and has_values(part)
+            if not number and not (array and namespace(part).isdtype(part.dtype, dtypes)):
+                raise TypeError(f"{where}: its parts must be numbers, got {shown(part)}")
+            if number and abs(part) >= 2**31:
+                raise ValueError(f"{where}: its parts must be below 2**31, got {shown(part)}")
+    arrays = [part for total in totals for part in total if is_array(part)]
+    if len({is_torch(x) for x in arrays}) > 1:
+        raise TypeError(f"{where}: its parts are of two frameworks, JAX and torch")
+    try:
+        np.broadcast_shapes(*(tuple(x.shape) for x in arrays))
+    except ValueError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in arrays)
+        raise ValueError(f"{where}: its parts have shapes that do not fit: {shapes}") from None
 
 
 def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:

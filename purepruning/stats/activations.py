@@ -12,6 +12,7 @@ from purepruning.arrays import (
     erfc,
     has_values,
     is_array,
+    is_torch,
     namespace,
     stop_gradient,
     zeros,
@@ -148,8 +149,18 @@ def update(
     instance(outputs, Mapping, f"{where}: outputs", "a mapping by layer name, as capture returns")
     if not callable(activation):
         one_of(f"{where}: activation", activation, tuple(_ACTIVATIONS))
-    match(where, stats.zeros, {layer.name: channels(where, layer) for layer in table})
+    sizes = {layer.name: channels(where, layer) for layer in table}
+    for field, totals in stats._asdict().items():
+        single = field in ("samples", "positions")
+        match(where, totals, dict.fromkeys(sizes, ()) if single else sizes)
     batches = {layer.name: _outputs(where, layer, outputs) for layer in table}
+    for layer in table:
+        like = stats.zeros[layer.name].high
+        if any(is_torch(x) != is_torch(like) for x in batches[layer.name]):
+            raise TypeError(
+                f"{where}: the output of layer {layer.name!r} and its statistics are of two "
+                "frameworks, JAX and torch"
+            )
     refuse_non_finite(where, "the output", batches)
     new = _copy(stats)
     for layer in table:

@@ -40,7 +40,10 @@ def check_totals(where: str, stats: Any) -> None:
         TypeError: something else is found in one.
     """
     for field, totals in stats._asdict().items():
-        named = totals if isinstance(totals, Mapping) else {"": totals}
+        single = "dict" not in str(type(stats).__annotations__[field])
+        if not single:
+            instance(totals, Mapping, f"{where}: statistics: {field}", "a dict by layer name")
+        named = {"": totals} if single else totals
         for name, total in named.items():
             what = f"{where}: statistics: {field}" + (f" of layer {name!r}" if name else "")
             wanted = Count if "Count" in str(type(stats).__annotations__[field]) else Sum

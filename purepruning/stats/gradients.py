@@ -10,6 +10,7 @@ from purepruning.arguments import instance, missing, shown, some_of
 from purepruning.arrays import (
     by_numpy,
     compiled,
+    has_values,
     is_array,
     is_torch,
     namespace,
@@ -140,6 +141,12 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
         )
         for layer in config.layers
     }
+    for weight, slope in both.values():
+        if not has_values(weight) or is_torch(weight) != is_torch(slope):
+            raise TypeError(
+                f"{where}: params and gradients must be arrays of one framework, got "
+                f"{shown(weight)} and {shown(slope)}"
+            )
     shapes = {layer.name: shape(layer, config.granularity) for layer in config.layers}
     keep = tuple(kind for kind in KEPT if getattr(stats, kind))
     if shapes and not keep:
@@ -249,6 +256,8 @@ def _weight(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> A
             f"{where}: {layer.weight!r} has shape {got} in {what}, but {layer.shape} in the layer "
             "table"
         )
+    if what != "params" and not (is_array(x) and has_values(x)):
+        raise TypeError(f"{where}: {layer.weight!r} must be an array in {what}, got {shown(x)}")
     if not is_array(x) or not namespace(x).isdtype(x.dtype, "real floating"):
         raise TypeError(f"{where}: {layer.weight!r} must be floating in {what}, got {shown(x)}")
     return x

@@ -118,7 +118,7 @@ def penalty(params: Params, state: State, config: Config, rho: Any = 1e-4) -> Ar
     where = "admm.penalty"
     weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
-    rhos = _rho_of(where, rho, config)
+    rhos = _rho_of(where, rho, config, next(iter(weights.values()), 0))
     total: Any = 0.0
     for layer in config.layers:
         w = weights[layer.weight]
@@ -173,7 +173,7 @@ def step(
     function(pruner, f"{where}: pruner", "a function (params, stats, config) -> masks")
     weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
-    rhos = _rho_of(where, rho, config)
+    rhos = _rho_of(where, rho, config, next(iter(weights.values()), 0))
     weights = {path: stop_gradient(w) for path, w in weights.items()}
     targets = {path: _float(w) + stop_gradient(state.u[path]) for path, w in weights.items()}
     _refuse_non_finite(where, config, targets)
@@ -206,7 +206,9 @@ def masks(
     weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
     _refuse_non_finite(where, config, weights)
-    return pruner(params, stats, config)
+    found = pruner(params, stats, config)
+    masks_of_pruner(where, found, params, {x.name: x.weight for x in config.layers})
+    return found
 
 
 def _weights(where: str, params: Any, config: Config) -> dict[str, Any]:
@@ -248,11 +250,11 @@ def _check_part(
         raise TypeError(f"{where}: state.{part} is of {kinds[0]}, but the weight of {kinds[1]}")
 
 
-def _rho_of(where: str, rho: Any, config: Config) -> dict[str, Any]:
+def _rho_of(where: str, rho: Any, config: Config, like: Any) -> dict[str, Any]:
     """Returns the checked rho of every layer."""
     names = [layer.name for layer in config.layers]
     if not isinstance(rho, Mapping):
-        rho = dict.fromkeys(names, scalar(rho, f"{where}: rho"))
+        rho = dict.fromkeys(names, scalar(rho, f"{where}: rho", like=like))
         return rho
     for name in rho:
         if name not in names:
@@ -260,7 +262,7 @@ def _rho_of(where: str, rho: Any, config: Config) -> dict[str, Any]:
     for name in names:
         if name not in rho:
             raise KeyError(f"{where}: rho has no number for layer {name!r}")
-    return {name: scalar(rho[name], f"{where}: rho of layer {name!r}") for name in names}
+    return {name: scalar(rho[name], f"{where}: rho of layer {name!r}", like=like) for name in names}
 
 
 def _masks_of(
@@ -268,13 +270,8 @@ def _masks_of(
 ) -> dict[str, Any]:
     """Returns the masks by path, checked."""
     tree = flatten(params)
-    found = masks_of_pruner(
-        where, pruner(tree.rebuild({**tree.leaves, **targets}), stats, config), params
-    )
-    for layer in config.layers:
-        if layer.weight not in found:
-            raise KeyError(f"{where}: the pruner returned no mask of layer {layer.name!r}")
-    return found
+    masks = pruner(tree.rebuild({**tree.leaves, **targets}), stats, config)
+    return masks_of_pruner(where, masks, params, {x.name: x.weight for x in config.layers})
 
 
 def _refuse_non_finite(where: str, config: Config, arrays: Mapping[str, Any]) -> None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from purepruning.arguments import missing, whole_number
+from purepruning.arguments import (
+    collection,
+    function,
+    instance,
+    missing,
+    strings,
+    whole_number,
+)
 from purepruning.arrays import copied, is_concrete
 from purepruning.config.config import Config, Pool, Pruner, check_config
 from purepruning.granularity import NM
-from purepruning.masks import apply_masks, by_path, merge_masks, named_masks, whole_mask
+from purepruning.masks import (
+    apply_masks,
+    by_path,
+    masks_of_pruner,
+    merge_masks,
+    named_masks,
+    whole_mask,
+)
 from purepruning.schedules import schedule as clock
-from purepruning.schedules.schedule import Schedule, ScheduleState
+from purepruning.schedules.schedule import MOST_EVENTS, Schedule, ScheduleState
+from purepruning.selection.prune import weights_of
 from purepruning.trees import flatten
 
 
@@ -117,24 +133,22 @@ def lottery(
         if not asked:
             raise ValueError("lottery: give rounds=..., or the rules 'prune_iterations'")
         rounds = asked.pop()
-    n = whole_number(rounds, "lottery: rounds", 1)
-    if isinstance(rewind, str):
-        raise TypeError(f"lottery: rewind must be a list of names, got {rewind!r}")
+    n = whole_number(rounds, "lottery: rounds", 1, MOST_EVENTS)
+    function(pruner, "lottery: pruner", "a function (params, stats, config) -> masks")
+    parts = None if rewind is None else collection(rewind, "lottery: rewind", "a list of names")
+    for name in parts or ():
+        strings(name, "lottery: rewind: every name")
     schedule = Schedule(functools.partial(_rounds, n))
 
     def init(run: Mapping[str, Any]) -> LotteryState:
-        names = sorted(run if rewind is None else rewind)
-        for name in ("params", *names):
-            if name not in run:
-                raise KeyError(missing(f"lottery: the run has no part {name!r}", name, run))
+        _check_run(run, parts or ())
+        names = sorted(run if parts is None else parts)
         tree = flatten(run["params"])
         leaves = tree.leaves
+        weights_of("lottery", leaves, config)
         paths = {layer.weight for layer in config.layers}
         if config.bias == "follow":
             paths |= {layer.bias for layer in config.layers if layer.bias is not None}
-        for path in sorted(paths):
-            if path not in leaves:
-                raise KeyError(missing(f"lottery: params have no {path!r}", path, leaves))
         before = by_path(config.masks, leaves) if config.masks else {}
         masks = {}
         for path in sorted(paths):
@@ -145,16 +159,16 @@ def lottery(
     def step(
         state: LotteryState, run: Mapping[str, Any], stats: Any = None
     ) -> tuple[LotteryState, dict[str, Any]]:
+        _check_state(state, config)
         done = state.schedule.step
         if is_concrete(done) and getattr(done, "ndim", 0) == 0 and int(done) >= n:
             raise ValueError(f"lottery: all {n} rounds are pruned")
-        for name in ("params", *state.start):
-            if name not in run:
-                raise KeyError(missing(f"lottery: the run has no part {name!r}", name, run))
+        _check_run(run, state.start)
         at = config.with_counts(clock.counts(state.schedule)).with_masks(state.masks)
         tree = flatten(run["params"])
         leaves = tree.leaves
-        new = by_path(named_masks(pruner(run["params"], stats, at)), leaves)
+        weights = {layer.name: layer.weight for layer in config.layers}
+        new = masks_of_pruner("lottery", pruner(run["params"], stats, at), leaves, weights)
         whole = {path: whole_mask(mask, leaves[path]) for path, mask in new.items()}
         masks = merge_masks(named_masks(state.masks), whole)
         parts = {
@@ -167,5 +181,29 @@ def lottery(
     return Lottery(init, step)
 
 
-def _rounds(n: int, pool: Pool, final: float) -> list[tuple[int, float]]:
-    return [(i - 1, 1 - (1 - final) ** (i / n)) for i in range(1, n)] + [(n - 1, final)]
+def _check_run(run: Any, parts: Iterable[str]) -> None:
+    """Raises for what is no run, or one that lacks parts or parameters."""
+    instance(run, Mapping, "lottery: run", "a dict of parts, such as {'params': params}")
+    for name in ("params", *parts):
+        if name not in run:
+            raise KeyError(missing(f"lottery: the run has no part {name!r}", name, run))
+
+
+def _check_state(state: Any, config: Config) -> None:
+    """Raises for what is no state of this lottery, as its ``init`` and ``step`` return them."""
+    instance(state, LotteryState, "lottery: state", "what init of this lottery returned")
+    clock.check_state("lottery", state.schedule)
+    names = [pool.name for pool in config.pools]
+    if state.schedule.counts.keys() != set(names):
+        raise ValueError(
+            f"lottery: state is of another run: it has the pools {sorted(state.schedule.counts)}, "
+            f"the config {names}"
+        )
+    instance(state.start, Mapping, "lottery: state.start", "a dict of the parts that go back")
+
+
+def _rounds(n: int, pool: Pool, final: float) -> np.ndarray:
+    """Returns the number of every round from 0 on and its sparsity, ``(rounds, 2)``."""
+    shares = 1 - (1 - final) ** (np.arange(1, n + 1) / n)
+    shares[-1] = final
+    return np.stack([np.arange(n, dtype=np.float64), shares], axis=1)

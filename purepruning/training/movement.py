@@ -366,7 +366,7 @@ def _check_scores(where: str, params: Any, scores: Any, config: Config) -> dict[
     return weights
 
 
-def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
+def _checked_threshold(where: str, threshold: Any, config: Config, like: Any) -> Any:
     """Returns the threshold of scores for that of their sigmoids."""
     if isinstance(config.granularity, NM):
         raise ValueError(f"{where}: a threshold has no meaning for {config.granularity}")
@@ -374,7 +374,9 @@ def _checked_threshold(where: str, threshold: Any, config: Config) -> Any:
         raise ValueError(
             f"{where}: a threshold compares no layers; resolve the config with scope='layer'"
         )
-    scalar(threshold, f"{where}: threshold", zero=True, below=1)
+    scalar(threshold, f"{where}: threshold", zero=True, below=1, like=like)
+    if is_torch(like) and not is_torch(threshold):
+        threshold = float(threshold)
     if not hasattr(threshold, "dtype") or isinstance(threshold, np.generic | np.ndarray):
         t = float(threshold)
         return float(np.float32(math.log(t) - math.log1p(-t))) if t else -math.inf
@@ -391,7 +393,9 @@ def _masks(where: str, params: Any, scores: Any, config: Config, threshold: Any)
     }
     if threshold is None:
         return prune(_MOVEMENT._replace(name=where), params, constant, config)
-    return _soft(where, params, constant, config, _checked_threshold(where, threshold, config))
+    like = next(iter(constant.values()), 0)
+    cut = _checked_threshold(where, threshold, config, like)
+    return _soft(where, params, constant, config, cut)
 
 
 def _soft(where: str, params: Any, scores: Mapping[str, Any], config: Config, cut: Any) -> Any:

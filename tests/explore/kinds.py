@@ -235,11 +235,11 @@ def function(*bad: tuple[str, Any], words: tuple[str, ...] = (), called: bool = 
     """A function; ``bad`` are functions that return what they should not."""
 
     def judge(x: Any) -> Fate:
-        if x is _Stranger or isinstance(x, torch.nn.Module | nnx.Module | nn.Module):
-            return "refuse" if called else "either"
-        if callable(x):
-            return "refuse" if called and x is _returns_none else "either"
-        return "refuse"
+        if not callable(x):
+            return "refuse"
+        if called:  # what another function says of its arguments is its own matter
+            return "refuse" if x is _returns_none else "good"
+        return "either"
 
     def more(good: Any) -> Iterator[Wrong]:
         for label, value in bad:
@@ -280,6 +280,12 @@ def typed_key() -> Kind:
 
 def _either(good: bool) -> Fate:
     return "either" if good else "refuse"
+
+
+def is_numeric(x: Any) -> bool:
+    """Whether ``x`` is an array or a scalar of numbers, in any framework."""
+    kinds = ("int", "float", "bool", "complex")
+    return any(kind in str(getattr(x, "dtype", "")) for kind in kinds)
 
 
 # Trees of arrays.
@@ -368,7 +374,8 @@ def arrays(
         yield Wrong("key that is no string", {**good, 5: leaf_at(good, path)}, "either")
         yield Wrong("in a tuple", (good,), missing)
 
-    return Kind((path, path.rpartition(".")[0], *words), judge, more)
+    names = (path, path.rpartition(".")[0], "param", "tree", "tensor", "layer", "unit")
+    return Kind((*names, *words), judge, more)
 
 
 def params(path: str, *, uses: Literal["values", "shapes"] = "values") -> Kind:
@@ -377,7 +384,9 @@ def params(path: str, *, uses: Literal["values", "shapes"] = "values") -> Kind:
     return arrays(path, refuse=refuse, words=("param", "tree", "tensor"))
 
 
-def masks(path: str, *, missing: Fate = "either", empty: Fate = "either") -> Kind:
+def masks(
+    path: str, *, missing: Fate = "either", empty: Fate = "either", stray: Fate = "refuse"
+) -> Kind:
     """Masks, one of them at ``path``; a tree of none is good unless ``empty`` says otherwise."""
     never = tuple(label for label in NEVER if label != "0-d")
     refuse = (*never, "int", "float", "complex", "nan", "abstract", "meta")
@@ -395,7 +404,7 @@ def masks(path: str, *, missing: Fate = "either", empty: Fate = "either") -> Kin
     def more(good: Any) -> Iterator[Wrong]:
         yield from kind.more(good)
         some = leaf_at(good, path)
-        yield Wrong("unknown path", {**good, "stray": some}, "refuse")
+        yield Wrong("unknown path", {**good, "stray": some}, stray)
 
     return dataclasses.replace(kind, more=more)
 
@@ -403,7 +412,7 @@ def masks(path: str, *, missing: Fate = "either", empty: Fate = "either") -> Kin
 # Structures of the library.
 
 
-def _fields(good: Any, names: Iterable[str], fate: Fate) -> Iterator[Wrong]:
+def _fields(good: Any, names: Iterable[str], fate: Fate, nested: bool) -> Iterator[Wrong]:
     """Yields a NamedTuple or dataclass with one field that is wrong."""
     bad = {
         "None": None,
@@ -417,12 +426,15 @@ def _fields(good: Any, names: Iterable[str], fate: Fate) -> Iterator[Wrong]:
     }
     for name in names:
         for label, value in bad.items():
-            if isinstance(getattr(good, name), dict | tuple) and label in ("{}", "()"):
+            field = getattr(good, name)
+            scalar = getattr(field, "shape", None) == () and "float" in str(field.dtype)
+            empty = isinstance(field, dict | tuple) and label in ("{}", "()")
+            if empty or (scalar and label == "numpy 0.5"):
                 yield Wrong(f".{name} = {label}", _with(good, name, value), "either")
             else:
                 yield Wrong(f".{name} = {label}", _with(good, name, value), fate)
         inner = getattr(good, name)
-        if isinstance(inner, dict) and inner:
+        if isinstance(inner, dict) and inner and nested:
             key = next(iter(inner))
             for label, value in bad.items():
                 yield Wrong(
@@ -444,14 +456,18 @@ def structure(
     words: tuple[str, ...] = (),
     fields: Iterable[str] | None = None,
     fate: Fate = "refuse",
+    nested: bool = True,
 ) -> Kind:
-    """An instance of a type of the library; ``others`` are of another run."""
+    """An instance of a type of the library; ``others`` are of another run.
+
+    ``fields`` are those that may be wrong, and ``nested`` says whether dicts in them are looked at.
+    """
 
     def more(good: Any) -> Iterator[Wrong]:
         for label, value, its in others:
             yield Wrong(label, value, its)
         names = getattr(good, "_fields", ()) if fields is None else fields
-        yield from _fields(good, names, fate)
+        yield from _fields(good, names, fate, nested)
 
     return Kind(words, lambda x: "good" if isinstance(x, of) else "refuse", more)
 
@@ -502,7 +518,7 @@ def layers(*others: tuple[str, Any, Fate], names: bool = False, config_too: bool
     def judge(x: Any) -> Fate:
         if isinstance(x, pp.Config) and config_too:
             return "either"
-        if isinstance(x, list | tuple | dict | set) and not x:
+        if isinstance(x, list | tuple | dict | set | np.ndarray) and np.size(x) == 0:
             return "either"
         return "refuse"
 

@@ -95,11 +95,19 @@ def row(
     label: str = "",
     **flags: bool,
 ) -> Call:
-    """Returns a row of the table: right arguments in the order of the signature."""
+    """Returns a row of the table: right arguments in the order of the signature.
+
+    What adapters take by name comes last, as a dict.
+    """
     name = function if isinstance(function, str) else label
     called = find(function) if isinstance(function, str) else function
     parameters = list(inspect.signature(called).parameters.values())
     args, named = {}, set()
+    by_name = good[-1] if good and name.startswith("purepruning_interop") else None
+    if isinstance(by_name, dict) and {*by_name} <= {p.name for p in parameters}:
+        order = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        parameters = order[: len(good) - 1] + [p for p in parameters if p.name in by_name]
+        good = (*good[:-1], *(by_name[p.name] for p in parameters[len(good) - 1 :]))
     for parameter, value in zip(parameters, good, strict=False):
         plain = NAMES.get(parameter.name, parameter.name)
         args[parameter.name] = Arg(value, of[plain])
@@ -207,6 +215,7 @@ def _pruners(s: Side) -> Iterator[Call]:
     of = _kinds(s, params=kinds.params("n.w"), feeds=_feeds())
     yield row("slim", s.params, None, s.of_norms, {"n": s.layers[0]}, of=of, label=at)
     of |= {"layers": kinds.layers(config_too=True)}
+    of |= {"params": kinds.arrays("n.w", refuse=tuple(x for x in kinds.VALUES if x != "nan"))}
     yield row("slim_penalty", s.params, s.norms, 1e-4, of=of, label=at)
     of = _kinds(s, criterion=kinds.of_type(pp.Criterion, words=("criterion",)))
     own = pp.Criterion("own", channel=_largest)
@@ -216,10 +225,22 @@ def _pruners(s: Side) -> Iterator[Call]:
     of = _kinds(s, params=_shapes(), scores=_scores())
     scores = s.array(np.arange(1.0, coupling().n_units + 1))
     yield row("prune_units", scores, s.params, s.coupled, of=of, label=at)
-    all_masks = kinds.masks("a.w", missing="refuse", empty="refuse")
+    all_masks = kinds.masks("a.w", missing="refuse", empty="refuse", stray="either")
     of = _kinds(s, masks=all_masks, config=_config(s, counts=False))
     yield row("shuffle_masks", s.masks, s.config, 5, of=of, label=at)
     yield row("shuffle_masks", s.channel_masks, s.channels, 5, of=of, label=" channels" + at)
+    numbers = tuple(x for x in kinds.VALUES if x != "int")
+    of = _kinds(s, params=_shapes(), scores=kinds.arrays("a.w", refuse=numbers, words=("score",)))
+    yield row("prune_scores", s.grads, s.params, s.config, of=of, label=at)
+    zeros = find("apply_masks")(s.params, s.masks)
+    of = _kinds(s, config=_config(s, counts=False))
+    yield row("masks_from_zeros", zeros, s.config, of=of, label=at)
+    of = _kinds(s, params=kinds.arrays("a.w", refuse=kinds.NEVER), weighted=flag())
+    config = _config(s, counts=False)
+    of |= {"params": kinds.arrays("a.w", refuse=kinds.NEVER, missing="either")}
+    either = kinds.structure((pp.Coupling, pp.Config), words=("coupl", "config"), fields=())
+    of |= {"coupling": Kind(either.words, either.judge, config.more)}
+    yield row("group_penalty", s.params, s.coupled, 1e-4, True, ["source"], of=of, label=at)
     yield row("reinitialize", s.params, 5, of=_kinds(s, params=_ANY), label=at)
 
 
@@ -245,7 +266,9 @@ def _feeds() -> Kind:
 def _scores() -> Kind:
     def more(good: Any) -> Iterator[Wrong]:
         for label, leaf in kinds.bad_leaves(good).items():
-            fate: kinds.Fate = "either" if label in ("float", "int", "list") else "refuse"
+            # Scores may also begin with one of no unit, so that one more is no other shape.
+            free = ("float", "int", "list", "shape", "other framework")
+            fate: kinds.Fate = "either" if label in free else "refuse"
             yield Wrong(label, leaf, fate)
         yield Wrong("too few", good[:-1], "refuse")
 
@@ -275,7 +298,9 @@ def _statistics(s: Side) -> Iterator[Call]:
     )
     table = kinds.layers(config_too=True)
     of = _kinds(s, params=_shapes(), layers=table, stats=of_seen, a=of_seen, b=of_seen)
-    of |= {"outputs": kinds.arrays("a", words=("output",)), "activation": _activation()}
+    batch = tuple(x for x in kinds.VALUES if x != "shape")
+    of |= {"outputs": kinds.arrays("a", refuse=batch, words=("output",))}
+    of |= {"activation": _activation()}
     yield row("stats.activations.init", s.params, s.layers, of=of, label=at)
     yield row("stats.activations.update", seen, s.outputs, s.layers, "relu", of=of, label=at)
     yield row("stats.activations.merge", seen, seen, of=of, label=at)
@@ -324,7 +349,7 @@ def _activation() -> Kind:
         yield Wrong("returns 5", lambda x: 5, "refuse")
         yield Wrong("sums", lambda x: x.sum(), "refuse")
 
-    return Kind(("activation",), lambda x: "either" if callable(x) else "refuse", more)
+    return Kind(("activation",), lambda x: "good" if callable(x) else "refuse", more)
 
 
 def _of_masks(s: Side) -> Iterator[Call]:
@@ -337,7 +362,8 @@ def _of_masks(s: Side) -> Iterator[Call]:
     yield row("leaf_paths", s.params, of=of, label=at)
     alone = _kinds(s, masks=_alone())
     yield row("invert", s.masks, of=alone, label=at)
-    alone |= {"first": _alone(), "second": kinds.masks("a.w"), "how": choice("and", "or")}
+    second = kinds.masks("a.w", stray="either")
+    alone |= {"first": _alone(), "second": second, "how": choice("and", "or")}
 
     def merge(first: Any, second: Any, *, how: Any) -> Any:
         return find("merge_masks")(first, second, how=how)
@@ -375,7 +401,9 @@ def _schedules(s: Side) -> Iterator[Call]:
     schedule = called("linear", 0, 4)
     state, other = schedule.init(s.config), schedule.init(s.other)
     of = _kinds(s, config=_config(s, model=False), sparsity=_sparsities())
-    yield row(schedule.init, s.config, 0.5, of=of, label="Schedule.init" + at)
+    yield row(schedule.init, s.config, of=of, label="Schedule.init" + at)
+    of |= {"config": _config(s, model=False, counts=False)}
+    yield row(schedule.init, s.config, 0.5, of=of, label="Schedule.init of a sparsity" + at)
     of = _kinds(s, state=kinds.structure(type(state), words=words), tree=_ANY)
     yield row(schedule.step, state, of=of, label="Schedule.step" + at)
     yield row("vmap_axes", state, of=of, label=at)
@@ -420,13 +448,17 @@ def _broken(*words: str) -> Kind:
 def _lottery(s: Side) -> Iterator[Call]:
     at, rewind = f" [{s.name}]", _one_of("rewind", ["nothing"])
     empty = Kind(rewind.words, lambda x: "either" if _is_empty(x) else "refuse", rewind.more)
-    of = _kinds(s, config=_config(s, model=False), rounds=integer(1, 10**6), rewind=empty)
+    of = _kinds(s, config=_config(s, model=False, counts=False), rewind=empty)
+    of |= {"rounds": integer(1, 10**6)}
     yield row("lottery", pp.level, s.config, 3, ["params"], of=of, label=at)
     lottery, run = find("lottery"), {"params": s.params}
     tickets, other = lottery(pp.level, s.config, rounds=3), lottery(pp.level, s.other, rounds=3)
     state = tickets.init(run)
     stranger = ("of another", other.init({"params": s.other_params}), "refuse")
-    of_state = kinds.structure(type(state), stranger, words=("state", "lottery", "run"))
+    words = ("state", "lottery", "run", "mask", "param")
+    of_state = kinds.structure(
+        type(state), stranger, words=words, fields=("schedule",), nested=False
+    )
     of = _kinds(s, run=_run(), state=of_state)
     yield row(tickets.init, run, of=of, label="lottery.init" + at)
     yield row(tickets.step, state, run, None, of=of, label="lottery.step" + at)
@@ -559,8 +591,9 @@ def _axes(*, number: bool = True) -> Kind:
         return "either" if _whole(x) else "refuse"
 
     def more(good: Any) -> Iterator[Wrong]:
-        for wrong in ((0.5,), (True,), ("0",), (5,), (None,), (0, 0)):
+        for wrong in ((0.5,), (True,), ("0",), (None,), (0, 0)):
             yield Wrong(repr(wrong), wrong, "refuse")
+        yield Wrong("(5,)", (5,), "either")  # the output may have more axes than the weight
 
     return Kind(("ax",), judge, more)
 
@@ -571,7 +604,8 @@ def _numbers(s: Side) -> Iterator[Call]:
     of |= {"initial_sparsity": real(0, 1, optional=True), "steps_per_epoch": integer(1)}
     of |= {"step": integer(0)}
     # A table holds its events: of many it takes long, and too many are refused.
-    ending = {"last": integer(0, 10**6), "frequency": integer(1)}
+    last = Kind(("step", "events"), integer(0, 10**6 - 1).judge)
+    ending = {"last": last, "frequency": integer(1)}
     for name in ("linear", "agp", "cosine", "exponential"):
         yield row(name, 1, 9, 2, 0.1, 1, of=of)
 
@@ -697,8 +731,10 @@ def _search(s: Side) -> Iterator[Call]:
     yield row("annealing", s.config, "maximize", 100.0, 20.0, 0.9, 0.35, None, of=of)
     search = find("annealing")(s.config)
     state, _ = search.propose(search.init(jax.random.key(0)))
-    of = {"key": kinds.typed_key(), "score": Kind((), real(-np.inf, np.inf).judge)}
+    of_score = real(-3e38, 3e38)
+    of = {"key": kinds.typed_key()}
     of |= {"state": kinds.structure(type(state), words=("state", "annealing"))}
+    of["score"] = Kind((), lambda x: "either" if isinstance(x, float) else of_score.judge(x))
     yield row(search.init, jax.random.key(0), of=of, label="annealing.init")
     yield row(search.accept, state, 0.5, of=of, label="annealing.accept")
     for name in ("propose", "best", "done", "temperature"):
@@ -709,7 +745,7 @@ def _counts(s: Side) -> Iterator[Call]:
     def more(good: Any) -> Iterator[Wrong]:
         for label, value in kinds.junk().items():
             array = "int" in str(getattr(value, "dtype", ""))
-            fate: kinds.Fate = "either" if array else integer(0, 12).judge(value)
+            fate: kinds.Fate = "either" if array else integer(0, 12, optional=True).judge(value)
             yield Wrong(f"'a': {label}", {**good, "a": value}, fate)
         yield Wrong("unknown", {**good, "z": 1}, "refuse")
         yield Wrong("missing", {"a": 1}, "refuse")
@@ -724,7 +760,8 @@ def _counts(s: Side) -> Iterator[Call]:
 def _transforms(s: Side) -> Iterator[Call]:
     keep_pruned, on_schedule = find("keep_pruned"), find("prune_on_schedule")
     no_optimizer = Kind(("inner", "optimizer", "transf"), lambda x: "refuse")
-    of = _kinds(s, masks=_alone(), inner=_optional(no_optimizer), config=_config(s, model=False))
+    of = _kinds(s, masks=_alone(), inner=_optional(no_optimizer))
+    of |= {"config": _config(s, model=False, counts=False)}
     of |= {"schedule": kinds.of_type(pp.Schedule, words=("schedule",))}
     yield row("keep_pruned", s.masks, optax.sgd(0.1), of=of)
     schedule = called("linear", 0, 4)
@@ -740,7 +777,10 @@ def _transforms(s: Side) -> Iterator[Call]:
     }.items():
         state, words = tx.init(s.params), ("state", "keep_pruned", "prune_on_schedule", "schedule")
         fate: kinds.Fate = "either" if label == "keep_pruned" else "refuse"
-        of_state = kinds.structure(type(state), ("of another", other, fate), words=words)
+        stranger = ("of another", other, fate)
+        # What is inside of the other optimizer's state is its own matter.
+        fields = [field for field in state._fields if field != "inner"]
+        of_state = kinds.structure(type(state), stranger, words=words, fields=fields, nested=False)
         begun = kinds.params("a.w", uses="shapes")
         # Optax asks for states of no parameters.
         begun = Kind(begun.words, lambda x: "either" if _holds_nothing(x) else "refuse", begun.more)
@@ -755,7 +795,7 @@ def _transforms(s: Side) -> Iterator[Call]:
             yield row(tx.update, *given, of=of, label=name, works=False)
     state = optax.chain(optax.sgd(0.1), keep_pruned(s.masks)).init(s.params)
     of = _kinds(s, opt_state=Kind(("state",), lambda x: "refuse"))
-    yield row("get_masks", state, of=of)
+    yield row("get_masks", state, s.params, of=of | {"params": kinds.arrays("a.w", refuse=())})
     yield row("set_masks", state, s.masks, of=of)
 
 
@@ -771,7 +811,8 @@ def _plans(s: Side) -> Iterator[Call]:
     fit = ("shape", "rank", "0-d", "empty")
     arrays = kinds.arrays("a.w", refuse=fit, missing="either", words=("tree", "array"))
     of = {"tree": arrays, "path": Kind(("path", "param"), lambda x: "refuse")}
-    yield row(plan.apply, s.params, of=of, label="Plan.apply")
+    some = Kind(arrays.words, lambda x: "either" if kinds.is_numeric(x) else "refuse", arrays.more)
+    yield row(plan.apply, s.params, of=of | {"tree": some}, label="Plan.apply")
     yield row(plan.shape, "a.w", of=of, label="Plan.shape")
     of |= {"path": kinds.path(), "plan": kinds.of_type(pp.Plan, words=("plan",))}
     yield row("save_plan", folder() / "written", plan, of=of)
@@ -792,8 +833,8 @@ def _whole(x: Any, least: float = -np.inf) -> bool:
     """Whether ``x`` holds whole numbers; one that is used up by looking may do so."""
     if inspect.isgenerator(x):
         return True
-    some = isinstance(x, list | tuple | range | set | dict)
-    return some and all(type(n) is int and n >= least for n in x)
+    some = isinstance(x, list | tuple | range | set | dict | np.ndarray) and np.ndim(x)
+    return bool(some) and all(type(n) is int and n >= least for n in x)
 
 
 def _structure(s: Side) -> Iterator[Call]:
@@ -801,6 +842,7 @@ def _structure(s: Side) -> Iterator[Call]:
     fn = Kind(("fn", "function"), lambda x: "either" if callable(x) else "refuse")
     of = _kinds(s, fn=fn, params=kinds.arrays("a.w", refuse=("other framework",)))
     of |= {"outputs": Kind(("outputs",), lambda x: "either" if isinstance(x, bool) else "refuse")}
+    of |= {"plan": kinds.of_type(pp.Plan, words=("plan",))}
     yield row("count", *good, x, of=of, slow=True)
     yield row("couple", *good, x, True, of=of, slow=True)
     of |= {"params": _shapes()}
@@ -808,7 +850,8 @@ def _structure(s: Side) -> Iterator[Call]:
     yield row("shrink", *good, *given, of=of, slow=True)
     yield row("draw_coupling", coupling(), of=of, slow=True)
     small = find("shrink")(*good, s.unit_masks, coupling(), x)
-    yield row(small.fn, small.params, x, of=of, label="ShrunkFunction", slow=True)
+    yield row("rebuild", *good, small.report.plan, x, True, "original", of=of, slow=True)
+    yield row(small.fn, small.params, x, of=of, label="shrunk.fn", slow=True)
 
 
 def _module(cls: type) -> Kind:
@@ -833,18 +876,21 @@ def _torch(s: Side) -> Iterator[Call]:
     of = _kinds(s, model=_module(torch.nn.Module), masks=kinds.masks("0.weight"))
     of |= {"layers": kinds.layers(names=True), "mutable": flag(), "zero_moments": flag()}
     of |= {"params": _torch_params(params), "plan": kinds.of_type(pp.Plan, words=("plan",))}
-    of |= {"state_dict": Kind(("state",), lambda x: "either" if x is None else "refuse")}
+    of |= {"outputs": Kind(("outputs",), lambda x: "either" if isinstance(x, bool) else "refuse")}
     of |= {"args": _GOOD, "optimizer": Kind(("optimizer",), lambda x: "refuse")}
     yield row(f"{where}.layers", fresh, of=of)
-    yield row(f"{where}.couple", fresh, x, of=of, slow=True)
+    yield row(f"{where}.couple", fresh, x, True, of=of, slow=True)
     yield row(f"{where}.count", fresh, x, of=of, slow=True)
-    yield row(f"{where}.capture", fresh, None, x, ["0"], False, of=of)
+    yield row(f"{where}.capture", fresh, x, ["0"], None, False, of=of)
     yield row(f"{where}.apply_", fresh, masks, of=of, changes=True)
     yield row(f"{where}.masked_call", fresh, masks, x, None, of=of)
     sgd = Made(lambda: torch.optim.SGD(model.parameters(), lr=0.1))
     yield row(f"{where}.keep_pruned", model, masks, sgd, False, of=of, changes=True)
     yield row(f"{where}.shrink", fresh, masks, c, x, "original", "keep", of=of, slow=True)
-    yield row(f"{where}.rebuild", fresh, report.plan, None, x, "original", of=of, slow=True)
+    yield row(f"{where}.rebuild", fresh, report.plan, x, "original", of=of, slow=True)
+    pruned = Made(world.torch_model_of_torch_prune)
+    either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
+    yield row(f"{where}.masks_from_torch_prune", pruned, of=either)
 
 
 def _torch_params(params: Any) -> Kind:
@@ -862,25 +908,30 @@ def _torch_params(params: Any) -> Kind:
 
 
 def _jax(s: Side) -> Iterator[Call]:
-    x, words = jnp.ones((2, 4)), ("param", "variables", "collection")
+    x, words = jnp.ones((2, 4)), ("param", "variables", "collection", "tree")
     of = _kinds(s, layers=kinds.layers(names=True), rngs=_GOOD, method=_GOOD, mutable=_GOOD)
-    of |= {"module": _module(nn.Module), "variables": Kind(words, lambda x: "refuse", _bad_trees)}
-    of |= {"rng": _GOOD, "state": _GOOD, "params": Kind(words, lambda x: "refuse", _bad_trees)}
-    linen, where = world.Linen(), "purepruning_interop.linen"
-    variables = linen.init(jax.random.key(0), x)
-    yield row(f"{where}.layers", linen, variables, x, of=of, slow=True)
-    yield row(f"{where}.capture", linen, variables, x, ["a"], of=of, slow=True)
-    transformed = hk.transform(_haiku)
-    params, where = transformed.init(jax.random.key(0), x), "purepruning_interop.haiku"
-    of |= {"transformed": Kind(("transform",), lambda x: "refuse")}
-    yield row(f"{where}.layers", transformed, params, x, of=of, slow=True)
-    yield row(f"{where}.capture", transformed, params, x, ["a"], of=of, slow=True)
-    model = world.NNX()
-    state = nnx.state(model, nnx.Param)
-    yield from _native("nnx", model, state, _module(nnx.Module), x, ["a"], of)
-    mlp = eqx.nn.MLP(4, 4, width_size=6, depth=1, key=jax.random.key(0))
-    arrays = eqx.filter(mlp, eqx.is_array)
-    yield from _native("equinox", mlp, arrays, _module(eqx.Module), x[0], ["layers.0"], of)
+    of |= {"variables": Kind(words, lambda x: "refuse", _bad_trees), "rng": _GOOD}
+    of |= {"outputs": Kind(("outputs",), lambda x: "either" if isinstance(x, bool) else "refuse")}
+    of |= {"plan": kinds.of_type(pp.Plan, words=("plan",))}
+    masks = Kind(("mask",), lambda x: "either" if _holds_nothing(x) else "refuse")
+    of |= {"masks": masks}
+    key = jax.random.key(0)
+    linen, transformed = world.Linen(), hk.transform(_haiku)
+    nnx_model, mlp = world.NNX(), eqx.nn.MLP(4, 4, width_size=6, depth=1, key=key)
+    for name, model, kind, state, inputs, layer in [
+        ("linen", linen, _module(nn.Module), linen.init(key, x), x, "a"),
+        ("haiku", transformed, _transformed(), transformed.init(key, x), x, "a"),
+        ("nnx", nnx_model, _module(nnx.Module), nnx.state(nnx_model, nnx.Param), x, "a"),
+        ("equinox", mlp, _module(eqx.Module), eqx.filter(mlp, eqx.is_array), x[0], "layers.0"),
+    ]:
+        given = (model, state) if name in ("linen", "haiku") else (model,)
+        yield from _adapter(
+            f"purepruning_interop.{name}", given, state, inputs, layer, of | {"model": kind}
+        )
+
+
+def _transformed() -> Kind:
+    return Kind(("transform", "model"), lambda x: "refuse")
 
 
 def _haiku(x: Any) -> Any:
@@ -894,16 +945,19 @@ def _bad_trees(good: Any) -> Iterator[Wrong]:
     yield Wrong("of another", {"z": good[key]}, "refuse")
 
 
-def _native(
-    name: str, model: Any, params: Any, kind: Kind, x: Any, layer: list[str], of: dict[str, Kind]
+def _adapter(
+    where: str, model: tuple[Any, ...], params: Any, x: Any, layer: str, of: dict[str, Kind]
 ) -> Iterator[Call]:
-    where = f"purepruning_interop.{name}"
-    c = find(f"{where}.couple")(model, x)
-    masks = Kind(("mask",), lambda x: "either" if _holds_nothing(x) else "refuse")
-    of = of | {"model": kind, "masks": masks, "call": _GOOD}
-    yield row(f"{where}.layers", model, of=of)
-    yield row(f"{where}.capture", model, x, layer, of=of, slow=True)
-    yield row(f"{where}.couple", model, x, of=of, slow=True)
-    yield row(f"{where}.function", model, of=of)
-    good = (model, c.masks([1, 2], params), c, x, None, "original", "keep")
-    yield row(f"{where}.shrink", *good, of=of, slow=True)
+    """Yields the functions that every adapter for JAX has."""
+    c = find(f"{where}.couple")(*model, x)
+    masks = c.masks([1, 2], params)
+    plan = find(f"{where}.shrink")(*model, masks, c, x).report.plan
+    yield row(f"{where}.layers", *model, x, of=of, slow=True)
+    named = {"layers": [layer]}
+    yield row(f"{where}.capture", *model, x, named, of=of, slow=True)
+    yield row(f"{where}.couple", *model, x, {"outputs": True}, of=of, slow=True)
+    yield row(f"{where}.count", *model, x, of=of, slow=True)
+    yield row(f"{where}.function", *model, of=of)
+    options = {"norms": "original", "conflicts": "keep"}
+    yield row(f"{where}.shrink", *model, masks, c, x, options, of=of, slow=True)
+    yield row(f"{where}.rebuild", *model, plan, x, {"norms": "original"}, of=of, slow=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch.nn.utils.prune
 from flax import nnx
 
 import purepruning as pp
@@ -129,6 +130,13 @@ def torch_model() -> torch.nn.Module:
     """Returns a small torch module."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+
+
+def torch_model_of_torch_prune() -> torch.nn.Module:
+    """Returns the same, pruned by ``torch.nn.utils.prune``."""
+    model = torch_model()
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
 
 
 class Linen(nn.Module):

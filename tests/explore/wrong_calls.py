@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def singles(calls: tuple[Call, ...]) -> Iterator[Case]:
             for wrong in arg.kind.wrong(arg.value()):
                 values = {n: a.value() for n, a in call.args.items()}
                 yield Case(call, {name: wrong.label}, {**values, name: wrong.value}, wrong.fate)
-            if any(map(_can_be_traced, jax.tree.leaves(arg.value()))):
+            if call.works and any(map(_can_be_traced, jax.tree.leaves(arg.value()))):
                 values = {n: a.value() for n, a in call.args.items()}
                 yield Case(call, {name: "traced"}, values, "either", traced=name)
 
@@ -113,7 +114,7 @@ def run(case: Case) -> Result:
     words = tuple(
         word
         for name in case.wrong
-        for word in (name, *call.args[name].kind.words)
+        for word in (name, *call.args[name].kind.words, *(("jit", "traces") if case.traced else ()))
         if len(word) > 1 or len(call.args) == 1
     )
     watched = {} if call.changes else case.values
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=40, help="groups of failures to show")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    os.chdir(table.folder())  # a path may be any string
     if args.names:
         table.NAMES.update(json.loads(args.names.read_text()))
     started = time.monotonic()

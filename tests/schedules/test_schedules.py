@@ -435,7 +435,7 @@ def test_nm_is_pruned_once():
         ),
         (lambda: pp.cosine(end_step=3, frequency=0), ValueError, ("frequency", "at least 1", "0")),
         (lambda: pp.exponential(end_step=True), TypeError, ("end_step", "True")),
-        (lambda: pp.agp(end_step=2**31), ValueError, ("end_step", "2**31 - 1", str(2**31))),
+        (lambda: pp.agp(end_step=2**31), ValueError, ("end_step", "2147483646", str(2**31))),
         (
             lambda: pp.agp(end_step=3, initial_sparsity=1.5),
             ValueError,
@@ -472,11 +472,11 @@ def test_what_init_refuses():
         pp.agp(end_step=3).init(config, {"f": 0.5})
     with raises(ValueError, "prune every unit", "'fc'"):
         pp.agp(end_step=3).init(config, 1.0)
-    with raises(TypeError, "on the host"):
+    with raises(TypeError, "not known"):
         jax.jit(lambda c: pp.agp(end_step=3).init(config.with_counts(c)))({"fc": 3})
-    with raises(ValueError, "'fc'", "ascending", "(3, 3)"):
+    with raises(ValueError, "'fc'", "ascending", "[3, 3]"):
         pp.Schedule(lambda pool, final: [(3, 0.1), (3, final)]).init(config)
-    with raises(ValueError, "'fc'", "ascending", "()"):
+    with raises(ValueError, "'fc'", "ascending", "[]"):
         pp.Schedule(lambda pool, final: []).init(config)
     with raises(ValueError, "'fc'", "other steps"):
         pp.Schedule(lambda pool, final: [(int(final * 10), final)]).init(config, [0.1, 0.2])

@@ -283,7 +283,7 @@ def test_mistakes_raise():
     config = config_of(0.5, SIZES)
     for options, error, parts in (
         ({"optimize_mode": "max"}, ValueError, ("optimize_mode", "'maximize'", "'max'")),
-        ({"start_temperature": 0}, ValueError, ("start_temperature", "positive", "0")),
+        ({"start_temperature": 0}, ValueError, ("start_temperature", "(0, inf)", "0")),
         ({"stop_temperature": "20"}, TypeError, ("stop_temperature", "'20'")),
         ({"stop_temperature": 120}, ValueError, ("stop_temperature", "120", "100")),
         ({"cool_down_rate": 1}, ValueError, ("cool_down_rate", "1")),
