@@ -123,7 +123,7 @@ def test_scores_of_coupled_channels_are_added():
         ({"fc": np.ones((6, 8))}, "element", KeyError, ("'net.fc'", "'net.fc.w'", "'fc'")),
         ({"net.fc": np.ones(8)}, "element", ValueError, ("(6, 8)", "(8,)", "'element'")),
         ({"net.fc": np.ones((8, 6))}, CHANNEL, ValueError, ("(6, 8)", "(8,)", "(1, 8)", "(8, 6)")),
-        ({"net.fc": 3.0}, CHANNEL, TypeError, ("'net.fc'", "array", "float")),
+        ({"net.fc": 3.0}, CHANNEL, TypeError, ("'net.fc'", "array", "3.0")),
         ({"net.fc": np.ones((6, 8), bool)}, CHANNEL, TypeError, ("real numbers", "bool")),
         ({"net.fc": torch.ones(8)}, CHANNEL, TypeError, ("torch",)),
         ({"net.fc": np.full(8, np.nan)}, CHANNEL, ValueError, ("'net.fc'", "NaN")),

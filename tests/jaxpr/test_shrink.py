@@ -399,7 +399,7 @@ def test_a_coupling_of_another_model(coupling):
     variables = draw(jax.eval_shape(other.init, jax.random.key(0), X))
     with pytest.raises(ValueError, match="coupling does not belong to this function"):
         pp.shrink(other.apply, variables, jax.tree.map(lambda _: None, variables), coupling, X)
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match="must be an array of shape"):
         coupling.masks([1], variables)
 
 

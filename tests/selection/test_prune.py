@@ -275,10 +275,14 @@ def test_vmap_over_counts_and_params(path):
 def test_counts_out_of_range_are_clipped_where_they_cannot_be_seen():
     config, scores = pp.resolve([DEFAULT], [vector(129)]), ladder()
     for path in (SMALL, LARGE):
-        run = jax.jit(lambda p, c, path=path: prune.prune(path[0], p, None, c))
+
+        @jax.jit
+        def run(p, count, path=path):
+            return prune.prune(path[0], p, None, config.with_counts({"v": count}))
+
         with path[1]():
             for count, left in ((-5, 129), (500, 0), (2**31 - 1, 0), (-(2**31), 129)):
-                masks = run({"v.w": jnp.asarray(scores)}, config.with_counts({"v": count}))
+                masks = run({"v.w": jnp.asarray(scores)}, count)
                 assert masks["v.w"].sum() == left
 
 
