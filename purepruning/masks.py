@@ -241,7 +241,7 @@ def named_masks(masks: Any) -> dict[str, Any]:
     if isinstance(masks, Mapping) and any(map(is_torch, masks.values())):
         masks = {name: mask for name, mask in masks.items() if mask is not None}
     leaves = flatten(masks).leaves
-    if "" in leaves and not is_array(masks):
+    if "" in leaves and not is_array(leaves[""]):
         raise TypeError(
             f"masks must be a tree of booleans by parameter, as pruners return it, got "
             f"{shown(masks)}"

@@ -31,6 +31,7 @@ from purepruning.masks import (
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import MOST_EVENTS, Schedule, ScheduleState
 from purepruning.selection.prune import weights_of
+from purepruning.training.transforms import keeps, set_masks
 from purepruning.trees import flatten
 
 
@@ -82,7 +83,8 @@ def lottery(
     training, that is rewinding to initialisation, and after k iterations, to iteration k.
     ``step(state, run)`` prunes the parameters of a trained run, and returns the run that the next
     round trains: its kept parts, with pruned weights at zero. What keeps them there is the
-    training's own affair (:func:`purepruning.keep_pruned` with ``state.masks``).
+    training's own affair; parts that hold the state of :func:`purepruning.keep_pruned` are given
+    the masks of this round, whether they go back or not.
 
     =====================  ============================================
     ``rewind``             is
@@ -108,7 +110,8 @@ def lottery(
     Raises:
         ValueError, TypeError: neither argument nor rules say how many rounds; by ``step``, after
             the last one, where its number is known.
-        KeyError: a run has no ``"params"``, or not the part that goes back.
+        KeyError: a run has no ``"params"``, or not the part that goes back; or the state of
+            ``keep_pruned`` in it has no mask for what is pruned.
 
     >>> import jax.numpy as jnp
     >>> import purepruning as pp
@@ -175,6 +178,7 @@ def lottery(
             name: jax.tree.map(copied, state.start.get(name, part)) for name, part in run.items()
         }
         parts["params"] = apply_masks(parts["params"], masks)
+        parts |= {name: set_masks(part, masks) for name, part in parts.items() if keeps(part)}
         merged = tree.rebuild(masks)
         return LotteryState(clock.advance(state.schedule), merged, state.start), parts
 

@@ -5,7 +5,7 @@ And pruning in one: :func:`prune_on_schedule` makes the masks as training goes o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +59,15 @@ def keep_pruned(
     In the first, the optimizer sees dense gradients, and moments of pruned weights keep updating.
     In the second it sees zero gradients and parameters there, and its moments are set to zero after
     each step: global norms, factored moments and gradient accumulators have no part of pruned
-    weights, and a weight that comes back starts anew. State that has not the parameter's shape
-    (Adafactor's rows and columns) is left alone.
+    weights, and a weight that comes back starts anew. State belongs to a parameter if its path ends
+    in that of the parameter and it has its shape; other state (Adafactor's rows and columns, the
+    vector of ``optax.flatten``) is left alone.
+
+    Optimizers that hold weights of their own, which are used in place of the parameters
+    (``optax.contrib.schedule_free`` and its ``schedule_free_eval_params``, lookahead, averages), go
+    inside: what the chain's last transform does to updates does not reach their state. Behind this
+    transform, nothing may change updates: :func:`get_masks` and :func:`set_masks` refuse the state
+    of a chain in which another one follows.
 
     Args:
         masks: tree of booleans with None where nothing is pruned, matched to parameters by path.
@@ -113,12 +120,7 @@ def keep_pruned(
                 _zero_pruned(params, keep, shapes),
                 **extra_args,
             )
-            inner_state = optax.tree_utils.tree_map_params(
-                inner,
-                lambda moments: _zero_pruned(moments, keep, shapes),
-                inner_state,
-                is_leaf=lambda _: True,  # whole trees of moments, to match them by path
-            )
+            inner_state = _zero_moments(inner_state, leaves, keep)
         return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -316,7 +318,7 @@ def get_masks(opt_state: Any, params: Params) -> Masks:
     ``nnx.state`` of one, in which states are plain mappings.
 
     Raises:
-        ValueError: there is no such state.
+        ValueError: there is no such state, or another transform follows it in the chain.
         KeyError: a mask is for a parameter that is not in ``params``.
 
     >>> import jax.numpy as jnp, optax
@@ -325,6 +327,7 @@ def get_masks(opt_state: Any, params: Params) -> Masks:
     >>> get_masks(tx.init(params), params)
     {'b': None, 'w': Array([ True, False], dtype=bool)}
     """
+    _check_order("get_masks", opt_state)
     states, tree = _states(opt_state) or _written_out(opt_state), flatten(params)
     if not states:
         raise ValueError(
@@ -349,7 +352,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     Raises:
         KeyError: a mask is for a parameter that has none in the state; begin with
             ``keep_pruned(expand(masks, params))`` to be free later.
-        ValueError: there is no such state; or a mask does not broadcast to the one it replaces.
+        ValueError: there is no such state, or another transform follows it in the chain; or a mask
+            does not broadcast to the one it replaces.
         TypeError: a mask is not boolean.
 
     >>> import jax.numpy as jnp, optax
@@ -358,6 +362,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     >>> state[-1].masks
     {'w': Array([ True, False], dtype=bool)}
     """
+    _check_order("set_masks", opt_state)
     states = _states(opt_state)
     if not states:
         raise ValueError("set_masks: there is no state of keep_pruned in this opt_state")
@@ -381,6 +386,25 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
         return KeepPrunedState(old.rebuild(values), _map_states(replace, node.inner))
 
     return _map_states(replace, opt_state)
+
+
+def keeps(tree: Any) -> bool:
+    """Whether there is a state of :func:`keep_pruned` in ``tree``."""
+    return bool(_states(tree))
+
+
+def _check_order(where: str, node: Any) -> None:
+    """Raises if in a chain, whose state is a plain tuple, something follows :func:`keep_pruned`."""
+    is_chain = type(node) is tuple and bool(node) and all(isinstance(x, tuple) for x in node)
+    if is_chain and any(map(keeps, node[:-1])) and not keeps(node[-1]):
+        raise ValueError(
+            f"{where}: in a chain of this opt_state another transform follows keep_pruned or "
+            "prune_on_schedule, and moves pruned weights again; put it last: "
+            "optax.chain(optimizer, keep_pruned(masks))"
+        )
+    children = node.values() if isinstance(node, Mapping) else node
+    for child in children if isinstance(node, tuple | list | Mapping) else ():
+        _check_order(where, child)
 
 
 def _states(opt_state: Any) -> list[KeepPrunedState]:
@@ -424,6 +448,25 @@ def _zero_pruned(tree: Any, keep: dict[str, Any], shapes: dict[str, tuple[int, .
         if path in keep and leaf.shape == shapes[path]
     }
     return flat.rebuild({**flat.leaves, **zeroed})
+
+
+def _zero_moments(state: Any, params: dict[str, Any], keep: dict[str, Any]) -> Any:
+    """Returns an optimizer's state with zeros where pruned, in what it holds of a parameter."""
+    flat, zeroed = flatten(state), {}
+    for path, leaf in flat.leaves.items():
+        name = _longest_end(path, params)
+        # Integers count steps, also of a parameter that is a scalar.
+        moments = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        if name in keep and moments and jnp.shape(leaf) == params[name].shape:
+            zeroed[path] = zero_pruned(leaf, keep[name])
+    return flat.rebuild({**flat.leaves, **zeroed})
+
+
+def _longest_end(path: str, names: Collection[str]) -> str | None:
+    """Returns the longest of ``names`` that ``path`` ends in, whole keys only."""
+    keys = path.split(".")
+    ends = (".".join(keys[i:]) for i in range(len(keys) + 1))
+    return next((end for end in ends if end in names), None)
 
 
 def _to_zero(updates: Any, params: Any, keep: dict[str, Any]) -> Any:

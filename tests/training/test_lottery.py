@@ -12,6 +12,7 @@ import torch
 
 import purepruning as pp
 from purepruning import NM, Layer
+from purepruning.trees import flatten
 from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
@@ -126,6 +127,24 @@ def test_what_goes_back_is_what_was_asked_for(convert):
     assert go([]) == (1, 3, 900)  # fine-tuning
 
 
+@pytest.mark.parametrize("rewind", [None, [], ["params"]])
+def test_masks_in_the_run_are_those_of_the_round(rewind):
+    params = as_jax(numbers())
+    tx = optax.MultiSteps(optax.chain(optax.adam(0.1), pp.keep_pruned(pp.expand({}, params))), 1)
+    tickets = pp.lottery(pp.level, CONFIG, rounds=2, rewind=rewind)
+    run = {"params": params, "opt_state": tx.init(params)}
+    state = tickets.init(run)
+    for _ in range(2):
+        state, run = tickets.step(state, run)
+        found = pp.get_masks(run["opt_state"], params)
+        for path, mask in flatten(state.masks).leaves.items():
+            np.testing.assert_array_equal(found[path], mask)
+    few = pp.keep_pruned({"a": jnp.ones((6, 10), bool)}).init(params)
+    other = {"params": params, "opt_state": few}
+    with raises(KeyError, "no mask for 'b'"):
+        tickets.step(tickets.init(other), other)
+
+
 def loss(params, x):
     return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] + params["bias"][None] - 1) ** 2)
 
@@ -156,8 +175,6 @@ def imp(key, rewind_at=0, rounds=3, steps=6, tickets=None):
         state, run = carry
         run, losses = fit(run, data[rewind_at:])
         state, run = tickets.step(state, run)
-        masks = pp.expand(state.masks, run["params"])
-        run["opt_state"] = pp.set_masks(run["opt_state"], masks)
         return (state, run), (losses, state.masks)
 
     (state, run), history = jax.lax.scan(a_round, (tickets.init(run), run), length=rounds)

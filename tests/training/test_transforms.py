@@ -212,6 +212,84 @@ def test_optax_can_map_over_the_moments_in_the_state():
         assert jax.tree.leaves(marked).count("moment") == 2
 
 
+# Optimizers with state of other forms.
+
+
+def run_inside(optimizer, masks, steps=6, searching=False):
+    """Parameters and state after some steps, of a loss with its minimum at 3."""
+    params = {"w": jnp.arange(1.0, 7.0).reshape(2, 3), "a": {"w": jnp.ones((2, 3))}}
+
+    def loss(params):
+        return sum(jnp.sum((x - 3) ** 2) for x in jax.tree.leaves(params))
+
+    tx = keep_pruned(masks, optimizer)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        asked = {"value": value, "grad": grads, "value_fn": loss} if searching else {}
+        updates, state = tx.update(grads, state, params, **asked)
+        return (optax.apply_updates(params, updates), state), None
+
+    scan = jit_once(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
+    return scan((params, tx.init(params)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_line_searches_and_flat_moments_inside():
+    masks = {"w": jnp.array([[T, F, T], [F, T, T]]), "a": None}
+    params, _ = run_inside(optax.lbfgs(), masks, searching=True)
+    np.testing.assert_allclose(params["w"], jnp.where(masks["w"], 3.0, 0.0), rtol=1e-5)
+    np.testing.assert_allclose(params["a"]["w"], 3.0, rtol=1e-5)
+    params, state = run_inside(optax.flatten(optax.adam(0.1)), masks)
+    assert np.array_equal(params["w"] != 0, masks["w"])
+    assert optax.tree_utils.tree_get(state.inner, "mu").shape == (12,)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_weights_that_an_optimizer_holds_itself_are_pruned_inside():
+    masks = {"w": jnp.array([[T, F, T], [F, T, T]]), "a": None}
+    params, state = run_inside(optax.contrib.schedule_free_sgd(0.1, warmup_steps=2), masks)
+    evaluated = optax.contrib.schedule_free_eval_params(state.inner, params)
+    for x in (params, evaluated, state.inner.z):
+        assert np.array_equal(x["w"] != 0, masks["w"])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_moments_belong_to_the_longest_path():
+    masks = {"w": jnp.array([[T, F, T], [F, T, T]]), "a": None}
+    _, state = run_inside(optax.adam(0.1), masks, steps=1)
+    mu = state.inner[0].mu
+    assert np.array_equal(mu["w"] != 0, masks["w"] & (np.arange(1, 7).reshape(2, 3) != 3))
+    assert mu["a"]["w"].all()
+    _, state = run_inside(optax.adam(0.1), {"w": None, "a": masks}, steps=1)
+    assert np.array_equal(state.inner[0].mu["a"]["w"] != 0, masks["w"])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_scalar_parameter_keeps_its_step_count():
+    tx = keep_pruned(jnp.array(F), optax.adam(0.1))
+    _, state = tx.update(jnp.array(1.0), tx.init(jnp.array(2.0)), jnp.array(2.0))
+    assert state.inner[0].count == 1
+    assert state.inner[0].mu == 0
+
+
+@pytest.mark.parametrize("around", ["chain", "multi_steps"])
+def test_another_transform_may_not_follow(around):
+    params = {"w": jnp.ones(2)}
+    masks = {"w": jnp.array([T, F])}
+    around = {"chain": optax.chain, "multi_steps": lambda tx: optax.MultiSteps(tx, 2)}[around]
+    for ours in (keep_pruned(masks), keep_pruned(masks, optax.sgd(0.1))):
+        state = around(optax.chain(ours, optax.adam(0.1))).init(params)
+        with raises(ValueError, "another transform follows", "put it last"):
+            get_masks(state, params)
+        with raises(ValueError, "another transform follows", "put it last"):
+            set_masks(state, masks)
+    right = around(optax.chain(optax.chain(optax.clip(1.0), optax.adam(0.1)), keep_pruned(masks)))
+    for state in (right.init(params), (right.init(params), {"w": jnp.ones(2)})):
+        assert get_masks(state, params)["w"].tolist() == [T, F]
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_checkpoints_hold_the_masks(tmp_path):
     tx = keep_pruned(MASKS, adamw())
