@@ -310,6 +310,27 @@ def erfc(xp: Any, x: Any) -> Any:
     return xp.special.erfc(x) if is_torch(x) else jax.scipy.special.erfc(x)
 
 
+def framework_of(x: Any) -> str:
+    """Returns ``"torch"``, ``"numpy"`` or ``"jax"``: where an array is from."""
+    return "torch" if is_torch(x) else "numpy" if is_numpy(x) else "jax"
+
+
+def stand_in(framework: str, dtype: str) -> Any:
+    """Returns an array of a framework by its name, with nothing in it, on its default device.
+
+    Raises:
+        ValueError: there is no such framework or dtype, or torch is not imported.
+    """
+    if framework == "torch":
+        torch = sys.modules.get("torch")
+        if torch is None:
+            raise ValueError("there are tensors of torch in it; import torch first")
+        return torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
+    if framework not in ("numpy", "jax"):
+        raise ValueError(f"framework must be 'torch', 'numpy' or 'jax', got {framework!r}")
+    return (np if framework == "numpy" else jnp).empty(0, jnp.dtype(dtype))
+
+
 def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Returns zeros in the framework, and in torch on the device, of ``like``."""
     if not is_torch(like):

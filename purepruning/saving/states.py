@@ -8,8 +8,9 @@ The format is one safetensors file. Tensors are named by their place in the tree
 safetensors' NumPy side has not (bfloat16, float8) is stored as its bytes. The metadata entry
 ``purepruning`` is a JSON object with ``format`` (``"state"``), ``format_version``,
 ``library_version``, for every place in ``leaves`` its ``dtype``, ``shape`` and ``crc32`` (a typed
-key's generator in ``key``; of Python's own numbers and strings the ``value``), and in ``config``
-what the rules were resolved to.
+key's generator in ``key``, of an array its ``framework``; of Python's own numbers and strings the
+``value``), in ``nodes`` which places are lists, tuples, None or empty dicts, and in ``config`` what
+the rules were resolved to.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import is_array, is_concrete, is_torch, namespace
+from purepruning.arrays import framework_of, is_array, is_concrete, is_torch, namespace, stand_in
 from purepruning.config.config import Config, check_config, known_counts
 from purepruning.masks import to_numpy
 from purepruning.saving.files import (
@@ -39,6 +40,7 @@ from purepruning.saving.files import (
     unreadable,
     write_whole,
 )
+from purepruning.saving.nodes import is_empty, node_kinds, rebuilt
 from purepruning.schedules.schedule import check_resumed
 from purepruning.versions import __version__
 
@@ -79,18 +81,21 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
     rows: dict[str, dict[str, Any]] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, leaf in _leaves(state).items():
+        if is_empty(leaf):
+            continue
         kind = _kind(name, leaf)
         if isinstance(leaf, _SCALARS):
             rows[name] = {**kind, "value": leaf}
             continue
         x = _to_numpy(name, leaf)
         tensors[name] = x if x.dtype.kind in "biuf" else np.frombuffer(x.tobytes(), np.uint8)
-        rows[name] = {**kind, "crc32": checksum(x)}
+        rows[name] = {**kind, "crc32": checksum(x), "framework": framework_of(leaf)}
     header = {
         "format": "state",
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "leaves": rows,
+        "nodes": node_kinds(state),
         "config": None if config is None else _description(config),
     }
     metadata = {"purepruning": json.dumps(header, sort_keys=True)}
@@ -101,7 +106,13 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
     """Returns the state in a file, as a tree like ``like``.
 
     Arrays come back in the framework, and on the devices, of the leaves of ``like``, whose values
-    do not matter; but the schedules in it must be those of the file.
+    do not matter; but the schedules in it must be those of the file. An empty dict in the dicts,
+    lists and tuples of ``like`` stands for whatever of these the file has there, with arrays of the
+    framework that they were saved from, on its default device. So an optimizer of torch that has
+    taken no step is resumed::
+
+        state = load_state(path, {"model": model.state_dict(), "sgd": optimizer.state_dict()})
+        optimizer.load_state_dict(state["sgd"])
 
     Args:
         path: the file.
@@ -121,16 +132,24 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
     rows, leaves = header.get("leaves"), _leaves(like)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError(f"{path} cannot be read as state: its header has no leaves")
-    for name in leaves:
-        if name not in rows:
+    for name, leaf in leaves.items():
+        if name not in rows and not is_empty(leaf):
             message = f"{path} is of another run: it has no {_shown(name)}, which this one has"
             raise ValueError(missing(message, name, rows))
-    for name in rows:
-        if name not in leaves:
+    taken = tuple(name for name, kind in node_kinds(like).items() if kind == "dict")
+    extra = {name: row for name, row in rows.items() if name not in leaves}
+    for name in extra:
+        if not name.startswith(taken):
             message = f"{path} is of another run: it has {_shown(name)}, which this one has not"
-            raise ValueError(missing(message, name, leaves))
+            raise ValueError(
+                f"{missing(message, name, leaves)}; give like as the run has it by then, or with "
+                "an empty dict where all that the file has is to be read"
+            )
     restored = []
     for name, leaf in leaves.items():
+        if is_empty(leaf):
+            restored.append(_taken(path, name, header, extra, tensors) if name in taken else {})
+            continue
         row, kind = rows[name], _kind(name, leaf)
         if {key: row.get(key) for key in kind} != kind:
             was, now = (
@@ -139,12 +158,33 @@ def load_state(path: str | os.PathLike[str], like: Any, *, config: Config | None
             )
             raise ValueError(f"{path} is of another run: {_shown(name)} was {was}, and is {now}")
         restored.append(_restored(path, name, row, tensors, leaf))
-    state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), restored)
+    structure = jax.tree_util.tree_structure(like, is_leaf=is_empty)
+    state = jax.tree_util.tree_unflatten(structure, restored)
     try:
         check_resumed(state, like)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return state
+
+
+def _taken(path: Path, name: str, header: dict, rows: dict, tensors: dict[str, np.ndarray]) -> Any:
+    """Returns all that the file has below a name, in dicts and lists."""
+    mine = {inner: row for inner, row in rows.items() if inner.startswith(name)}
+    try:
+        leaves = {
+            inner: row["value"] if "value" in row else _read(inner, row, tensors, _like(row))
+            for inner, row in mine.items()
+        }
+        return rebuilt(name, leaves, header.get("nodes", {}))
+    except BROKEN as error:
+        raise unreadable(path, "state", error) from error
+
+
+def _like(row: dict) -> Any:
+    """Returns an array, or a key, as the one was that a row describes."""
+    if row["dtype"] == "key":
+        return jax.random.key(0, impl=row["key"])
+    return stand_in(row["framework"], row["dtype"])
 
 
 def _restored(path: Path, name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> Any:
@@ -160,8 +200,9 @@ def _restored(path: Path, name: str, row: dict, tensors: dict[str, np.ndarray], 
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, and its empty dicts."""
     try:
-        found = jax.tree_util.tree_leaves_with_path(tree)
+        found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
     except (TypeError, ValueError):
         raise TypeError(
             "a dict in the state has keys that cannot be sorted; give it keys of one type"

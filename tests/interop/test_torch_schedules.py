@@ -1,5 +1,7 @@
 """Schedules in torch: an ordinary loop, a functional one, and many models at once."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +179,18 @@ def test_mistakes_raise():
     with raises(TypeError, "JAX", "torch"):
         now = config.with_counts(event.counts).with_masks({"0.weight": jnp.ones((10, 6), bool)})
         pp.level(dict(model.named_parameters()), None, now)
+
+
+def test_torch_reads_states_without_being_told_to_trust_them():
+    model = torch.nn.Linear(4, 3)
+    config = pp.resolve([{"op_types": ["Linear"], "sparsity": 0.5}], interop.layers(model))
+    clock = pp.agp(end_step=4).init(config)
+    tickets = pp.lottery(pp.level, config, rounds=2).init({"params": dict(model.state_dict())})
+    file = io.BytesIO()
+    torch.save({"clock": clock, "tickets": tickets}, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=True)
+    assert jax.tree.structure(found) == jax.tree.structure({"clock": clock, "tickets": tickets})
+    state, event = pp.agp(end_step=4).step(found["clock"])
+    assert int(state.step) == 1
+    assert bool(event.due)

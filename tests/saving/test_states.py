@@ -250,6 +250,77 @@ def test_another_tree_is_a_clear_error(file):
         pp.load_state(file, jnp.zeros(2, jnp.uint32))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "LBFGS"])
+def test_torch_training_goes_on_in_a_fresh_optimizer(file, name):
+    def begin():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        momentum = {"momentum": 0.9} if name == "SGD" else {}
+        return model, getattr(torch.optim, name)(model.parameters(), lr=0.1, **momentum)
+
+    def train(model, optimizer):
+        def loss():
+            optimizer.zero_grad()
+            loss = ((model(torch.ones(2, 4)) - 1) ** 2).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(loss)
+
+    def parts(model, optimizer):
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}
+
+    model, optimizer = begin()
+    train(model, optimizer)
+    saved = parts(model, optimizer)
+    pp.save_state(file, saved)
+    other, fresh = begin()
+    state = pp.load_state(file, parts(other, fresh))
+    expected = saved["optimizer"]["state"]
+    assert jax.tree.structure(state["optimizer"]["state"]) == jax.tree.structure(expected)
+    other.load_state_dict(state["model"])
+    fresh.load_state_dict(state["optimizer"])
+    train(model, optimizer)
+    train(other, fresh)
+    assert torch.equal(model.weight, other.weight)
+    with raises(ValueError, "it has ['optimizer']['state'][0]", "empty dict"):
+        pp.load_state(
+            file, parts(other, fresh) | {"optimizer": fresh.state_dict() | {"state": {1: {}}}}
+        )
+
+
+def test_an_empty_dict_takes_what_is_there(file):
+    state = {
+        "a": [np.arange(3), (jnp.ones(2, jnp.bfloat16), None, {})],
+        "b": {1: jax.random.key(3), "x'y": 0.5, (0, "z"): "s", "list": [], "tuple": ()},
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
+    state["b"] = {str(key): value for key, value in state["b"].items()}
+    pp.save_state(file, state)
+    for like in ({}, {"a": {}, "b": {}, "c": torch.zeros(2, dtype=torch.bfloat16)}):
+        found = pp.load_state(file, like)
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        assert found["a"][1][2] == {}
+        assert found["b"]["list"] == []
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+            assert type(a) is type(b)
+            assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+            assert np.all(np.asarray(a == b))
+
+
+def test_an_empty_dict_takes_no_named_tuple(file):
+    clock = pp.agp().init(CONFIG)
+    pp.save_state(file, {"clock": clock})
+    with raises(ValueError, "['clock'].", "neither dict, list nor tuple", "give like"):
+        pp.load_state(file, {})
+    # Nor in one: its dicts are those of the run.
+    tx = pp.keep_pruned({"a": jnp.ones((4, 6), bool)})
+    pp.save_state(file, {"tx": tx.init(params())})
+    with raises(ValueError, "it has ['tx'].masks['a']"):
+        pp.load_state(file, {"tx": pp.keep_pruned({}).init(params())})
+
+
 def test_what_is_no_state(file):
     with pytest.raises(FileNotFoundError):
         pp.load_state(file, {})

@@ -16,6 +16,9 @@ from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
 from purepruning_interop.torch.shrink import rebuild, shrink
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
+from purepruning_interop.torch.unpickling import allow
+
+allow()
 
 __all__ = [
     "layers",
