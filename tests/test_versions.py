@@ -174,6 +174,11 @@ def test_a_checkout_that_is_not_installed_can_be_used(tmp_path):
     assert result.stdout.strip() == purepruning.__version__, result.stderr
 
 
+def test_only_the_check_of_versions_asks_what_is_installed():
+    asking = [source.name for source in SOURCES if "importlib.metadata" in source.read_text()]
+    assert asking == ["versions.py"]
+
+
 def private_names(source):
     """What a file uses of JAX, Flax, Equinox and Haiku that they do not document."""
     text = source.read_text()

@@ -9,7 +9,6 @@ in ``cuts`` its axes, and the ``crc32`` of every tensor in ``tensors``.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 
@@ -27,6 +26,7 @@ from purepruning.saving.files import (
     unreadable,
     write_whole,
 )
+from purepruning.versions import __version__
 
 FORMAT_VERSION = 1
 _REMOVED = ":removed"
@@ -55,7 +55,7 @@ def save_plan(path: str | os.PathLike[str], plan: Plan) -> None:
     header = {
         "format": "plan",
         "format_version": FORMAT_VERSION,
-        "library_version": importlib.metadata.version("purepruning"),
+        "library_version": __version__,
         "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
         "cuts": {n: [{"axis": c.axis, "by": c.by} for c in cuts] for n, cuts in plan.cuts.items()},
         "tensors": {name: {"crc32": checksum(array)} for name, array in arrays.items()},
