@@ -1,6 +1,6 @@
 """A ResNet with half its multiply-adds, in Flax: couple, prune, shrink, train the small one on.
 
-    python examples/structured_flax.py
+    python examples/structured_flax.py [--quick]
 
 Channels that batch norms and residuals couple are removed together. The small model is a function
 of smaller parameters that computes what the masked model does; ``jit`` and ``grad`` know no

@@ -1,6 +1,6 @@
 """A ResNet with half its multiply-adds, in PyTorch: couple, prune, shrink, train on, export.
 
-    python examples/structured_torch.py
+    python examples/structured_torch.py [--quick]
 
 The small model is the user's own class with smaller layers. A plan and a state dict are enough to
 build it again. Writes both, and the dense and the small model for onnxruntime. The network of
