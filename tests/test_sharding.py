@@ -5,6 +5,7 @@ starting JAX takes longer than any of them.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import purepruning as pp
 from purepruning import NM, Layer, resolve
 from tests import oracle
+from tests.covering import covered, covering
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
@@ -141,20 +143,24 @@ def check_groups(shape, out_axis, in_axes, spec, nm, axes):
                 assert mask["w"].sharding.spec == spec
 
 
-def check_controls(axes):
-    """Weights and masks in random order, as those that are on one device."""
+def check_control(control, run, axes):
+    """Weights or masks in random order, as those that are on one device."""
     mesh, params = sharded(axes)
     config = resolve(RULES, LAYERS)
     with jax.set_mesh(mesh):
-        masks = pp.level(params, None, config)
-        for function, tree in (
-            (pp.reinitialize, params),
-            (lambda masks, key: pp.shuffle_masks(masks, config, key), masks),
-        ):
-            want = function(jax.tree.map(np.asarray, tree), 3)
-            for run in (function, jax.jit(function, static_argnums=1)):
-                for path, x in run(tree, 3).items():
-                    np.testing.assert_array_equal(x, want[path])
+        if control == "reinitialize":
+            function, tree = pp.reinitialize, params
+        else:
+            function = functools.partial(pp.shuffle_masks, config=config)
+            tree = pp.level(params, None, config)
+        want = function(jax.tree.map(np.asarray, tree), key=3)
+        if run == "compiled":
+            function = jax.jit(functools.partial(function, key=3))
+            found = function(tree)
+        else:
+            found = function(tree, key=3)
+        for path, x in found.items():
+            np.testing.assert_array_equal(x, want[path])
 
 
 def check_schedule(axes):
@@ -184,6 +190,11 @@ GROUPS = {
     "merged": ((16, 8, 6), 2, (0, 1), P("x", "y", None)),
     "wide": ((64, 48), 1, (0,), P("x", "y")),
 }
+CONTROLS = list(
+    itertools.product(
+        ("reinitialize", "shuffle_masks"), ("compiled", "eager"), ("Explicit", "Auto")
+    )
+)
 CHECKS = (
     {
         f"groups-{name}-{axes}": functools.partial(
@@ -193,10 +204,10 @@ CHECKS = (
         for axes in ("Explicit", "Auto")
     }
     | {
-        f"{check.__name__[6:]}-{axes}": functools.partial(check, axes)
-        for check in (check_controls, check_schedule)
-        for axes in ("Explicit", "Auto")
+        f"{run}-{control}-{axes}": functools.partial(check_control, control, run, axes)
+        for control, run, axes in CONTROLS
     }
+    | {f"schedule-{axes}": functools.partial(check_schedule, axes) for axes in ("Explicit", "Auto")}
     | {
         f"{how.__name__[6:]}-{pruner.__name__}-{scope}-{axes}": functools.partial(
             how, pruner, granularity, scope, axes
@@ -221,11 +232,16 @@ def outcome(check):
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(request):
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.getparent(pytest.Module) is request.node
+    ]
     code = "import tests.conftest, tests.test_sharding as t; t.main()"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", "-c", code, *names],
         env=os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
         cwd=ROOT,
         capture_output=True,
@@ -237,10 +253,26 @@ def outcomes():
 
 
 def main():
+    # What is partitioned how is decided before: this only makes every kernel compile faster.
+    jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
-    print(json.dumps({name: outcome(check) for name, check in CHECKS.items()}))
+    print(json.dumps({name: outcome(CHECKS[name]) for name in sys.argv[1:]}))
 
 
-@pytest.mark.parametrize("name", CHECKS)
+SOME = covering(CONTROLS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    covered(
+        [(name,) for name in CHECKS],
+        [
+            (name,)
+            for name, check in CHECKS.items()
+            if check.func is not check_control or check.args in SOME
+        ],
+        CHECKS,
+    ),
+)
 def test_on_eight_devices(outcomes, name):
     assert outcomes[name] == "passed", outcomes[name]
