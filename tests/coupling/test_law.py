@@ -11,6 +11,8 @@ from tests.coupling.law import compare
 from tests.coupling.zoo import MODELS
 from tests.versions import enable_x64
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 #: Functions that nothing can be removed from, and why.
 WHOLE = {
     "plain_softmax_over_channels": "a maximum over it",

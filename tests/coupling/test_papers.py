@@ -21,6 +21,8 @@ import purepruning as pp
 from purepruning_interop import linen
 from purepruning_interop import torch as ppt
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SIZE = 32
 VGG = (64, 64, "pool", 128, 128, "pool", *[256] * 3, "pool", *2 * (*[512] * 3, "pool"))
 BLOCKS = {"ResNet-56": 9, "ResNet-110": 18}  # of two convolutions, in each of three stages

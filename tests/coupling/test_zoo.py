@@ -14,6 +14,8 @@ from tests.coupling.law import half
 from tests.coupling.test_law import UNDEFINED, WHOLE
 from tests.coupling.zoo import MODELS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 #: Operations that have none on purpose: a function of what is there before it is written to.
 WITHOUT_RULE = {"plain_applied": ["scatter"]}
 

@@ -23,7 +23,9 @@ from purepruning_interop import torch as ppt
 from tests.coupling.law import distance
 from tests.interop.torch_law import masked
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # Haiku's moving averages need it
+pytestmark = pytest.mark.usefixtures(
+    "unoptimized", "standard_promotion"
+)  # Haiku's moving averages need it
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 GONE = [0, 3, 4]

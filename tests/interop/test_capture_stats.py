@@ -14,6 +14,8 @@ from purepruning_interop import equinox, linen
 from purepruning_interop import torch as interop
 from tests.fast import some_key
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def mean(stats, name):
     total = stats.sums[name]

@@ -10,6 +10,8 @@ from purepruning_interop import haiku as adapter
 from tests.fast import some_key
 from tests.interop.capture import assert_outputs
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 KEY = some_key(0)
 X = jnp.array([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
 

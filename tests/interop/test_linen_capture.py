@@ -11,6 +11,8 @@ from purepruning_interop import linen
 from tests.fast import some_key
 from tests.interop.capture import assert_outputs
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 X = jnp.array([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
 
 

@@ -13,6 +13,8 @@ from purepruning_interop import nnx as ppn
 from tests.coupling.law import distance, half
 from tests.fast import some_key
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 KEY = some_key()
 IMAGE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)

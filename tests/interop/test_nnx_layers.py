@@ -11,6 +11,8 @@ from purepruning_interop import nnx as adapter
 from tests.fast import some_key
 from tests.interop.table import assert_table, row
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def rngs():
     return nnx.Rngs(some_key())

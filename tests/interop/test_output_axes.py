@@ -15,6 +15,8 @@ from purepruning_interop import nnx as nnx_adapter
 from purepruning_interop import torch as torch_adapter
 from tests.fast import some_key
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def axes_of(table):
     return {layer.name: layer.output_axes for layer in table}

@@ -13,6 +13,8 @@ from purepruning.coupling.plan import Cut, Plan
 from purepruning.trees import flatten
 from tests.coupling.law import distance, half
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 class Net(nn.Module):
     """Convolutions with batch norms and a residual."""

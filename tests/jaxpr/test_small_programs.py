@@ -8,6 +8,8 @@ from jax import lax
 
 import purepruning as pp
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def normal(i, *shape):
     return jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32)

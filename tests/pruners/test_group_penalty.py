@@ -12,6 +12,8 @@ from tests.coupling import models
 from tests.messages import raises
 from tests.modes import as_jax, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MODELS = {
     "added": models.Added,
     "grouped": models.Grouped,
