@@ -11,7 +11,7 @@ from measure import MIB, at_most, in_turns, one_torch_thread, peak_extra, report
 
 import purepruning as pp
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 
 LIMIT = 1.3  # times the plain forward pass
 
@@ -231,9 +231,9 @@ def _criteria_timing(framework: str, blocks: tuple[tuple[int, ...], int]) -> dic
     active = activations.ActivationStats(*({} for _ in range(6)))
     for i, layer in enumerate(layers):
         rng, shape = np.random.default_rng(i), (1, layer.out_channels)
-        seen = Count(np.int32(1), np.int32(0))
-        zeros = Count(np.zeros(shape, np.int32), rng.integers(0, 2**20, shape, np.int32))
-        sums = Sum(rng.random(shape, np.float32), np.zeros(shape, np.float32))
+        seen = WideCount(np.int32(1), np.int32(0))
+        zeros = WideCount(np.zeros(shape, np.int32), rng.integers(0, 2**20, shape, np.int32))
+        sums = CompensatedSum(rng.random(shape, np.float32), np.zeros(shape, np.float32))
         fields = (seen, seen, zeros, sums, sums, sums)
         for field, total in zip(active, fields, strict=True):
             field[layer.name] = type(total)(*(move({"x": np.asarray(part)})["x"] for part in total))

@@ -34,7 +34,7 @@ __all__ = ["Criterion", "Grid", "exact_sum", "namespace", "prune", "reduce_units
 def reduce_units(
     values: Any, grid: Grid, reduce: Callable[[Any, tuple[int, ...]], Any] = exact_sum
 ) -> Any:
-    """Returns one number for each unit, ``(members, units)``, from one for each weight.
+    """Returns one number for each unit, ``(stacked, units)``, from one for each weight.
 
     Members are the layers stacked in one; there is one where none are.
 

@@ -95,7 +95,7 @@ class Grid:
         return tuple(a for a in range(len(self.split)) if a not in used)
 
     @property
-    def n_members(self) -> int:
+    def n_stacked(self) -> int:
         """Number of stacked layers; 1 where there is no stack."""
         return math.prod(self.split[a] for a in self.stack)
 
@@ -207,7 +207,7 @@ def _block(layer: Layer, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]], Any]) -> Any:
-    """Returns ``(members, units)`` from ``reduce(array, axes)`` over what lies inside each unit.
+    """Returns ``(stacked, units)`` from ``reduce(array, axes)`` over what lies inside each unit.
 
     ``reduce`` drops the axes it is given; edges of the weight are filled up with zeros (False).
     """
@@ -219,18 +219,18 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]],
     left = sorted(order)
     folded = reduce(weight, inside) if inside else weight
     folded = xp.permute_dims(folded, tuple(left.index(a) for a in order))
-    return xp.reshape(folded, (g.n_members, g.n_units))
+    return xp.reshape(folded, (g.n_stacked, g.n_units))
 
 
 def by_unit(xp: Any, weight: Any, g: Grid) -> Any:
-    """Returns ``weight`` as ``(members, units, inside)``, edges filled up with zeros."""
+    """Returns ``weight`` as ``(stacked, units, inside)``, edges filled up with zeros."""
     split = xp.reshape(_pad(xp, replicated(weight), g), g.split)
     parts = xp.permute_dims(split, (*g.stack, *g.units, *g.inside))
-    return xp.reshape(parts, (g.n_members, g.n_units, -1))
+    return xp.reshape(parts, (g.n_stacked, g.n_units, -1))
 
 
 def spread(xp: Any, keep: Any, g: Grid) -> Any:
-    """Returns a mask that broadcasts to the weight, from ``keep`` of shape ``(members, units)``."""
+    """Returns a mask that broadcasts to the weight, from ``keep`` of shape ``(stacked, units)``."""
     order = (*g.stack, *g.units, *g.inside)
     shape = (*(g.split[a] for a in (*g.stack, *g.units)), *(1 for _ in g.inside))
     mask = xp.permute_dims(

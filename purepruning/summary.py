@@ -209,7 +209,7 @@ def _channels(layer: Layer, mask: Any) -> tuple[int | None, int | None]:
     if not layer.out_axes:
         return None, None
     g = grid(layer, "output_channel")
-    channels = g.n_members * g.n_units
+    channels = g.n_stacked * g.n_units
     if mask is None:
         return channels, channels
     full = np.broadcast_to(to_numpy(mask), layer.shape)

@@ -80,7 +80,7 @@ def members(layer):
 
 
 def unit_sums(values, layer, granularity):
-    """Sums of ``values`` over each unit, ``(members, units)``, in float64."""
+    """Sums of ``values`` over each unit, ``(stacked, units)``, in float64."""
     ids, which = unit_ids(layer, granularity), members(layer)
     n = ids.max() + 1
     sums = np.bincount((which * n + ids).reshape(-1), values.astype(float).reshape(-1))
@@ -88,5 +88,5 @@ def unit_sums(values, layer, granularity):
 
 
 def spread(pruned, layer, granularity):
-    """A mask of the weight's shape from which units are pruned, ``(members, units)``."""
+    """A mask of the weight's shape from which units are pruned, ``(stacked, units)``."""
     return ~np.asarray(pruned)[members(layer), unit_ids(layer, granularity)]

@@ -8,18 +8,18 @@ import numpy as np
 
 from purepruning import NM
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 from tests import oracle
 
 POSITIONS = 2001  # so many that hardly any two channels have equally many zeros
 
 
 def as_total(kind, x):
-    """Numbers as a ``Count`` or ``Sum``."""
+    """Numbers as a ``WideCount`` or ``CompensatedSum``."""
     x = np.asarray(x)
-    if kind is Count:
-        return Count((x >> 20).astype(np.int32), (x & (2**20 - 1)).astype(np.int32))
-    return Sum(x.astype(np.float32), np.zeros_like(x, np.float32))
+    if kind is WideCount:
+        return WideCount((x >> 20).astype(np.int32), (x & (2**20 - 1)).astype(np.int32))
+    return CompensatedSum(x.astype(np.float32), np.zeros_like(x, np.float32))
 
 
 def nothing(params, layers, granularity):
@@ -43,12 +43,12 @@ def active(params, layers, granularity=None):
         x = np.random.default_rng(rows.shape[-1]).integers(-3, 4, (rows.shape[-1], POSITIONS))
         y = np.maximum(rows @ x, 0)
         for field, kind, total in (
-            ("samples", Count, POSITIONS),
-            ("positions", Count, POSITIONS),
-            ("zeros", Count, np.sum(y == 0, -1)),
-            ("sums", Sum, np.sum(y, -1)),
-            ("magnitudes", Sum, np.sum(np.abs(y), -1)),
-            ("squares", Sum, np.sum(y * y, -1)),
+            ("samples", WideCount, POSITIONS),
+            ("positions", WideCount, POSITIONS),
+            ("zeros", WideCount, np.sum(y == 0, -1)),
+            ("sums", CompensatedSum, np.sum(y, -1)),
+            ("magnitudes", CompensatedSum, np.sum(np.abs(y), -1)),
+            ("squares", CompensatedSum, np.sum(y * y, -1)),
         ):
             fields[field][layer.name] = as_total(kind, total)
     return activations.ActivationStats(**fields)
@@ -74,10 +74,12 @@ def slopes(params, layers, granularity, keep=gradients.KEPT):
         kept["grouped"][layer.name] = unit(term) ** 2
         kept["signed"][layer.name] = unit(term)
     totals = (
-        {name: as_total(Sum, x) for name, x in kept[kind].items()} if kind in keep else {}
+        {name: as_total(CompensatedSum, x) for name, x in kept[kind].items()}
+        if kind in keep
+        else {}
         for kind in gradients.KEPT
     )
-    return gradients.GradientStats(as_total(Count, 1), *totals)
+    return gradients.GradientStats(as_total(WideCount, 1), *totals)
 
 
 def slopes_of_elements(params, layers, granularity):

@@ -63,7 +63,7 @@ def weights(granularity, first_dtype):
 
 
 def scores(weight, layer, granularity):
-    """``(members, units)``."""
+    """``(stacked, units)``."""
     sums = oracle.unit_sums(np.abs(weight.astype(float)), layer, granularity)
     if granularity != BLOCK:
         return sums

@@ -29,7 +29,7 @@ def parameters(seed=0):
 
 
 def lowest(scores, share):
-    """Keeps all but the lowest share of every row, ``(members, units)``."""
+    """Keeps all but the lowest share of every row, ``(stacked, units)``."""
     n = int(share * scores.shape[-1])
     ranks = scores.argsort(-1, kind="stable").argsort(-1, kind="stable")
     return ranks >= n
@@ -139,7 +139,7 @@ def test_mistakes_in_scores(scores, granularity, error, parts):
 # Criteria.
 
 
-def relative(weight, own):
+def relative(weight, layer_stats):
     return abs(weight)
 
 
@@ -159,7 +159,7 @@ def test_a_criterion_of_single_weights_returns_an_array():
 
 @pytest.mark.parametrize("granularity", [CHANNEL, "input_channel", Block((3, 4))])
 def test_reduce_units_adds_exactly(granularity):
-    def norm(weight, own, grid):
+    def norm(weight, layer_stats, grid):
         return reduce_units(abs(weight), grid)
 
     mine = Criterion("mine", channel=norm, block=norm)
@@ -171,20 +171,20 @@ def test_reduce_units_adds_exactly(granularity):
         np.testing.assert_equal(as_numpy(prune(mine, convert(params), None, config)), expected)
 
 
-def column_sums(weight, own, grid):
+def column_sums(weight, layer_stats, grid):
     return namespace(weight).sum(weight, axis=0)
 
 
-def first_rows(weight, own, grid):
+def first_rows(weight, layer_stats, grid):
     return reduce_units(weight[0], grid)
 
 
 WRONG = {
-    "a vector": (column_sums, ValueError, ("(members, units) = (1, 8)", "(8,)")),
-    "a number": (lambda w, own, g: 3.0, TypeError, ("array", "float")),
-    "nothing": (lambda w, own, g: None, TypeError, ("array", "NoneType")),
-    "of torch": (lambda w, own, g: torch.ones(1, 8), TypeError, ("array", "Tensor")),
-    "booleans": (lambda w, own, g: (w > 0)[:1], TypeError, ("real numbers", "bool")),
+    "a vector": (column_sums, ValueError, ("(stacked, units) = (1, 8)", "(8,)")),
+    "a number": (lambda w, layer_stats, g: 3.0, TypeError, ("array", "float")),
+    "nothing": (lambda w, layer_stats, g: None, TypeError, ("array", "NoneType")),
+    "of torch": (lambda w, layer_stats, g: torch.ones(1, 8), TypeError, ("array", "Tensor")),
+    "booleans": (lambda w, layer_stats, g: (w > 0)[:1], TypeError, ("real numbers", "bool")),
     "values": (first_rows, ValueError, ("reduce_units", "(6, 8)", "(8,)")),
 }
 
@@ -201,18 +201,18 @@ def test_mistakes_in_a_criterion(wrong):
 def test_mistakes_of_single_weights():
     config, params = pp.resolve(0.5, [FC]), as_jax(parameters())
     with raises(ValueError, "mine", "element must return", "shape of the weight", "(6, 8)", "(8,)"):
-        prune(Criterion("mine", element=lambda w, own: w.sum(0)), params, None, config)
+        prune(Criterion("mine", element=lambda w, layer_stats: w.sum(0)), params, None, config)
     with raises(ValueError, "mine ranks nothing"):
         prune(Criterion("mine"), params, None, config)
     with raises(TypeError, "prune", "Criterion", "function", "pp.Criterion("):
         prune(relative, params, None, config)
 
 
-def of_jax(weight, own, grid):
+def of_jax(weight, layer_stats, grid):
     return jnp.abs(weight).sum(0)[None]
 
 
-def of_torch(weight, own, grid):
+def of_torch(weight, layer_stats, grid):
     return torch.sum(torch.abs(weight), 0)[None]
 
 
@@ -232,7 +232,7 @@ def test_a_criterion_of_one_framework_only():
 
 def test_an_error_inside_says_which_criterion_it_is_in():
     config = pp.resolve(0.5, [FC], granularity=CHANNEL)
-    mine = Criterion("mine", channel=functools.partial(lambda w, own, g: w.nothing))
+    mine = Criterion("mine", channel=functools.partial(lambda w, layer_stats, g: w.nothing))
     with pytest.raises(AttributeError) as caught:
         prune(mine, as_jax(parameters()), None, config)
     (note,) = (x for x in caught.value.__notes__ if "mine" in x)

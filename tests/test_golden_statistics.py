@@ -13,7 +13,7 @@ import torch
 
 import purepruning as pp
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 from tests import nni
 from tests.modes import as_jax, as_numpy, as_torch, moved
 from tests.nni import DATA, config_of, expected_of, model, turn_back
@@ -51,21 +51,21 @@ def importance(case):
 
 def inputs(case, params):
     """Parameters and statistics of which our pruner makes the importance that NNI ranked."""
-    ranked, one = importance(case), Count(np.zeros((), np.int32), np.ones((), np.int32))
+    ranked, one = importance(case), WideCount(np.zeros((), np.int32), np.ones((), np.int32))
     if case["pruner"] == "Slim":
         return params | {f"{name}.weight": x[0] for name, x in ranked.items()}, None
-    sums = {name: Sum(x, np.zeros_like(x)) for name, x in ranked.items()}
+    sums = {name: CompensatedSum(x, np.zeros_like(x)) for name, x in ranked.items()}
     if case["pruner"] == "TaylorFOWeight":
         return params, gradients.GradientStats(one, sums, {}, {})
     if case["pruner"] == "ActivationMeanRank":
         ones = dict.fromkeys(ranked, one)
-        zeros = {name: Count(*[np.zeros(x.shape, np.int32)] * 2) for name, x in ranked.items()}
+        zeros = {name: WideCount(*[np.zeros(x.shape, np.int32)] * 2) for name, x in ranked.items()}
         return params, activations.ActivationStats(ones, ones, zeros, sums, sums, sums)
-    positions, zeros = dict.fromkeys(ranked, Count(one.high, one.low * POSITIONS)), {}
+    positions, zeros = dict.fromkeys(ranked, WideCount(one.high, one.low * POSITIONS)), {}
     for name, x in ranked.items():
         count = np.round((1 - np.float64(x)) * POSITIONS)
         np.testing.assert_allclose(1 - count / POSITIONS, x, atol=1e-6)
-        zeros[name] = Count(np.zeros(x.shape, np.int32), count.astype(np.int32))
+        zeros[name] = WideCount(np.zeros(x.shape, np.int32), count.astype(np.int32))
     return params, activations.ActivationStats(positions, positions, zeros, sums, sums, sums)
 
 

@@ -34,19 +34,19 @@ def check(layer, granularity):
     g = grid(layer, granularity)
     ids, member = oracle.unit_ids(layer, granularity), oracle.members(layer)
     assert g.n_units == ids.max() + 1
-    assert g.n_members == member.max() + 1
+    assert g.n_stacked == member.max() + 1
     sizes = oracle.unit_sums(np.ones(layer.shape), layer, granularity)
     np.testing.assert_array_equal(np.broadcast_to(g.cost, sizes.shape), sizes)
     weight = distinct(layer)
     sums = fold(np, weight, g, lambda x, axes: np.sum(x, axis=axes))
     np.testing.assert_array_equal(sums, oracle.unit_sums(weight, layer, granularity))
     parts = by_unit(np, weight + 1, g)
-    assert parts.shape[:2] == (g.n_members, g.n_units)
-    for m in range(g.n_members):
+    assert parts.shape[:2] == (g.n_stacked, g.n_units)
+    for m in range(g.n_stacked):
         for u in range(g.n_units):
             inside = (weight + 1)[(ids == u) & (member == m)]
             assert sorted(parts[m, u][parts[m, u] > 0]) == sorted(inside)
-    keep = np.random.default_rng(0).random((g.n_members, g.n_units)) < 0.5
+    keep = np.random.default_rng(0).random((g.n_stacked, g.n_units)) < 0.5
     mask = spread(np, keep, g)
     assert mask.ndim == len(layer.shape)
     assert all(m in (1, n) for m, n in zip(mask.shape, layer.shape, strict=True))

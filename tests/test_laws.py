@@ -217,7 +217,7 @@ def apply(params, masks):
 
 
 def pruned_units(row, masks):
-    """``(members, units)`` of each layer: which units have lost all their weights."""
+    """``(stacked, units)`` of each layer: which units have lost all their weights."""
     gone = {}
     for layer in row.layers:
         mask = whole(row, masks)[layer.weight]

@@ -69,7 +69,7 @@ class Allocation:
         layers: names of the layers, in the order of their channels in the vector of all.
         sets: the units that are ranked, set by set.
         channels: by layer name, the places of the units that each channel goes with,
-            ``(members * channels, k)``, filled up with 0.
+            ``(stacked * channels, k)``, filled up with 0.
         kept_whole: what stays although a rule selects it.
         budget: how the cost of the whole model follows from what dies; in global scope.
         costs: by place, the cost of removing each unit alone; where units rank by score per cost.

@@ -18,7 +18,7 @@ from purepruning.layers import Layer
 def channel_units(coupling: Coupling, layer: Layer, where: str = "coupling") -> np.ndarray:
     """Returns the units that each output channel of a layer goes with.
 
-    An int array ``(members * channels, k)`` in the order of the layer's grid, filled up with 0.
+    An int array ``(stacked * channels, k)`` in the order of the layer's grid, filled up with 0.
 
     Raises:
         KeyError: the coupling has no parameter of that name.

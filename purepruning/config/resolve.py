@@ -274,7 +274,7 @@ def _pools(
         if layers:
             weights = sum(math.prod(layer.shape) for layer in layers)
             caps = _caps(number, layers, grids, largest, spared)
-            most = sum(g.n_members * _most(g, cap) for g, cap in zip(grids, caps, strict=True))
+            most = sum(g.n_stacked * _most(g, cap) for g, cap in zip(grids, caps, strict=True))
             pools = [Pool(f"rule {number}", number, tuple(layers), weights, most, caps, *common)]
     for pool in pools:
         if pool.size >= _UNITS_LIMIT:

@@ -24,7 +24,7 @@ class Selected(NamedTuple):
 
     Attributes:
         layer, rule: the layer, and the number of its rule.
-        units: unit numbers of every channel, ``(members * channels, k)``.
+        units: unit numbers of every channel, ``(stacked * channels, k)``.
         groups: indices of the coupling's groups that the rule prunes it by.
         sparsity, allow_empty, gradual, iterations, most: what the rule says; ``most`` is the
             largest fraction to prune in global scope.
@@ -163,7 +163,7 @@ class UnitSets:
         counts = np.arange(most + 1)
         good = np.ones(most + 1, bool)
         for x in members:
-            rows = x.units.reshape(grid(x.layer, "output_channel").n_members, -1)
+            rows = x.units.reshape(grid(x.layer, "output_channel").n_stacked, -1)
             for row in rows:
                 number = np.bincount(row, minlength=self.coupling.n_units + 1)[chunks].max(1)
                 if number.any():

@@ -10,7 +10,7 @@ from purepruning.granularity import Grid
 from purepruning.layers import Layer
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
-from purepruning.stats.accumulate import Count, Sum, value
+from purepruning.stats.accumulate import CompensatedSum, WideCount, value
 from purepruning.stats.activations import ActivationStats, channels
 from purepruning.stats.checks import check_totals, match, placed, refuse_empty
 from purepruning.trees import flatten
@@ -99,14 +99,14 @@ def _of(totals: Any, layer: Layer) -> Any:
     return totals[layer.name]
 
 
-def _apoz(weight: Any, own: tuple[Count, Count, Sum], g: Grid) -> Any:
-    positions, zeros, _ = own
-    others = Count(positions.high - zeros.high, positions.low - zeros.low)
+def _apoz(weight: Any, layer_stats: tuple[WideCount, WideCount, CompensatedSum], g: Grid) -> Any:
+    positions, zeros, _ = layer_stats
+    others = WideCount(positions.high - zeros.high, positions.low - zeros.low)
     return value(others) / value(positions)
 
 
-def _mean(weight: Any, own: tuple[Count, Count, Sum], g: Grid) -> Any:
-    positions, _, sums = own
+def _mean(weight: Any, layer_stats: tuple[WideCount, WideCount, CompensatedSum], g: Grid) -> Any:
+    positions, _, sums = layer_stats
     return value(sums) / value(positions)
 
 

@@ -39,7 +39,7 @@ def fpgm(params: Params, stats: None, config: Config) -> Masks:
     return prune(_FPGM, params, stats, config)
 
 
-def _distances(weight: Any, own: None, g: Grid) -> Any:
+def _distances(weight: Any, layer_stats: None, g: Grid) -> Any:
     xp = namespace(weight)
     units = by_unit(xp, xp.astype(weight, xp.float32), g)
     # Distances do not change when all units move together; near the origin their products cancel

@@ -67,18 +67,18 @@ def l2_norm(params: Params, stats: None, config: Config) -> Masks:
     return prune(_L2, params, stats, config)
 
 
-def element(weight: Any, own: None) -> Piece:
+def element(weight: Any, layer_stats: None) -> Piece:
     """Returns single weights, which score their magnitude."""
     return Piece((weight,), _magnitude, indexed=False)
 
 
-def _magnitude(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:
+def _magnitude(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
     xp = namespace(arrays[0])
     return xp.abs(xp.astype(arrays[0], xp.float32))
 
 
-def l1(weight: Any, own: None, g: Grid) -> Any:
-    """Returns the sums of magnitudes of all units, ``(members, units)``."""
+def l1(weight: Any, layer_stats: None, g: Grid) -> Any:
+    """Returns the sums of magnitudes of all units, ``(stacked, units)``."""
     xp = namespace(weight)
     times, share = _edges(g, weight)
 
@@ -88,8 +88,8 @@ def l1(weight: Any, own: None, g: Grid) -> Any:
     return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
 
 
-def _l2(weight: Any, own: None, g: Grid) -> Any:
-    """Returns the L2 norms of all units, ``(members, units)``."""
+def _l2(weight: Any, layer_stats: None, g: Grid) -> Any:
+    """Returns the L2 norms of all units, ``(stacked, units)``."""
 
     def root(squares: Any, unscale: Any) -> Any:
         return sqrt(squares) * unscale
@@ -97,8 +97,8 @@ def _l2(weight: Any, own: None, g: Grid) -> Any:
     return _of_squares(weight, g, root)
 
 
-def _l2_rank(weight: Any, own: None, g: Grid) -> Any:
-    """Returns what ranks units by their sums of squares, ``(members, units)``."""
+def _l2_rank(weight: Any, layer_stats: None, g: Grid) -> Any:
+    """Returns what ranks units by their sums of squares, ``(stacked, units)``."""
     return _of_squares(weight, g, ordered_squares)
 
 

@@ -36,18 +36,18 @@ def _of(words: tuple[Any, Any], layer: Layer) -> tuple[Any, Any, int]:
     return own_words(words, layer.name)
 
 
-def _element(weight: Any, own: tuple[Any, Any, Any]) -> Piece:
-    return Piece((weight,), _score_element, own)
+def _element(weight: Any, layer_stats: tuple[Any, Any, Any]) -> Piece:
+    return Piece((weight,), _score_element, layer_stats)
 
 
-def _score_element(arrays: tuple[Any, ...], index: Any, own: tuple[Any, Any, Any]) -> Any:
-    return noise(index, own)
+def _score_element(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[Any, Any, Any]) -> Any:
+    return noise(index, layer_stats)
 
 
-def _unit(weight: Any, own: tuple[Any, Any, Any], g: Grid) -> Any:
+def _unit(weight: Any, layer_stats: tuple[Any, Any, Any], g: Grid) -> Any:
     xp = namespace(weight)
-    index = xp.reshape(iota(xp, g.n_members * g.n_units, weight), (g.n_members, g.n_units))
-    return noise(index, own)
+    index = xp.reshape(iota(xp, g.n_stacked * g.n_units, weight), (g.n_stacked, g.n_units))
+    return noise(index, layer_stats)
 
 
 _RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit, of=_of)

@@ -89,8 +89,8 @@ def _check_shape(
     wanted = [layer.shape]
     if granularity != "element" and not isinstance(granularity, NM):
         g = grid(layer, granularity)
-        wanted += [tuple(g.split[a] for a in (*g.stack, *g.units)), (g.n_members, g.n_units)]
-        if g.n_members == 1:
+        wanted += [tuple(g.split[a] for a in (*g.stack, *g.units)), (g.n_stacked, g.n_units)]
+        if g.n_stacked == 1:
             wanted.append((g.n_units,))
     if shape not in wanted:
         shapes = " or ".join(map(str, dict.fromkeys(wanted)))
@@ -103,15 +103,15 @@ def _of(scores: Mapping[str, Any], layer: Layer) -> Any:
     return scores[layer.name]
 
 
-def _element(weight: Any, own: Any) -> Any:
-    return own
+def _element(weight: Any, layer_stats: Any) -> Any:
+    return layer_stats
 
 
-def _unit(weight: Any, own: Any, g: Grid) -> Any:
-    xp = namespace(own)
-    if tuple(own.shape) != g.shape:
-        return xp.reshape(own, (g.n_members, g.n_units))
-    return fold(xp, xp.astype(own, xp.float32), g, exact_sum)
+def _unit(weight: Any, layer_stats: Any, g: Grid) -> Any:
+    xp = namespace(layer_stats)
+    if tuple(layer_stats.shape) != g.shape:
+        return xp.reshape(layer_stats, (g.n_stacked, g.n_units))
+    return fold(xp, xp.astype(layer_stats, xp.float32), g, exact_sum)
 
 
 _GIVEN = Criterion("prune_scores", element=_element, channel=_unit, block=_unit, of=_of)

@@ -124,7 +124,7 @@ def slim_penalty(params: Params, layers: Config | Layers, *, scale: float = 1e-4
 
 
 def _kept(norm: Layer, mask: Any) -> Any:
-    """Returns which channels a norm keeps, ``(members, channels)``."""
+    """Returns which channels a norm keeps, ``(stacked, channels)``."""
     xp = namespace(mask)
     whole = xp.broadcast_to(mask, norm.shape)
     return fold(xp, whole, grid(norm, "output_channel"), any_of)

@@ -14,7 +14,7 @@ from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
 from purepruning.stats import gradients
-from purepruning.stats.accumulate import Sum, value
+from purepruning.stats.accumulate import CompensatedSum, value
 from purepruning.stats.checks import check_totals, match, placed, refuse_empty
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
@@ -64,7 +64,7 @@ def taylor_fo(
     return prune(_TAYLOR, params, _checked(params, stats, config, grouped), config)
 
 
-def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str, Sum]:
+def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str, CompensatedSum]:
     """Returns the total that scores are made of, of the layers that are pruned."""
     check_config("taylor_fo", config)
     expected = "the statistics of stats.gradients"
@@ -95,20 +95,20 @@ def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str
     }
 
 
-def _of(totals: dict[str, Sum], layer: Layer) -> Sum:
+def _of(totals: dict[str, CompensatedSum], layer: Layer) -> CompensatedSum:
     return totals[layer.name]
 
 
-def _element(weight: Any, own: Sum) -> Piece:
-    return Piece(tuple(own), _total, indexed=False)
+def _element(weight: Any, layer_stats: CompensatedSum) -> Piece:
+    return Piece(tuple(layer_stats), _total, indexed=False)
 
 
-def _total(arrays: tuple[Any, ...], index: Any, own: tuple[()]) -> Any:
-    return value(Sum(*arrays))
+def _total(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
+    return value(CompensatedSum(*arrays))
 
 
-def _unit(weight: Any, own: Sum, g: Grid) -> Any:
-    total = value(own)
+def _unit(weight: Any, layer_stats: CompensatedSum, g: Grid) -> Any:
+    total = value(layer_stats)
     if tuple(total.shape) == tuple(weight.shape):
         return fold(namespace(total), total, g, exact_sum)
     return total

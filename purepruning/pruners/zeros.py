@@ -87,7 +87,7 @@ def _masks(weights: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _kept(weight: Any, g: Grid) -> Any:
-    """Returns which units have a weight that is not zero, ``(members, units)``."""
+    """Returns which units have a weight that is not zero, ``(stacked, units)``."""
     return compiled(weight, _not_zero, "g")(weight, g=g)
 
 

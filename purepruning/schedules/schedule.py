@@ -43,14 +43,14 @@ class ScheduleState(NamedTuple):
         times: steps at which something is pruned, ascending, ``(events,)``.
         counts: by pool name, how many are pruned once so many events have passed,
             ``(events + 1,)``; with a leading axis where there are several sparsities.
-        turns: by pool name, whether an event prunes the pool, ``(events,)``; ``{}`` if every event
-            prunes every pool.
+        due_by_pool: by pool name, whether an event prunes the pool, ``(events,)``; ``{}`` if every
+            event prunes every pool.
     """
 
     step: Any
     times: Any
     counts: dict[str, Any]
-    turns: dict[str, Any]
+    due_by_pool: dict[str, Any]
 
 
 class Event(NamedTuple):
@@ -60,13 +60,13 @@ class Event(NamedTuple):
         due: whether to prune now.
         counts: by pool name, the counts that hold from this step on, for
             :meth:`purepruning.Config.with_counts`.
-        turns: by pool name, whether it is pruned now; ``{}`` if all pools are whenever one is. A
-            pool that is not due has the count that it had.
+        due_by_pool: by pool name, whether it is pruned now; ``{}`` if all pools are whenever one
+            is. A pool that is not due has the count that it had.
     """
 
     due: Any
     counts: dict[str, Any]
-    turns: dict[str, Any]
+    due_by_pool: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +129,15 @@ class Schedule:
                 f"the counts of {config.granularity} are fixed, so that it can be pruned once; "
                 f"this schedule has {len(times)} events"
             )
-        counts, turns = {}, {}
+        counts, due_by_pool = {}, {}
         for name, table in own.items():
-            turns[name] = np.isin(times, table.times)
-            passed = np.concatenate([[0], np.cumsum(turns[name])])
+            due_by_pool[name] = np.isin(times, table.times)
+            passed = np.concatenate([[0], np.cumsum(due_by_pool[name])])
             if not fixed:
                 counts[name] = table.counts[..., passed]
-        if all(turn.all() for turn in turns.values()):
-            turns = {}
-        return ScheduleState(np.zeros((), np.int32), times, counts, turns)
+        if all(due.all() for due in due_by_pool.values()):
+            due_by_pool = {}
+        return ScheduleState(np.zeros((), np.int32), times, counts, due_by_pool)
 
     def step(self, state: ScheduleState) -> tuple[ScheduleState, Event]:
         """Returns the state one step on, and what is to be done at the step: pure, and traceable.
@@ -146,7 +146,7 @@ class Schedule:
         whatever the schedule's times count, an update or an epoch.
         """
         check_state("Schedule.step", state)
-        return advance(state), Event(due(state), counts(state), turns(state))
+        return advance(state), Event(due(state), counts(state), due_by_pool(state))
 
 
 def advance(state: ScheduleState) -> ScheduleState:
@@ -170,14 +170,14 @@ def _counts(state: ScheduleState) -> dict[str, Any]:
     return {name: table[..., row] for name, table in state.counts.items()}
 
 
-def turns(state: ScheduleState) -> dict[str, Any]:
+def due_by_pool(state: ScheduleState) -> dict[str, Any]:
     """Returns which pools are pruned at the state's step."""
     return by_numpy(_turns, state)
 
 
 def _turns(state: ScheduleState) -> dict[str, Any]:
     here = state.times == state.step
-    return {name: (turn & here).any() for name, turn in state.turns.items()}
+    return {name: (turn & here).any() for name, turn in state.due_by_pool.items()}
 
 
 def vmap_axes(tree: Any) -> Any:
@@ -193,14 +193,14 @@ def vmap_axes(tree: Any) -> Any:
     >>> layer = pp.Layer("fc", "Linear", "w", (2, 2), out_axes=(1,), in_axes=(0,))
     >>> config = pp.resolve([{"sparsity": 0.5, "op_types": ["Linear"]}], [layer])
     >>> vmap_axes(pp.one_shot().init(config))
-    ScheduleState(step=None, times=None, counts={'fc': None}, turns={})
+    ScheduleState(step=None, times=None, counts={'fc': None}, due_by_pool={})
     """
 
     def axes(node: Any) -> Any:
         if not isinstance(node, ScheduleState):
             return 0
         counts = {name: 0 if np.ndim(table) > 1 else None for name, table in node.counts.items()}
-        return ScheduleState(None, None, counts, dict.fromkeys(node.turns))
+        return ScheduleState(None, None, counts, dict.fromkeys(node.due_by_pool))
 
     return jax.tree.map(axes, tree, is_leaf=_is_state)
 
@@ -249,8 +249,8 @@ def _check_same(old: ScheduleState, new: ScheduleState) -> None:
             raise ValueError(
                 f"{where} the {what} were {_short(before)}, and are {_short(after)} now"
             )
-    if {k: np.asarray(v).tolist() for k, v in old.turns.items()} != {
-        k: np.asarray(v).tolist() for k, v in new.turns.items()
+    if {k: np.asarray(v).tolist() for k, v in old.due_by_pool.items()} != {
+        k: np.asarray(v).tolist() for k, v in new.due_by_pool.items()
     }:
         raise ValueError(f"{where} different pools are pruned at its events")
 
@@ -357,7 +357,10 @@ def check_state(where: str, state: Any) -> None:
     _check_array(f"{where}: state.step", state.step, "integral", 0)
     _check_array(f"{where}: state.times", state.times, "integral", 1)
     events = state.times.shape[0]
-    for field, dtype, length in (("counts", "integral", events + 1), ("turns", "bool", events)):
+    for field, dtype, length in (
+        ("counts", "integral", events + 1),
+        ("due_by_pool", "bool", events),
+    ):
         tables = getattr(state, field)
         instance(tables, Mapping, f"{where}: state.{field}", "a dict by pool name")
         for name, table in tables.items():

@@ -307,7 +307,7 @@ def _groups(config: Config) -> list[_Group]:
         if any(g.is_padded for g in grids):
             raise ValueError(f"annealing: rule {number}: blocks at the edge of a layer are smaller")
         weights = np.asarray([math.prod(pool.layers[0].shape) for _, pool in mine])
-        costs = np.asarray([g.cost * g.n_members for g in grids])
+        costs = np.asarray([g.cost * g.n_stacked for g in grids])
         most = np.asarray([pool.most for _, pool in mine])
         share = mine[0][1].sparsity
         total, possible = int(np.dot(known, costs)), int((most * costs).sum())

@@ -33,7 +33,7 @@ def coupled_masks(
     """Returns the masks of a config with a coupling, by layer name.
 
     Args:
-        scores: by layer name, the float32 scores of its channels, ``(members, channels)``; larger
+        scores: by layer name, the float32 scores of its channels, ``(stacked, channels)``; larger
             ones are more important.
         keeps: by layer name, which channels are not pruned already; layers may be missing.
         grids: by layer name, how its weight divides.
@@ -292,4 +292,4 @@ def _mask(removed: Any, *, name: str, g: Grid, allocation: Allocation) -> Any:
     xp = namespace(removed)
     places = allocation.channels[name]
     gone = xp.reshape(xp.take(removed, int32(xp, places.reshape(-1), removed)), places.shape)
-    return spread(xp, xp.reshape(~xp.any(gone, axis=1), (g.n_members, g.n_units)), g)
+    return spread(xp, xp.reshape(~xp.any(gone, axis=1), (g.n_stacked, g.n_units)), g)

@@ -28,14 +28,14 @@ class Criterion(NamedTuple):
 
     Attributes:
         name: the pruner's name, for messages.
-        element: ``(weight, own) -> scores``: how single weights score, in the shape of the weight,
-            for elements and N:M; None if the criterion has no such meaning.
-        channel: ``(weight, own, grid) -> scores``: how channels score, ``(members, units)`` as
-            :func:`purepruning.criteria.reduce_units` returns them; None if the criterion has no
-            such meaning.
+        element: ``(weight, layer_stats) -> scores``: how single weights score, in the shape of the
+            weight, for elements and N:M; None if the criterion has no such meaning.
+        channel: ``(weight, layer_stats, grid) -> scores``: how channels score, ``(stacked,
+            units)`` as :func:`purepruning.criteria.reduce_units` returns them; None if the
+            criterion has no such meaning.
         block: the same for blocks.
-        of: ``(stats, layer) -> own``: what the statistics say of one layer, a tree of arrays; None
-            if the pruner takes ``stats=None``.
+        of: ``(stats, layer) -> layer_stats``: what the statistics say of one layer, a tree of
+            arrays; None if the pruner takes ``stats=None``.
         rank: as ``channel``, the same order of channels and blocks in other numbers, of which fewer
             are rounded to the same; None if there are none. Where channels are coupled, scores are
             added, and these are not.
@@ -67,10 +67,10 @@ class Checked:
     field: str
     function: Callable[..., Any]
 
-    def __call__(self, weight: Any, own: Any, *grids: Grid) -> Any:
-        """Returns what the function does: a piece, or float32 ``(members, units)``."""
+    def __call__(self, weight: Any, layer_stats: Any, *grids: Grid) -> Any:
+        """Returns what the function does: a piece, or float32 ``(stacked, units)``."""
         try:
-            scores = self.function(weight, own, *grids)
+            scores = self.function(weight, layer_stats, *grids)
         except Exception as error:
             error.add_note(
                 f"This is in {self.field} of the criterion {self.criterion!r}, which is given "
@@ -79,7 +79,7 @@ class Checked:
             raise
         if isinstance(scores, Piece) and not grids:
             return scores
-        shape = (grids[0].n_members, grids[0].n_units) if grids else tuple(weight.shape)
+        shape = (grids[0].n_stacked, grids[0].n_units) if grids else tuple(weight.shape)
         scores = self._checked(scores, weight, shape)
         return scores if grids else Piece((scores,), _stored, indexed=False)
 
@@ -92,7 +92,7 @@ class Checked:
             )
         if tuple(scores.shape) != shape:
             by_weight = self.field in ("element", "terms")
-            units = "the shape of the weight, " if by_weight else "(members, units) = "
+            units = "the shape of the weight, " if by_weight else "(stacked, units) = "
             raise ValueError(
                 f"{where} scores of {units}{shape}, for a weight of shape {tuple(weight.shape)}, "
                 f"got {tuple(scores.shape)}"
@@ -105,7 +105,7 @@ class Checked:
         return xp.astype(scores, xp.float32)
 
 
-def _stored(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
+def _stored(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
     return arrays[0]
 
 
@@ -116,7 +116,7 @@ class Source(NamedTuple):
     """
 
     weight: Any
-    own: Any
+    layer_stats: Any
     keep: Any
 
 
@@ -135,7 +135,7 @@ class Score(NamedTuple):
 
     def piece(self, source: Source) -> Piece:
         """Returns the single weights of a layer, with their scores."""
-        piece: Piece = self.of(source.weight, source.own)
+        piece: Piece = self.of(source.weight, source.layer_stats)
         if source.keep is None and not self.inverted:
             return piece
         if source.keep is not None:
@@ -146,7 +146,7 @@ class Score(NamedTuple):
 
     def channels(self, source: Source, g: Grid) -> tuple[Any, Any]:
         """Returns the scores of channels, 0 where pruned already, and which are not (or None)."""
-        scores = replicated(self.of(source.weight, source.own, g))
+        scores = replicated(self.of(source.weight, source.layer_stats, g))
         scores = -scores if self.inverted else scores
         if source.keep is None:
             return scores, None
@@ -155,8 +155,8 @@ class Score(NamedTuple):
         return namespace(scores).where(keep, scores, 0.0), keep
 
     def units(self, source: Source, g: Grid) -> Any:
-        """Returns the scores of the units of a layer, ``(members, units)``."""
-        scores = replicated(self.of(source.weight, source.own, g))
+        """Returns the scores of the units of a layer, ``(stacked, units)``."""
+        scores = replicated(self.of(source.weight, source.layer_stats, g))
         keep = None
         if source.keep is not None:
             whole = spread_mask(source.keep, source.weight)
@@ -166,7 +166,7 @@ class Score(NamedTuple):
     def sums(self, sources: Sequence[Source], places: Sequence[Runs]) -> Any:
         """Returns what :meth:`units` does, of layers without stacks, in one vector ``(units,)``."""
         assert self.terms is not None
-        pieces = [self.terms(source.weight, source.own) for source in sources]
+        pieces = [self.terms(source.weight, source.layer_stats) for source in sources]
         masked = [source for source in sources if source.keep is not None]
         keeps = [spread_mask(source.keep, source.weight) for source in masked]
         scores, keep = unit_sums(pieces, places, keeps)
@@ -181,9 +181,9 @@ class _Adjusted:
     inverted: bool
     masked: bool
 
-    def __call__(self, arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
+    def __call__(self, arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
         keep = arrays[-1] if self.masked else None
-        scores = self.score(arrays[:-1] if self.masked else arrays, index, own)
+        scores = self.score(arrays[:-1] if self.masked else arrays, index, layer_stats)
         return _with_lowest(scores, keep, self.inverted)
 
 

@@ -27,8 +27,8 @@ def is_small(piece: Piece) -> bool:
 
 def kind(piece: Piece) -> Any:
     """Returns what pieces have in common that are scored alike: the function, and the dtypes."""
-    own = jax.tree.map(jnp.result_type, piece.own)
-    return piece.score, tuple(a.dtype for a in piece.arrays), str(own)
+    layer_stats = jax.tree.map(jnp.result_type, piece.layer_stats)
+    return piece.score, tuple(a.dtype for a in piece.arrays), str(layer_stats)
 
 
 def joined(arrays: Sequence[tuple[Array, ...]], room: int = 0) -> tuple[Array, ...]:

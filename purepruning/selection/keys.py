@@ -24,17 +24,17 @@ class Piece(NamedTuple):
 
     Attributes:
         arrays: what the scores are made of, arrays of one shape.
-        score: ``(arrays, flat indices, own) -> float32``, element by element; called on parts of
-            them. A function of a module, not made anew for every piece: pieces that share it are
-            compiled together.
-        own: what else goes into the scores of this piece, a tree of scalars.
+        score: ``(arrays, flat indices, layer_stats) -> float32``, element by element; called on
+            parts of them. A function of a module, not made anew for every piece: pieces that
+            share it are compiled together.
+        layer_stats: what else goes into the scores of this piece, a tree of scalars.
         offset: the first element's index, as ``score`` is told it.
         indexed: whether the score depends on the index; where not, it may be None.
     """
 
     arrays: tuple[Any, ...]
     score: Callable[[tuple[Any, ...], Any, Any], Any]
-    own: Any = ()
+    layer_stats: Any = ()
     offset: Any = 0
     indexed: bool = True
 
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
     def scores(self, arrays: tuple[Any, ...], index: Any) -> Any:
         """Returns the scores of the elements at ``index``, from these parts of the arrays."""
-        return self.score(arrays, None if index is None else index + self.offset, self.own)
+        return self.score(arrays, None if index is None else index + self.offset, self.layer_stats)
 
 
 class Threshold(NamedTuple):

@@ -338,7 +338,7 @@ class _Loop(NamedTuple):
         source: which of them each piece is in, ``(pieces,)``.
         begin: where it begins there.
         pieces: what is read; the score of the first is that of all.
-        own: what else goes into the scores, with one row for each piece.
+        layer_stats: what else goes into the scores, with one row for each piece.
         offset: the first index of each piece, as its score is told it.
     """
 
@@ -349,7 +349,7 @@ class _Loop(NamedTuple):
     source: np.ndarray
     begin: np.ndarray
     pieces: list[Piece]
-    own: Any
+    layer_stats: Any
     offset: Array
 
 
@@ -379,9 +379,9 @@ def _loop(pieces: Sequence[Piece], which: np.ndarray, small: bool) -> _Loop:
         length = SMALL_CHUNK
         flat = [joined(flat, length)]  # behind the last piece is room for a whole chunk
         begin, source = np.cumsum(sizes, dtype=np.int32) - sizes, 0 * source
-    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.own for p in mine))
+    stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.layer_stats for p in mine))
     offset = jnp.stack([jnp.asarray(p.offset, jnp.int32) for p in mine])
-    return _Loop(which, sizes, length, flat, source, begin, mine, own, offset)
+    return _Loop(which, sizes, length, flat, source, begin, mine, stats, offset)
 
 
 def _whole(pieces: Sequence[Piece]) -> _Counter:
@@ -432,8 +432,8 @@ def _chunked(loop: _Loop) -> _Counter:
         owner, start = owner_of[j], start_of[j]
         first = jnp.minimum(start, jnp.maximum(sizes[owner] - length, 0))
         parts = lax.switch(source[owner], readers, begin[owner] + first)
-        own = jax.tree.map(lambda leaf: leaf[owner], loop.own)
-        piece = Piece(parts, loop.pieces[0].score, own, loop.offset[owner])
+        stats = jax.tree.map(lambda leaf: leaf[owner], loop.layer_stats)
+        piece = Piece(parts, loop.pieces[0].score, stats, loop.offset[owner])
         fresh = (place >= start - first) & (place < sizes[owner])
         return ordered_bits(jnp, piece.scores(parts, first + place)), fresh, first
 
@@ -521,6 +521,6 @@ def _sample(loop: _Loop, width: int) -> Array:
     else:
         rows = [[a[row] for a in arrays] for arrays, row in zip(loop.sources, at, strict=True)]
         parts = tuple(map(jnp.stack, zip(*rows, strict=True)))
-    own = jax.tree.map(lambda leaf: leaf[:, None], loop.own)
-    piece = Piece(parts, loop.pieces[0].score, own, loop.offset[:, None])
+    stats = jax.tree.map(lambda leaf: leaf[:, None], loop.layer_stats)
+    piece = Piece(parts, loop.pieces[0].score, stats, loop.offset[:, None])
     return jnp.sort(ordered_bits(jnp, piece.scores(parts, index)), axis=1)

@@ -22,9 +22,9 @@ from purepruning.selection.problem import (
     Solved,
     counts_of_rows,
     kernel_of,
-    members,
-    n_members,
+    n_stacked,
     restack,
+    unstacked,
 )
 
 #: Up to this many elements that are ranked together, copying their scores is as fast as counting.
@@ -38,7 +38,7 @@ def is_large(source: Source, plan: Problem, counts: dict[str, Any]) -> bool:
     # Statistics may be mapped over where weights are not.
     piece = plan.score.piece(source)
     like = piece.arrays[0]
-    if any(map(is_batched, (*piece.arrays, *piece.own, *counts.values()))):
+    if any(map(is_batched, (*piece.arrays, *piece.layer_stats, *counts.values()))):
         return False
     if is_numpy(like) or spans_devices(like):
         return True
@@ -52,7 +52,7 @@ def large_masks(
     some = {layer.name: sources[layer.name] for layer in plan.layers}
     ks = counts_of_rows(like, counts, plan)
     keep, nan = compiled(like, _masks, "plan", "check")(some, ks, plan=plan, check=check)
-    has_nan, stops = {}, np.cumsum([n_members(layer) for layer in plan.layers])
+    has_nan, stops = {}, np.cumsum([n_stacked(layer) for layer in plan.layers])
     if check and is_concrete(nan):
         flags = np.split(np.asarray(nan), stops[:-1])
         has_nan = {x.name: part.any() for x, part in zip(plan.layers, flags, strict=True)}
@@ -67,7 +67,7 @@ def _masks(
 
     There may be no masks where there is a NaN.
     """
-    by_layer = [members(plan.score.piece(sources[x.name]), x.stack_axes) for x in plan.layers]
+    by_layer = [unstacked(plan.score.piece(sources[x.name]), x.stack_axes) for x in plan.layers]
     pieces = [piece for some in by_layer for piece in some]
     like = pieces[0].arrays[0]
     xp, kernel = namespace(like), kernel_of(like)
@@ -75,7 +75,7 @@ def _masks(
         sizes = int32(xp, [p.size for p in pieces], like)
         keep, nan = kernel.local_masks(pieces, xp.clip(counts, 0, sizes), check)
     else:
-        caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(n_members(x))]
+        caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(n_stacked(x))]
         budget = xp.clip(counts[0], 0, sum(caps))
         keep, nan = kernel.global_masks(pieces, budget, int32(xp, caps, like), check)
     if keep is None:

@@ -49,14 +49,14 @@ def kernel_of(like: Any) -> ModuleType:
     return kth_torch if is_torch(like) else kth_jax
 
 
-def n_members(layer: Layer) -> int:
+def n_stacked(layer: Layer) -> int:
     """Returns how many layers are stacked in one."""
     return math.prod(layer.shape[a] for a in layer.stack_axes)
 
 
 def counts_of_rows(like: Any, counts: dict[str, Any], plan: Problem) -> Any:
     """Returns how many units go: ``(rows,)``, of every layer and each of those stacked in it."""
-    pools = [(pool.name, n_members(layer)) for pool in plan.pools for layer in pool.layers]
+    pools = [(pool.name, n_stacked(layer)) for pool in plan.pools for layer in pool.layers]
     known = [counts[name] for name, n in pools for _ in range(n)]
     xp = namespace(like)
     if all(isinstance(count, int) for count in known):
@@ -64,7 +64,7 @@ def counts_of_rows(like: Any, counts: dict[str, Any], plan: Problem) -> Any:
     return xp.stack([int32(xp, count, like) for count in known])
 
 
-def members(piece: Piece, stack_axes: tuple[int, ...]) -> list[Piece]:
+def unstacked(piece: Piece, stack_axes: tuple[int, ...]) -> list[Piece]:
     """Returns one piece for each of the layers stacked in this one."""
     if not stack_axes:
         return [piece]

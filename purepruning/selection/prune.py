@@ -144,7 +144,7 @@ def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[s
             raise ValueError(f"{where}: {layer.weight!r} must be floating, got {weight.dtype}")
         if config.bias == "follow" and layer.bias is not None:
             size = math.prod(getattr(leaves[layer.bias], "shape", ()))
-            if size != grid(layer, "output_channel").n_members * layer.out_channels:
+            if size != grid(layer, "output_channel").n_stacked * layer.out_channels:
                 raise ValueError(
                     f"{where}: {layer.bias!r} has {size} elements in params, but the layer table "
                     f"gives the layer {layer.out_channels} output channels"

@@ -11,7 +11,7 @@ from purepruning.granularity import Grid, grid, spread
 from purepruning.selection.criterion import Score, Source
 from purepruning.selection.joined import is_small, kind
 from purepruning.selection.keys import HIGHEST, ordered_bits
-from purepruning.selection.problem import Problem, Solved, counts_of_rows, kernel_of, members
+from purepruning.selection.problem import Problem, Solved, counts_of_rows, kernel_of, unstacked
 from purepruning.selection.rows import lowest_of_rows
 from purepruning.selection.unit_sums import Runs, runs
 
@@ -40,8 +40,8 @@ def _masks(sources: dict[str, Source], counts: Any, *, plan: Problem, check: boo
     masks, has_nan, start = {}, {}, 0
     xp = namespace(keys)
     for name, g in grids.items():
-        mine = slice(start, start + g.n_members * g.n_units)
-        masks[name] = spread(xp, xp.reshape(~pruned[mine], (g.n_members, g.n_units)), g)
+        mine = slice(start, start + g.n_stacked * g.n_units)
+        masks[name] = spread(xp, xp.reshape(~pruned[mine], (g.n_stacked, g.n_units)), g)
         if check:
             has_nan[name] = xp.any(keys[mine] == HIGHEST)
         start = mine.stop
@@ -53,7 +53,7 @@ def _element_keys(sources: dict[str, Source], plan: Problem) -> Any:
     pieces = [
         piece
         for x in plan.layers
-        for piece in members(plan.score.piece(sources[x.name]), x.stack_axes)
+        for piece in unstacked(plan.score.piece(sources[x.name]), x.stack_axes)
     ]
     xp = namespace(pieces[0].arrays[0])
     return xp.concat([xp.reshape(piece.keys(xp)[0], (-1,)) for piece in pieces])
@@ -73,7 +73,7 @@ def _unit_keys(sources: dict[str, Source], score: Score, grids: dict[str, Grid])
     keys = ordered_bits(xp, xp.concat(scores))
     if order == list(grids):
         return keys
-    sizes = {name: grids[name].n_members * grids[name].n_units for name in order}
+    sizes = {name: grids[name].n_stacked * grids[name].n_units for name in order}
     starts = dict(zip(order, np.cumsum([0, *sizes.values()]), strict=False))
     place = np.concatenate([starts[name] + np.arange(sizes[name]) for name in grids])
     return xp.take(keys, int32(xp, place, keys))
@@ -91,8 +91,8 @@ def _summed_together(
         place = None if score.terms is None else runs(g)
         if score.terms is None or place is None:
             continue
-        weight, own, keep = sources[name]
-        piece = score.terms(weight, own)
+        weight, layer_stats, keep = sources[name]
+        piece = score.terms(weight, layer_stats)
         arrays = piece.arrays if keep is None else (*piece.arrays, keep)
         if is_small(piece) and not any(map(is_batched, arrays)):
             alike.setdefault((kind(piece), keep is None), {})[name] = place
@@ -106,14 +106,14 @@ def _lowest(keys: Any, counts: Any, *, caps: tuple[int, ...], grids: tuple[Grid,
     to which units are charged at their cost, and a row loses at most its layer's cap of units.
     """
     xp = namespace(keys)
-    widths = [g.n_units for g in grids for _ in range(g.n_members)]
+    widths = [g.n_units for g in grids for _ in range(g.n_stacked)]
     if not caps:
         return lowest_of_rows(xp, keys, widths, xp.clip(counts, 0, int32(xp, widths, counts)))
     # Units beyond their layer's cap take no part: they rank last, behind NaN, and stay.
-    most = [cap for cap, g in zip(caps, grids, strict=True) for _ in range(g.n_members)]
+    most = [cap for cap, g in zip(caps, grids, strict=True) for _ in range(g.n_stacked)]
     within = lowest_of_rows(xp, keys, widths, int32(xp, most, counts))
     ranked = xp.where(within, xp.clip(keys, max=HIGHEST - 1), HIGHEST)
-    costs = [np.broadcast_to(g.cost, (g.n_members, g.n_units)).reshape(-1) for g in grids]
+    costs = [np.broadcast_to(g.cost, (g.n_stacked, g.n_units)).reshape(-1) for g in grids]
     cost = int32(xp, np.concatenate(costs), counts)
     together = kernel_of(keys).lowest(ranked[None, :], counts[:1], cost)
     return within & together[0, :]

@@ -107,7 +107,7 @@ def _tiles(pieces: Sequence[Piece], places: Sequence[Runs]) -> _Tiles:
     begin_units = jnp.asarray(np.cumsum(units) - units, jnp.int32)
     place_of = jnp.asarray(places, jnp.int32)
     vectors = joined([p.arrays for p in pieces])
-    owns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.own for p in pieces))
+    owns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.layer_stats for p in pieces))
     offsets = jnp.stack([jnp.asarray(p.offset, jnp.int32) for p in pieces])
 
     def read(j: Array, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array, Array]:
@@ -124,8 +124,8 @@ def _tiles(pieces: Sequence[Piece], places: Sequence[Runs]) -> _Tiles:
 
     def scores(j: Array) -> Array:
         parts, inside, index = read(j, vectors)
-        own = jax.tree.map(lambda leaf: leaf[owner_of[j]], owns)
-        piece = Piece(parts, pieces[0].score, own, offsets[owner_of[j]])
+        layer_stats = jax.tree.map(lambda leaf: leaf[owner_of[j]], owns)
+        piece = Piece(parts, pieces[0].score, layer_stats, offsets[owner_of[j]])
         return jnp.where(inside, piece.scores(parts, index), 0.0)
 
     return _Tiles(

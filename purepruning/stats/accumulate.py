@@ -1,7 +1,8 @@
 """Totals that do not drift: a million steps of 1.0 count a million, in float32 and int32 alone.
 
-Added to a large float32, a small number is rounded or lost. :class:`Sum` keeps what was lost in a
-second float; :class:`Count` keeps an integer in two, and is exact. Statistics are made of these.
+Added to a large float32, a small number is rounded or lost. :class:`CompensatedSum` keeps what was
+lost in a second float; :class:`WideCount` keeps an integer in two, and is exact. Statistics are
+made of these.
 
 Totals of several processes may be merged leaf by leaf too (``psum``, ``all_reduce``): counts stay
 exact, and a sum is off by no more than the rounding of adding its larger floats.
@@ -9,7 +10,8 @@ exact, and a sum is off by no more than the rounding of adding its larger floats
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,14 +21,14 @@ from purepruning.arrays import has_values, is_array, is_torch, namespace
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 
 
-class Count(NamedTuple):
+class WideCount(NamedTuple):
     """Non-negative integers up to 2**51, as int32 arrays: ``high * 2**20 + low``."""
 
     high: Any
     low: Any
 
 
-class Sum(NamedTuple):
+class CompensatedSum(NamedTuple):
     """Sums of floats, as float32 arrays: ``high + low``, good to about 47 bits.
 
     Dekker 1971, "A floating-point technique for extending the available precision".
@@ -36,40 +38,44 @@ class Sum(NamedTuple):
     low: Any
 
 
-def count(total: Count, n: Any) -> Count:
+#: By layer name.
+Totals: TypeAlias = Mapping[str, WideCount | CompensatedSum]
+
+
+def count(total: WideCount, n: Any) -> WideCount:
     """Returns the count with ``n`` added: an int, or an int32 array, of at most ``2**31 - 1``."""
-    _check("count", Count, total)
+    _check("count", WideCount, total)
     whole = isinstance(n, int | np.integer) and not isinstance(n, bool) and 0 <= n < 2**31
     if not whole and not (is_array(n) and namespace(n).isdtype(n.dtype, "integral")):
         raise TypeError(
             f"accumulate.count: n must be an integer of at most 2**31 - 1, got {shown(n)}"
         )
-    _check("count", Count, Count(n, total.low))
-    return merge_counts(total, Count(n >> _BITS, n & ((1 << _BITS) - 1)))
+    _check("count", WideCount, WideCount(n, total.low))
+    return merge_counts(total, WideCount(n >> _BITS, n & ((1 << _BITS) - 1)))
 
 
-def merge_counts(a: Count, b: Count) -> Count:
+def merge_counts(a: WideCount, b: WideCount) -> WideCount:
     """Returns the count of both."""
-    _check("merge_counts", Count, a, b)
+    _check("merge_counts", WideCount, a, b)
     low = a.low + b.low
-    return Count(a.high + b.high + (low >> _BITS), low & ((1 << _BITS) - 1))
+    return WideCount(a.high + b.high + (low >> _BITS), low & ((1 << _BITS) - 1))
 
 
-def add(total: Sum, x: Any) -> Sum:
+def add(total: CompensatedSum, x: Any) -> CompensatedSum:
     """Returns the sum with float32 ``x`` added."""
-    _check("add", Sum, total, Sum(x, x))
+    _check("add", CompensatedSum, total, CompensatedSum(x, x))
     high, error = _two_sum(total.high, x)
     return _settled(high, error + total.low)
 
 
-def merge_sums(a: Sum, b: Sum) -> Sum:
+def merge_sums(a: CompensatedSum, b: CompensatedSum) -> CompensatedSum:
     """Returns the sum of both."""
-    _check("merge_sums", Sum, a, b)
+    _check("merge_sums", CompensatedSum, a, b)
     high, error = _two_sum(a.high, b.high)
     return _settled(high, error + (a.low + b.low))
 
 
-def value(total: Count | Sum) -> Any:
+def value(total: WideCount | CompensatedSum) -> Any:
     """Returns a count or sum as float32.
 
     >>> import jax.numpy as jnp
@@ -79,8 +85,8 @@ def value(total: Count | Sum) -> Any:
     >>> float(value(total))
     0.3
     """
-    _check("value", (Count, Sum), total)
-    if isinstance(total, Sum):
+    _check("value", (WideCount, CompensatedSum), total)
+    if isinstance(total, CompensatedSum):
         return total.high + total.low
     xp = namespace(total.high)
     return xp.astype(total.high, xp.float32) * 2.0**_BITS + xp.astype(total.low, xp.float32)
@@ -92,7 +98,7 @@ def _check(where: str, kind: Any, *totals: Any) -> None:
     for total in totals:
         instance(total, kind, where, "a Count or Sum of numbers")
         for part in total:
-            dtypes = "integral" if isinstance(total, Count) else ("real floating", "integral")
+            dtypes = "integral" if isinstance(total, WideCount) else ("real floating", "integral")
             number = isinstance(part, int | float) and not isinstance(part, bool)
             array = is_array(part) and has_values(part)
             if not number and not (array and namespace(part).isdtype(part.dtype, dtypes)):
@@ -116,10 +122,10 @@ def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
     return total, _or_zero(total, (a - (total - part)) + (b - part))
 
 
-def _settled(high: Any, low: Any) -> Sum:
+def _settled(high: Any, low: Any) -> CompensatedSum:
     """Returns the same sum with ``low`` below the last bit of ``high``."""
     total = high + low
-    return Sum(total, _or_zero(total, low - (total - high)))
+    return CompensatedSum(total, _or_zero(total, low - (total - high)))
 
 
 def _or_zero(total: Any, rest: Any) -> Any:

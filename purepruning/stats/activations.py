@@ -20,7 +20,14 @@ from purepruning.arrays import (
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
 from purepruning.stats import chunked_sums
-from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
+from purepruning.stats.accumulate import (
+    CompensatedSum,
+    WideCount,
+    add,
+    count,
+    merge_counts,
+    merge_sums,
+)
 from purepruning.stats.checks import (
     check_totals,
     match,
@@ -40,7 +47,7 @@ _LIMIT = 2**31  # positions in one output, which are counted in int32
 class ActivationStats(NamedTuple):
     """Totals over all outputs seen so far, by layer name.
 
-    Arrays are ``(members, channels)``: a row for each of the layers stacked in a layer, one row
+    Arrays are ``(stacked, channels)``: a row for each of the layers stacked in a layer, one row
     otherwise; channels in the order of the layer's ``out_axes``. ``samples`` and ``positions`` are
     scalars. :func:`purepruning.stats.accumulate.value` makes a float of a total.
 
@@ -52,12 +59,12 @@ class ActivationStats(NamedTuple):
         sums, magnitudes, squares: their sum, sum of magnitudes and sum of squares.
     """
 
-    samples: dict[str, Count]
-    positions: dict[str, Count]
-    zeros: dict[str, Count]
-    sums: dict[str, Sum]
-    magnitudes: dict[str, Sum]
-    squares: dict[str, Sum]
+    samples: dict[str, WideCount]
+    positions: dict[str, WideCount]
+    zeros: dict[str, WideCount]
+    sums: dict[str, CompensatedSum]
+    magnitudes: dict[str, CompensatedSum]
+    squares: dict[str, CompensatedSum]
 
 
 def init(params: Params, layers: Config | Layers) -> ActivationStats:
@@ -95,12 +102,12 @@ def init(params: Params, layers: Config | Layers) -> ActivationStats:
         return {layer.name: kind(array(layer), array(layer)) for layer in table}
 
     return ActivationStats(
-        samples=nothing(Count, "int32", scalar=True),
-        positions=nothing(Count, "int32", scalar=True),
-        zeros=nothing(Count, "int32"),
-        sums=nothing(Sum, "float32"),
-        magnitudes=nothing(Sum, "float32"),
-        squares=nothing(Sum, "float32"),
+        samples=nothing(WideCount, "int32", scalar=True),
+        positions=nothing(WideCount, "int32", scalar=True),
+        zeros=nothing(WideCount, "int32"),
+        sums=nothing(CompensatedSum, "float32"),
+        magnitudes=nothing(CompensatedSum, "float32"),
+        squares=nothing(CompensatedSum, "float32"),
     )
 
 

@@ -19,7 +19,7 @@ from purepruning.arrays import (
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers, checked_table
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, Totals, WideCount
 
 
 def watched(where: str, layers: Config | Layers) -> tuple[Layer, ...]:
@@ -46,7 +46,8 @@ def check_totals(where: str, stats: Any) -> None:
         named = {"": totals} if single else totals
         for name, total in named.items():
             what = f"{where}: statistics: {field}" + (f" of layer {name!r}" if name else "")
-            wanted = Count if "Count" in str(type(stats).__annotations__[field]) else Sum
+            counts = "WideCount" in str(type(stats).__annotations__[field])
+            wanted = WideCount if counts else CompensatedSum
             instance(total, wanted, what, f"a total of stats.accumulate ({wanted.__name__})")
             if not all(is_array(x) and has_values(x) for x in total):
                 raise TypeError(f"{what} must hold arrays, got {', '.join(map(shown, total))}")
@@ -56,7 +57,9 @@ def check_totals(where: str, stats: Any) -> None:
 
 
 def match(
-    where: str, totals: Mapping[str, Count | Sum], wanted: Mapping[str, Sequence[int]]
+    where: str,
+    totals: Totals,
+    wanted: Mapping[str, Sequence[int]],
 ) -> None:
     """Raises unless there is a total for each wanted layer, in its shape."""
     for name, shape in wanted.items():
@@ -84,7 +87,11 @@ def placed(where: str, name: str, total: Any, like: Any) -> Any:
     return type(total)(*(array_like(like, x) for x in total))
 
 
-def refuse_others(where: str, a: Mapping[str, Count | Sum], b: Mapping[str, Count | Sum]) -> None:
+def refuse_others(
+    where: str,
+    a: Totals,
+    b: Totals,
+) -> None:
     """Raises unless ``a`` and ``b`` are of the same layers and shapes."""
     for name in [*a, *b]:
         if name not in a or name not in b:
@@ -114,7 +121,7 @@ def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]
         )
 
 
-def refuse_empty(where: str, seen: Mapping[str, Count]) -> None:
+def refuse_empty(where: str, seen: Mapping[str, WideCount]) -> None:
     """Raises if nothing was counted for some layer, where values are known."""
     for name, total in seen.items():
         if is_concrete(total.high) and not int(total.high) and not int(total.low):

@@ -21,7 +21,14 @@ from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
 from purepruning.layers import Layer
-from purepruning.stats.accumulate import Count, Sum, add, count, merge_counts, merge_sums
+from purepruning.stats.accumulate import (
+    CompensatedSum,
+    WideCount,
+    add,
+    count,
+    merge_counts,
+    merge_sums,
+)
 from purepruning.stats.checks import check_totals, match, refuse_non_finite, refuse_others
 from purepruning.trees import flatten
 from purepruning.types import Params
@@ -43,7 +50,7 @@ class GradientStats(NamedTuple):
     see :mod:`purepruning.stats.accumulate`) for each of the things kept. Of single weights any
     other granularity's ``squares`` and ``signed`` can be made later, ``grouped`` cannot.
 
-    Arrays have the weight's shape where every unit is a single weight, else ``(members, units)``:
+    Arrays have the weight's shape where every unit is a single weight, else ``(stacked, units)``:
     a row for each of the layers stacked in a layer.
 
     Attributes:
@@ -54,10 +61,10 @@ class GradientStats(NamedTuple):
             rate.
     """
 
-    steps: Count
-    squares: dict[str, Sum]
-    grouped: dict[str, Sum]
-    signed: dict[str, Sum]
+    steps: WideCount
+    squares: dict[str, CompensatedSum]
+    grouped: dict[str, CompensatedSum]
+    signed: dict[str, CompensatedSum]
 
 
 def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",)) -> GradientStats:
@@ -79,17 +86,17 @@ def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",))
     for layer in config.layers:
         _weight("gradients.init", "params", layer, leaves)
 
-    def nothing(kind: Kept) -> dict[str, Sum]:
+    def nothing(kind: Kept) -> dict[str, CompensatedSum]:
         if kind not in kinds:
             return {}
 
         def array(layer: Layer) -> Any:
             return zeros(leaves[layer.weight], shape(layer, config.granularity), "float32")
 
-        return {layer.name: Sum(array(layer), array(layer)) for layer in config.layers}
+        return {layer.name: CompensatedSum(array(layer), array(layer)) for layer in config.layers}
 
     like = next(iter(leaves.values()), None)
-    steps = Count(zeros(like, (), "int32"), zeros(like, (), "int32"))
+    steps = WideCount(zeros(like, (), "int32"), zeros(like, (), "int32"))
     return GradientStats(steps, *map(nothing, KEPT))
 
 
@@ -159,8 +166,8 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
         for x in config.layers
     }
 
-    def added(totals: dict[str, dict[str, Sum]], both: dict[str, Any]) -> dict[str, Any]:
-        new: dict[str, dict[str, Sum]] = {kind: {} for kind in keep}
+    def added(totals: dict[str, dict[str, CompensatedSum]], both: dict[str, Any]) -> dict[str, Any]:
+        new: dict[str, dict[str, CompensatedSum]] = {kind: {} for kind in keep}
         for name, (weight, slope) in both.items():
             of_layer = compiled(weight, _terms, "g", "keep")
             terms = of_layer(weight, slope, g=grids[name], keep=keep)
@@ -202,7 +209,7 @@ def shape(layer: Layer, granularity: Granularity) -> tuple[int, ...]:
     if _is_single(layer, granularity):
         return layer.shape
     g = grid(layer, granularity)
-    return g.n_members, g.n_units
+    return g.n_stacked, g.n_units
 
 
 def _is_single(layer: Layer, granularity: Granularity) -> bool:
@@ -210,7 +217,7 @@ def _is_single(layer: Layer, granularity: Granularity) -> bool:
     if isinstance(granularity, NM):
         return True
     g = grid(layer, granularity)
-    return g.n_members * g.n_units == math.prod(layer.shape)
+    return g.n_stacked * g.n_units == math.prod(layer.shape)
 
 
 def _terms(weight: Any, slope: Any, *, g: Grid | None, keep: tuple[Kept, ...]) -> tuple[Any, ...]:

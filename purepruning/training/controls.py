@@ -133,7 +133,7 @@ def invert_scores(pruner: Pruner) -> Pruner:
 
 
 def _shuffled(rows: Any, words: tuple[Any, Any, int]) -> Any:
-    """Returns ``(members, units)`` with every row in a random order of its own."""
+    """Returns ``(stacked, units)`` with every row in a random order of its own."""
     xp, size = namespace(rows), math.prod(rows.shape)
     index = xp.reshape(iota(xp, size, rows), tuple(rows.shape))
     order = xp.argsort(ordered_bits(xp, noise(index, words)), axis=1, stable=True)

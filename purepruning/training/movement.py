@@ -65,7 +65,7 @@ def init(params: Params, config: Config) -> dict[str, Any]:
     """Returns scores of zero for every unit that ``config`` may prune, float32 by layer name.
 
     Where units are single weights (elements, N:M) scores have the weight's shape, else
-    ``(members, units)``: a row for each of the layers stacked in a layer, one row otherwise.
+    ``(stacked, units)``: a row for each of the layers stacked in a layer, one row otherwise.
 
     Raises:
         KeyError, TypeError, ValueError: as :func:`purepruning.prune` says of parameters.
@@ -330,7 +330,7 @@ def _ramp(where: str, steps: Any, begin_step: Any, end_step: Any) -> np.ndarray:
 
 # What scores are, and the selection by them.
 def _in_units(config: Config) -> bool:
-    """Whether scores are ``(members, units)``, not of the weights' shapes."""
+    """Whether scores are ``(stacked, units)``, not of the weights' shapes."""
     return not (config.granularity == "element" or isinstance(config.granularity, NM))
 
 
@@ -338,7 +338,7 @@ def _shape(layer: Layer, config: Config) -> tuple[int, ...]:
     if not _in_units(config):
         return layer.shape
     g = grid(layer, config.granularity)
-    return g.n_members, g.n_units
+    return g.n_stacked, g.n_units
 
 
 def _check_scores(where: str, params: Any, scores: Any, config: Config) -> dict[str, Any]:
@@ -452,7 +452,7 @@ def _element(weight: Any, score: Any) -> Piece:
     return Piece((score,), _first, indexed=False)
 
 
-def _first(arrays: tuple[Any, ...], index: Any, own: Any) -> Any:
+def _first(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
     xp = namespace(arrays[0])
     return xp.astype(arrays[0], xp.float32)
 

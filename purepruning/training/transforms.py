@@ -250,8 +250,8 @@ def prune_on_schedule(
         def prune() -> dict[str, Any]:
             # Looked up here, in the branch: there may be many pools.
             now = config.with_counts(clock.counts(state.schedule)).with_masks(old)
-            turns = clock.turns(state.schedule)
-            return _replaced(old, pruner(params, stats, now), config, turns)
+            due_by_pool = clock.due_by_pool(state.schedule)
+            return _replaced(old, pruner(params, stats, now), config, due_by_pool)
 
         if is_concrete(due):
             new = prune() if due else old
@@ -286,17 +286,17 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
     return named | whole
 
 
-def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, Any]) -> Any:
-    """Returns the masks in force with those of ``new``, where it is the turn of their pool."""
+def _replaced(old: dict[str, Any], new: Any, config: Config, due_by_pool: dict[str, Any]) -> Any:
+    """Returns the masks in force with those of ``new``, where their pool is due."""
     mine: dict[str | None, Any] = {}
-    for pool in config.pools if turns else ():
+    for pool in config.pools if due_by_pool else ():
         for path in (path for layer in pool.layers for path in (layer.weight, layer.bias)):
-            # A bias that layers share has the turns of all of them.
-            turn = turns[pool.name]
-            mine[path] = mine[path] | turn if path in mine else turn
+            # A bias that layers share is due with each of them.
+            due = due_by_pool[pool.name]
+            mine[path] = mine[path] | due if path in mine else due
     masks = dict(old)
     for path, mask in by_path(named_masks(new), old).items():
-        if turns and path not in mine:
+        if due_by_pool and path not in mine:
             raise ValueError(
                 f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
                 "with pools that are pruned at different steps it is not known when it is due"
@@ -305,10 +305,10 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, turns: dict[str, An
     return masks
 
 
-def _narrowed(old: Any, mask: Any, turn: Any) -> Any:
-    """Returns a mask that prunes what ``mask`` does besides, if it is its turn."""
+def _narrowed(old: Any, mask: Any, due: Any) -> Any:
+    """Returns a mask that prunes what ``mask`` does besides, if it is due."""
     # What was pruned before stays pruned, also where a count or a unit cannot say so.
-    return old & (spread_mask(mask, old) if turn is None else spread_mask(mask, old) | ~turn)
+    return old & (spread_mask(mask, old) if due is None else spread_mask(mask, old) | ~due)
 
 
 def get_masks(opt_state: Any, params: Params) -> Masks:

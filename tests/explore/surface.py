@@ -319,17 +319,21 @@ def _statistics(s: Side) -> Iterator[Call]:
 
 def _accumulate(s: Side, at: str) -> Iterator[Call]:
     module, words = find("stats.accumulate"), ("total", "count", "sum")
-    total = module.Sum(*(s.array(np.zeros(2, np.float32)) for _ in range(2)))
-    n = module.Count(*(s.array(np.zeros(2, np.int32)) for _ in range(2)))
-    of_sum = kinds.structure(module.Sum, ("a count", n, "refuse"), words=words, fate="either")
-    of_count = kinds.structure(module.Count, ("a sum", total, "refuse"), words=words, fate="either")
+    total = module.CompensatedSum(*(s.array(np.zeros(2, np.float32)) for _ in range(2)))
+    n = module.WideCount(*(s.array(np.zeros(2, np.int32)) for _ in range(2)))
+    of_sum = kinds.structure(
+        module.CompensatedSum, ("a count", n, "refuse"), words=words, fate="either"
+    )
+    of_count = kinds.structure(
+        module.WideCount, ("a sum", total, "refuse"), words=words, fate="either"
+    )
     sums = {"total": of_sum, "x": _addend(float), "a": of_sum, "b": of_sum}
     counts = {"total": of_count, "n": _addend(int), "a": of_count, "b": of_count}
     yield row("stats.accumulate.count", n, 3, of=counts, label=at)
     yield row("stats.accumulate.merge_counts", n, n, of=counts, label=at)
     yield row("stats.accumulate.add", total, s.array(np.ones(2, np.float32)), of=sums, label=at)
     yield row("stats.accumulate.merge_sums", total, total, of=sums, label=at)
-    both = kinds.structure((module.Sum, module.Count), words=words, fate="either")
+    both = kinds.structure((module.CompensatedSum, module.WideCount), words=words, fate="either")
     yield row("stats.accumulate.value", total, of={"total": both}, label=at)
 
 

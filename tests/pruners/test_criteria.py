@@ -15,7 +15,7 @@ import torch
 import purepruning as pp
 from purepruning import NM, Block, Layer
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch, moved
 from tests.statistics import active, as_total, slopes
@@ -57,9 +57,9 @@ def test_activations_rank_channels(framework):
 
 @FRAMEWORKS
 def test_counts_beyond_a_million_are_ranked_exactly(framework):
-    count = functools.partial(as_total, Count)
+    count = functools.partial(as_total, WideCount)
     zeros = np.array([[3 * 2**20 + 1, 2**20 - 1, 3 * 2**20, 2**20]])
-    nothing = {"fc": as_total(Sum, np.zeros((1, 4)))}
+    nothing = {"fc": as_total(CompensatedSum, np.zeros((1, 4)))}
     positions = {"fc": count(2**22)}
     stats = activations.ActivationStats(
         positions, positions, {"fc": count(zeros)}, nothing, nothing, nothing

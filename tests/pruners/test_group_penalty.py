@@ -40,8 +40,8 @@ def groups(params, coupling, number):
 def penalty(params, coupling, units=None, weighted=True):
     total = 0.0
     for number in range(1, coupling.n_units + 1) if units is None else units:
-        own = groups(params, coupling, number)
-        total += np.sqrt((own**2).sum()) * (np.sqrt(own.size) if weighted else 1)
+        layer_stats = groups(params, coupling, number)
+        total += np.sqrt((layer_stats**2).sum()) * (np.sqrt(layer_stats.size) if weighted else 1)
     return total
 
 

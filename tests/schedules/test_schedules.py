@@ -42,7 +42,7 @@ def walk(schedule, state, steps):
     for t in range(steps):
         state, event = schedule.step(state)
         if event.due:
-            mine = {name for name, turn in event.turns.items() if turn} or set(event.counts)
+            mine = {name for name, due in event.due_by_pool.items() if due} or set(event.counts)
             due[t] = {name: int(k) for name, k in event.counts.items() if name in mine}
     return due
 
@@ -221,7 +221,7 @@ def test_pools_have_times_of_their_own():
         5: {"c": 5000},
         6: {"c": 5000},
     }
-    # Between its turns a pool has the count that it had.
+    # While it is not due a pool has the count that it had.
     assert state.counts["b"].tolist() == [0, 0, 0, 9000, 9000, 9000, 9000]
 
 
@@ -510,7 +510,7 @@ def test_another_schedule_is_not_resumed():
         with raises(ValueError, *parts):
             pp.check_resumed(old, fresh)
     state = pp.linear().init(uneven())
-    turned = state._replace(turns={name: ~turn for name, turn in state.turns.items()})
+    turned = state._replace(due_by_pool={name: ~due for name, due in state.due_by_pool.items()})
     with raises(ValueError, "different pools"):
         pp.check_resumed(state, turned)
     with raises(TypeError, "jit"):

@@ -22,7 +22,7 @@ def _small_chunks():
         yield
 
 
-def first(arrays, index, own):
+def first(arrays, index, layer_stats):
     return arrays[0]
 
 
@@ -86,7 +86,7 @@ def test_a_sample_that_misses_the_cut(by):
     """What is sampled lies apart from all else: the bracket is widened until it holds the cut."""
     scores, drawn = np.random.default_rng(0).random(5000).astype(np.float32) + 10, []
 
-    def score(arrays, index, own):
+    def score(arrays, index, layer_stats):
         drawn.append(index)
         return arrays[0]
 
@@ -127,7 +127,7 @@ def test_strided_and_read_only_weights_count_in_their_own_order():
 
 
 def test_the_index_of_an_element_is_that_in_the_piece_and_its_offset():
-    def score(arrays, index, own):
+    def score(arrays, index, layer_stats):
         return abs(index - 107).astype(np.float32)
 
     some = [Piece((np.zeros(130, np.float32),), score, offset=7)]

@@ -19,7 +19,7 @@ INF, NAN = np.inf, np.nan
 
 
 def piece(scores):
-    return Piece((jnp.asarray(scores, jnp.float32),), lambda arrays, index, own: arrays[0])
+    return Piece((jnp.asarray(scores, jnp.float32),), lambda arrays, index, layer_stats: arrays[0])
 
 
 #: No chunks, or chunks of 64 over pieces that all are small, or two small and three large ones.
@@ -128,7 +128,7 @@ def test_few_counts_suffice(dense):
     scores = np.abs(rng.normal(size=n)) if dense else rng.normal(size=n) ** 9
     reads = 0
 
-    def score(arrays, index, own):
+    def score(arrays, index, layer_stats):
         jax.debug.callback(note)
         return arrays[0]
 

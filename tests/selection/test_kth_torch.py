@@ -24,7 +24,7 @@ def _small_chunks():
 
 
 def pieces(scores):
-    return [Piece((torch.tensor(s),), lambda arrays, index, own: arrays[0]) for s in scores]
+    return [Piece((torch.tensor(s),), lambda arrays, index, layer_stats: arrays[0]) for s in scores]
 
 
 def pruned(masks):
@@ -75,7 +75,7 @@ def test_a_sample_that_misses_the_cut():
     """What is sampled lies below all else: the bracket has to be widened until it holds the cut."""
     scores, drawn = np.random.default_rng(0).random(5000).astype(np.float32) + 10, []
 
-    def score(arrays, index, own):
+    def score(arrays, index, layer_stats):
         drawn.append(index)
         return arrays[0]
 
@@ -91,7 +91,7 @@ def test_a_sample_that_misses_the_cut():
 def test_strided_weights_count_in_their_own_order():
     base = np.random.default_rng(0).integers(0, 9, (30, 40)).astype(np.float32)
     turned = torch.tensor(base).T
-    some = [Piece((turned,), lambda arrays, index, own: arrays[0])]
+    some = [Piece((turned,), lambda arrays, index, layer_stats: arrays[0])]
     masks, _ = kth_torch.local_masks(some, [500], False)
     np.testing.assert_array_equal(pruned(masks)[0], oracle.lowest(base.T, 500))
 

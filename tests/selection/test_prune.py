@@ -25,7 +25,7 @@ from purepruning.granularity import fold
 from purepruning.selection import joined, kth_host, kth_jax, kth_torch, prune
 from purepruning.selection import large as large_module
 from purepruning.selection.keys import Piece
-from purepruning.selection.problem import members
+from purepruning.selection.problem import unstacked
 from tests import oracle
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch, off_host
@@ -42,15 +42,15 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 def scoring():
     """A criterion whose score is the weight itself, and the lowest of a unit that of the unit."""
 
-    def single(arrays, index, own):
+    def single(arrays, index, layer_stats):
         xp = namespace(arrays[0])
         return xp.astype(arrays[0], xp.float32)
 
-    def unit(weight, own, g):
+    def unit(weight, layer_stats, g):
         xp = namespace(weight)
         return fold(xp, xp.astype(weight, xp.float32), g, lambda x, axes: xp.sum(x, axis=axes))
 
-    return Criterion("raw", lambda weight, own: Piece((weight,), single), unit, unit)
+    return Criterion("raw", lambda weight, layer_stats: Piece((weight,), single), unit, unit)
 
 
 @contextlib.contextmanager
@@ -628,7 +628,7 @@ def test_stacks_of_more_weights_than_int32_counts(pruner):
     assert masks["w"].shape == shape
     # Positions go on from layer to layer, and from the largest int32 to the smallest.
     one = np.broadcast_to(np.float32(1), shape)
-    offsets = [piece.offset for piece in members(Piece((one,), None), (0,))]
+    offsets = [piece.offset for piece in unstacked(Piece((one,), None), (0,))]
     assert offsets[:2] == [0, 8192 * 28672]
     assert offsets[10] == 10 * 8192 * 28672 - 2**32
     assert len(set(offsets)) == 80

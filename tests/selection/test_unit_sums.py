@@ -47,7 +47,7 @@ def weights(seed=0):
     }
 
 
-def magnitude(arrays, index, own):
+def magnitude(arrays, index, layer_stats):
     return jnp.abs(arrays[0].astype(jnp.float32))
 
 

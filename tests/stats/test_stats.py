@@ -15,7 +15,7 @@ import torch
 import purepruning as pp
 from purepruning import Block, Layer
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum, value
+from purepruning.stats.accumulate import CompensatedSum, WideCount, value
 from tests import oracle
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
@@ -26,7 +26,7 @@ FRAMEWORKS = pytest.mark.parametrize("framework", [as_jax, as_torch], ids=["jax"
 def number(total):
     """A total in float64."""
     high, low = (np.asarray(x, np.float64) for x in total)
-    return high * 2**20 + low if isinstance(total, Count) else high + low
+    return high * 2**20 + low if isinstance(total, WideCount) else high + low
 
 
 def numbers(stats):
@@ -329,12 +329,12 @@ def test_counts_are_exact_and_sums_exact_enough_beyond_the_floats(framework):
 
 
 def test_an_infinite_total_stays_infinite_and_nan_stays_nan():
-    inf, one = Sum(jnp.float32(jnp.inf), jnp.float32(0)), jnp.float32(1)
+    inf, one = CompensatedSum(jnp.float32(jnp.inf), jnp.float32(0)), jnp.float32(1)
     add = pp.stats.accumulate.add
     assert value(add(inf, one)) == jnp.inf
-    assert value(add(Sum(one, one * 0), jnp.float32(-jnp.inf))) == -jnp.inf
+    assert value(add(CompensatedSum(one, one * 0), jnp.float32(-jnp.inf))) == -jnp.inf
     assert jnp.isnan(value(add(inf, jnp.float32(-jnp.inf))))
-    assert jnp.isnan(value(add(Sum(one, one * 0), jnp.float32(jnp.nan))))
+    assert jnp.isnan(value(add(CompensatedSum(one, one * 0), jnp.float32(jnp.nan))))
 
 
 # Merging.
@@ -396,7 +396,7 @@ from jax.sharding import PartitionSpec as P
 import purepruning as pp
 from purepruning import Layer
 from purepruning.stats import activations, gradients
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 
 assert jax.device_count() == 8
 mesh = jax.make_mesh((8,), ("data",))
@@ -423,9 +423,9 @@ def everywhere(data):
 shards = jax.device_put(data, jax.NamedSharding(mesh, P("data")))
 alone, together = jax.jit(count)(data), everywhere(shards)
 def same(a, b):
-    is_total = lambda x: isinstance(x, (Count, Sum))
+    is_total = lambda x: isinstance(x, (WideCount, CompensatedSum))
     for x, y in zip(*(jax.tree.leaves(t, is_leaf=is_total) for t in (a, b)), strict=True):
-        unit = 2**20 if isinstance(x, Count) else 1
+        unit = 2**20 if isinstance(x, WideCount) else 1
         x, y = (np.asarray(t[0], float) * unit + t[1] for t in (x, y))
         # Small integers are added exactly; large floats are rounded once by each device.
         np.testing.assert_allclose(x, y, rtol=0 if np.all(y < 2**24) else 8 * 2**-24)

@@ -62,7 +62,7 @@ def equal(a, b):
 
 
 def in_units(scores, layer, granularity):
-    """Scores as ``(members, units)``, whatever their shape."""
+    """Scores as ``(stacked, units)``, whatever their shape."""
     if granularity == "element" or isinstance(granularity, NM):
         return oracle.unit_sums(scores, layer, "element")
     return scores

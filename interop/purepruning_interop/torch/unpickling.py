@@ -8,14 +8,22 @@ import numpy as np
 import torch
 
 from purepruning.schedules.schedule import ScheduleState
-from purepruning.stats.accumulate import Count, Sum
+from purepruning.stats.accumulate import CompensatedSum, WideCount
 from purepruning.stats.activations import ActivationStats
 from purepruning.stats.gradients import GradientStats
 from purepruning.training import admm
 from purepruning.training.lottery import LotteryState
 
 #: Named tuples of tensors, and NumPy's arrays, which schedules count with.
-_STATES = (ScheduleState, LotteryState, ActivationStats, GradientStats, Count, Sum, admm.State)
+_STATES = (
+    ScheduleState,
+    LotteryState,
+    ActivationStats,
+    GradientStats,
+    WideCount,
+    CompensatedSum,
+    admm.State,
+)
 _NUMPY: tuple[Any, ...] = (
     np.empty(0).__reduce__()[0],
     np.ndarray,
