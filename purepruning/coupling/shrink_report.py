@@ -43,7 +43,7 @@ class ShrinkReport:
         deviation: largest difference of the result from its reference when both were run, relative
             to the largest output; None where there was nothing to compare. NNX and Equinox compare
             the model with the function, on random parameters; torch compares the module with the
-            masked one, in float64 where that runs.
+            masked one, in float64, or in its own dtypes where that does not run.
         dynamic: whether the batch size is open, as it is for all but some graphs.
         names: for torch, the path of the leaf that every name of the state dict stands for; of
             tied weights there is one.

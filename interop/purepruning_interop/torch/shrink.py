@@ -48,11 +48,12 @@ def shrink(
     """Returns a smaller module that computes what the masked one does.
 
     First the user's own class is tried: a copy with cut parameters and corrected attributes
-    (``in_features``, ``groups``, ``num_heads``, ...). It is returned if it runs and, in float64,
-    agrees with the masked original. Otherwise the result is a ``torch.fx.GraphModule``: the
-    exported program with other sizes, and parameters under their names. Both have the keys of the
-    original's state dict, and can be copied, trained further, compiled and exported. A graph
-    switches dropouts and batch norms with ``train()``; attention dropout it has none.
+    (``in_features``, ``groups``, ``num_heads``, ...). It is returned if it runs and agrees with
+    the masked original: in float64, whatever the dtype of the model. Otherwise the result is a
+    ``torch.fx.GraphModule``: the exported program with other sizes, and parameters under their
+    names. Both have the keys of the original's state dict, and can be copied, trained further,
+    compiled and exported. A graph switches dropouts and batch norms with ``train()``; attention
+    dropout it has none.
 
     The complete masks of the report name statistics too, so that
     ``apply_(model.state_dict(), report.masks)`` makes a model the masked one.
@@ -97,7 +98,7 @@ def shrink(
     _check_leaves(coupling, leaves)
     chosen = coupling.chosen(masks, leaves, conflicts=conflicts)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), leaves), masks)
-    masked = apply_masks(leaves, masks)
+    masked = apply_masks(leaves, complete)
     result = _build(model, coupling, chosen.removed, masked, complete, (inputs, kwargs), norms)
     return _shrunk(model, coupling, chosen, complete, result, norms)
 
@@ -254,7 +255,7 @@ def _build(
     except Exception as error:
         why = f"its own class cannot be cut: {type(error).__name__}: {error}"
     outputs = None if coupling.outputs is True else _cut_outputs(model, coupling, removed, given)
-    reference = Reference(model, complete, names, given, outputs)
+    reference = Reference(model, masked, complete, names, given, outputs)
     if own is not None:
         deviation, why = reference.compare(own, plan)
         if deviation is not None:

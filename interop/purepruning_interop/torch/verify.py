@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,133 +15,261 @@ from torch.utils import _pytree as pytree
 
 from purepruning.coupling.plan import Plan
 from purepruning.masks import apply_masks
+from purepruning_interop.torch.precision import (
+    AS_IT_IS,
+    IN_FLOAT32,
+    IN_FLOAT64,
+    Perturbed,
+    Reading,
+    Widened,
+    plain_kernels,
+    widen,
+)
 
-#: How far two models of one function may differ in float64, relative to the largest output.
+#: How far two models of one function may always differ in float64, relative to the largest output.
 EXACT = 1e-10
 
-
-#: The same where a model computes parts of it in float32, whatever its dtype.
-ROUNDED = 1e-5
+#: And how far in any precision, in units of what a change of every last digit does.
+ROUNDINGS = 16
 
 
 #: What is left of one output: axes, and which of their positions.
 Cuts = Sequence[tuple[int, np.ndarray]]
 
+#: What a model gives: its outputs.
+Outputs = list[torch.Tensor]
 
-# Comparing.
+
 class Reference:
-    """The masked model, for some inputs: what a result is compared with.
+    """The masked model: what a result is compared with.
 
-    In float64, unless the model has operations that are not made for it. Outputs that may shrink
-    are cut to what is left of them.
+    Two runs in float64 decide: one as the model is given, and one with other values and inputs,
+    each as large as the others, so that no zero or small gain hides a difference. Where the code
+    asks for dtypes, or cannot run in float64, those runs may differ though the models do not; then
+    two runs in the dtypes of the model decide, and what rounding does to them is the tolerance.
+
+    Args:
+        model: the module.
+        masked: its masked parameters and buffers, by path.
+        masks: the masks, by path.
+        names: every name of the state dict, and the path of its leaf.
+        given: arguments and keywords.
+        outputs: outputs that may shrink are cut to what is left of them.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
+        masked: Mapping[str, torch.Tensor],
         masks: Any,
         names: Mapping[str, str],
         given: tuple[tuple[Any, ...], dict[str, Any]],
         outputs: Sequence[Cuts] | None = None,
     ) -> None:
-        self.model, self.names, self.masks, self.outputs = model, names, masks, outputs
-        self.wide = True
-        self.inputs = [_double(given), _double(_random(given))]
-        try:
-            self.masked = self.expected(None)
-        except Exception:
-            self.wide, self.inputs = False, [given, _random(given)]
-            self.masked = self.expected(None)
+        self.model, self.state, self.masks = model, masked, masks
+        self.names, self.outputs = names, outputs
+        self.given = given, _random(given)
+        self._others: dict[str, torch.Tensor] | None = None
+        self._known: dict[Any, Outputs | None] = {}
 
-    def _copy(self, model: torch.nn.Module) -> torch.nn.Module:
-        model = copy.deepcopy(model)
-        return model.double() if self.wide else model
-
-    def _run(
-        self, model: torch.nn.Module, outputs: Sequence[Cuts] | None = None
-    ) -> list[list[torch.Tensor]]:
-        model = model.eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return [_floats(model(*args, **kwargs), outputs) for args, kwargs in self.inputs]
-
-    def expected(self, values: Mapping[str, torch.Tensor] | None) -> list[list[torch.Tensor]]:
-        """Returns the outputs of the masked model."""
-        masked = self._copy(self.model)
-        state = masked.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for path in dict.fromkeys(self.names.values()):
-                if values is not None:
-                    state[path].copy_(values[path])
-                mask = self.masks.get(path)
-                if mask is not None:
-                    state[path].masked_fill_(~mask, 0)
-        return self._run(masked, self.outputs)
+    def _coarse(self) -> bool:
+        """Whether the model has parameters of half precision."""
+        return any(widen(x.dtype, IN_FLOAT32) is not x.dtype for x in self.state.values())
 
     def steady(self) -> bool:
         """Whether the masked model gives the same twice, and numbers."""
-        return _distance(self.masked, self.expected(None)) == 0.0
+        model = with_state(self.model, self.state, self.names)
+        try:
+            first, second = (_run(model, self.given[0], self.outputs, seed=i) for i in (0, 1))
+        except Exception:
+            return False
+        return distance(first, second) == 0.0
 
     def compare(
         self, small: torch.nn.Module, plan: Plan, other: torch.nn.Module | None = None
     ) -> tuple[float | None, str]:
-        """Returns how far a small model is off, or None and why it is not the same function."""
-        try:
-            found = self._run(self._copy(small))
-        except Exception as error:
-            line = str(error).strip().splitlines()
-            reason = line[0] if line else type(error).__name__
-            return None, f"its forward does not run with smaller layers: {reason}"
-        expected = self.masked if other is None else self._run(self._copy(other))
-        distance = _distance(expected, found)
-        if distance <= EXACT:
-            return distance, ""
-        if not distance <= ROUNDED:
-            return None, f"its forward gives something else ({distance:.0e} off)"
-        # Parts in float32, or a model too small to tell: other values, as large as each other.
-        values = self._other_values()
-        loud = self._copy(small)
-        _load(loud, plan.apply(apply_masks(values, self.masks)), self.names)
-        if other is None:
-            expected = self.expected(values)
-        else:
-            reference = self._copy(other)
-            _load(reference, plan.apply(apply_masks(values, self.masks)), self.names)
-            expected = self._run(reference)
-        louder = _distance(expected, self._run(loud))
-        if louder <= ROUNDED:
-            return max(distance, louder), ""
-        return None, f"its forward gives something else ({louder:.0e} off)"
+        """Returns how far a small model is off, or None and why it is not the same function.
 
-    def _other_values(self) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        state = self.model.state_dict(keep_vars=True)
-        found = {}
-        for path in dict.fromkeys(self.names.values()):
-            x = state[path].detach()
-            if isinstance(state[path], torch.nn.Parameter) and x.is_floating_point():
-                noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-                size = max(x[0].numel() if x.ndim > 1 else 1, 1) ** 0.5
-                x = noise / size if x.ndim > 1 else 0.5 + noise.abs()
-            found[path] = x
-        return found
+        Args:
+            small: the small model.
+            plan: what stays of every parameter.
+            other: a small model to compare it with, in place of the masked one.
+        """
+        right = _Right(self, plan, other)
+        expected = right.outputs(AS_IT_IS, drawn=False)
+        if expected is not None:
+            try:
+                found = _run(with_state(small, {}, self.names), self.given[0])
+            except Exception as error:
+                line = str(error).strip().splitlines()
+                reason = line[0] if line else type(error).__name__
+                return None, f"its forward does not run with smaller layers: {reason}"
+            if math.isinf(distance(expected, found)):
+                return None, "its forward gives other shapes, or numbers where there were none"
+        off = math.inf
+        for reading in (IN_FLOAT64, IN_FLOAT32, AS_IT_IS):
+            judged = self._judge(small, right, reading)
+            if judged is None:
+                continue
+            off, allowed = judged
+            if off <= allowed:
+                return off, ""
+            if reading is IN_FLOAT32 and self._coarse():  # half precision cannot tell what this can
+                break
+        return None, f"its forward gives something else ({off:.0e} off)"
+
+    def _judge(
+        self, small: torch.nn.Module, right: _Right, reading: Reading
+    ) -> tuple[float, float] | None:
+        """Returns how far a small model is off in one precision, and how far it may be.
+
+        None where the reference gives no numbers, or cannot run.
+        """
+        worst: tuple[float, float] | None = None
+        for drawn in (False, True):
+            expected = right.outputs(reading, drawn)
+            if expected is None or not all(x.isfinite().any() for x in expected if x.numel()):
+                continue
+            try:
+                model = right.small(small, reading, drawn)
+                off = distance(expected, _run(model, self.given[drawn], None, reading))
+            except Exception:
+                off = math.inf
+            allowed = EXACT if reading is IN_FLOAT64 else 1e-300
+            if allowed < off < math.inf:
+                noisy = right.outputs(reading, drawn, noisy=True)
+                if noisy is not None:
+                    allowed = max(allowed, ROUNDINGS * distance(expected, noisy))
+            if worst is None or off / allowed > worst[0] / worst[1]:
+                worst = off, allowed
+        return worst
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Returns other values for all parameters, such that signals keep their size."""
+        if self._others is None:
+            generator = torch.Generator().manual_seed(0)
+            full = self.model.state_dict(keep_vars=True)
+            self._others = {}
+            for path in dict.fromkeys(self.names.values()):
+                x = full[path].detach()
+                if isinstance(full[path], torch.nn.Parameter) and x.is_floating_point():
+                    noise = torch.randn(x.shape, generator=generator).to(x)
+                    size = max(x[0].numel() if x.ndim > 1 else 1, 1) ** 0.5
+                    x = noise / size if x.ndim > 1 else 0.5 + noise.abs()
+                self._others[path] = x
+            self._others = dict(apply_masks(self._others, self.masks))
+        return self._others
 
 
-def _load(
-    model: torch.nn.Module, values: Mapping[str, torch.Tensor], names: Mapping[str, str]
-) -> None:
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for path in dict.fromkeys(names.values()):
-            state[path].copy_(values[path])
+class _Right:
+    """What is right for a plan: the outputs of the masked model, or of another small one."""
+
+    def __init__(self, reference: Reference, plan: Plan, other: torch.nn.Module | None) -> None:
+        self.reference, self.plan, self.other = reference, plan, other
+
+    def outputs(self, reading: Reading, drawn: bool, noisy: bool = False) -> Outputs | None:
+        """Returns outputs, or None where the reference cannot run."""
+        known, key = self.reference._known, (id(self.other), id(reading), drawn, noisy)
+        if key not in known:
+            try:
+                known[key] = self._run(reading, drawn, noisy)
+            except Exception:
+                known[key] = None
+        return known[key]
+
+    def _run(self, reading: Reading, drawn: bool, noisy: bool) -> Outputs:
+        r = self.reference
+
+        if self.other is not None:
+            return _run(
+                self.small(self.other, reading, drawn), r.given[drawn], None, reading, noisy
+            )
+        model = _widened(r.model, r.values() if drawn else r.state, r.names, reading)
+        return _run(model, r.given[drawn], r.outputs, reading, noisy)
+
+    def small(self, small: torch.nn.Module, reading: Reading, drawn: bool) -> torch.nn.Module:
+        """Returns a copy of a small model, maybe in another precision, or with other values."""
+        r = self.reference
+        state = self.plan.apply(r.values()) if drawn else small.state_dict(keep_vars=True)
+        return _widened(small, state, r.names, reading)
 
 
-def _double(given: Any) -> Any:
-    def double(x: Any) -> Any:
-        wide = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return x.detach().double() if wide else x
+def _widened(
+    model: torch.nn.Module,
+    state: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    reading: Reading,
+) -> torch.nn.Module:
+    """Returns a copy of a module with other values, in other dtypes."""
+    if not reading:
+        return with_state(model, state, names)
+    wide = {path: widen(x.detach(), reading) for path, x in state.items()}
+    return with_state(model, wide, names)._apply(lambda x: widen(x, reading))
 
-    return pytree.tree_map(double, given)
+
+def with_state(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], names: Mapping[str, str]
+) -> torch.nn.Module:
+    """Returns a copy of a module that holds other parameters and buffers.
+
+    Parameters are shared, so that copies are cheap; what the forward writes to is not.
+
+    Args:
+        model: stays as it is.
+        state: new tensors by path; parameters become parameters.
+        names: every name of the state dict, and the path of its leaf.
+    """
+    full = model.state_dict(keep_vars=True)
+    read = {id(x) for m in model.modules() if not _writes(m) for x in m.parameters(recurse=False)}
+    memo: dict[int, Any] = {id(x): x for x in model.parameters() if id(x) in read}
+    for module in model.modules():
+        for x in vars(module).values():  # of which torch makes no copies: results of operations
+            if isinstance(x, torch.Tensor) and not x.is_leaf:
+                memo[id(x)] = x.detach().clone()
+    for name, path in names.items():
+        old, new = full[name], state.get(path)
+        if new is None or new is old:
+            continue
+        if id(old) not in read:
+            new = new.detach().clone()
+        if isinstance(old, torch.nn.Parameter) and not isinstance(new, torch.nn.Parameter):
+            new = torch.nn.Parameter(new.detach(), requires_grad=False)
+        memo[id(old)] = new
+    return copy.deepcopy(model, memo)
+
+
+def _writes(module: torch.nn.Module) -> bool:
+    """Whether the forward of a module writes to its parameters."""
+    return getattr(module, "max_norm", None) is not None
+
+
+def _run(
+    model: torch.nn.Module,
+    given: Any,
+    cuts: Sequence[Cuts] | None = None,
+    reading: Reading = AS_IT_IS,
+    noisy: bool = False,
+    seed: int = 0,
+) -> Outputs:
+    """Returns the outputs of a module in eval mode; it must be a copy."""
+    args, kwargs = pytree.tree_map(lambda x: _given(x, reading), given)
+    model.eval()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(plain_kernels())
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        if noisy:
+            stack.enter_context(Perturbed(0))
+        if reading:
+            stack.enter_context(Widened(reading))
+        found = model(*args, **kwargs)
+    return _floats(found, cuts)
+
+
+def _given(x: Any, reading: Reading) -> Any:
+    return widen(x.detach().clone(), reading) if isinstance(x, torch.Tensor) else x
 
 
 def _random(given: Any) -> Any:
@@ -147,13 +277,13 @@ def _random(given: Any) -> Any:
 
     def random(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            return torch.randn(x.shape, generator=generator).to(x)
         return x
 
     return pytree.tree_map(random, given)
 
 
-def _floats(outputs: Any, cuts: Sequence[Cuts] | None) -> list[torch.Tensor]:
+def _floats(outputs: Any, cuts: Sequence[Cuts] | None) -> Outputs:
     leaves = pytree.tree_leaves(outputs)
     found = []
     for x, cut in zip(leaves, cuts or [()] * len(leaves), strict=True):
@@ -164,19 +294,18 @@ def _floats(outputs: Any, cuts: Sequence[Cuts] | None) -> list[torch.Tensor]:
     return found
 
 
-def _distance(expected: list[list[torch.Tensor]], found: list[list[torch.Tensor]]) -> float:
+def distance(expected: Outputs, found: Outputs) -> float:
     """Returns the largest difference of any output, relative to its largest value."""
     worst = 0.0
-    for one, other in zip(expected, found, strict=True):
-        if [x.shape for x in one] != [x.shape for x in other]:
-            return float("inf")
-        for x, y in zip(one, other, strict=True):
-            if not x.numel():
-                continue
-            fine = x.isfinite()
-            if not bool((fine == y.isfinite()).all()) or not fine.any():
-                return float("inf")
-            scale = float(x[fine].abs().max())
-            off = float((x[fine] - y[fine]).abs().max())
-            worst = max(worst, off / scale if scale else off)
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        return math.inf
+    for x, y in zip(expected, found, strict=True):
+        if not x.numel():
+            continue
+        fine = x.isfinite()
+        if not bool((fine == y.isfinite()).all()) or not fine.any():
+            return math.inf
+        scale = float(x[fine].abs().max())
+        off = float((x[fine] - y[fine]).abs().max())
+        worst = max(worst, off / scale if scale else off)
     return worst
