@@ -13,6 +13,7 @@ for _package in ("jax", "numpy", "optax", "safetensors"):
 
 from purepruning import criteria, stats
 from purepruning.config.config import Config
+from purepruning.config.coupled_layers import coupled_layers
 from purepruning.config.resolve import resolve
 from purepruning.counts import count_of
 from purepruning.coupling.coupling import Coupling
@@ -54,6 +55,7 @@ __all__ = [
     # Layers: what the weights of a model are.
     "Layer",
     "make_layer",
+    "coupled_layers",
     "leaf_paths",
     # Rules to config.
     "resolve",

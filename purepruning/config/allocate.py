@@ -143,7 +143,9 @@ def _selected(
         sparsity = sparsity_of(number, rule, scope, "output_channel")
         kinds = []
         for layer in mine:
-            units = channel_units(coupling, layer, f"rule {number}")
+            units = np.zeros((1, 1), np.int64)
+            if layer.out_axes:
+                units = channel_units(coupling, layer, f"rule {number}")
             if not units.any():
                 reason = frozen_reason(coupling, layer)
                 if "op_names" in rule:  # asked for by name

@@ -65,9 +65,12 @@ def channel_units(coupling: Coupling, layer: Layer, where: str = "coupling") -> 
 
 def frozen_reason(coupling: Coupling, layer: Layer) -> str:
     """Returns why the output channels of a layer cannot be pruned, as part of a sentence."""
-    reasons = [p.reason for p in coupling.frozen if p.path == layer.weight]
+    if not layer.out_axes:
+        return "it has no output axis"
+    if layer.out_channels == 1:
+        return "it has one channel"
     axes = {p.axis: p.reason for p in coupling.frozen if p.path == layer.weight}
-    found = [axes[a] for a in layer.out_axes if a in axes] or reasons
+    found = [axes[a] for a in layer.out_axes if a in axes] or list(axes.values())
     return f"what keeps it is {found[0]!r}" if found else "nothing is known of its output axis"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from purepruning.arguments import collection, flag, is_number, one_of, shown, whole_number
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
+from purepruning.config.coupled_layers import filled
 from purepruning.config.rules import (
     Rule,
     Scope,
@@ -137,6 +138,7 @@ def resolve(
     table = checked_table(layers)
     if coupling is not None:
         check_coupling("resolve", coupling)
+        table = filled(coupling, table)
     one_of("scope", scope, ("layer", "global"))
     if granularity is None:
         granularity = "element" if coupling is None else "output_channel"

@@ -13,7 +13,7 @@ from purepruning.coupling.atoms import KEPT, Axis
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.units import Coupled, Family, FamilyAxis, FrozenAxis, Product
-from purepruning.coupling.value import COMPANION, SINK, SOURCE
+from purepruning.coupling.value import COMPANION, SINK, SOURCE, STACK, TAP
 
 
 def build(
@@ -238,9 +238,12 @@ def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[
 def _role(flow: Flow, path: str, axis: int, ndim: int) -> str:
     if (path, axis) in flow.sinks:
         return SINK
-    if (path, axis) in flow.sources or any((path, a) in flow.sinks for a in range(ndim)):
-        return SOURCE
-    return COMPANION
+    if (path, axis) in flow.taps:
+        return TAP
+    if (path, axis) in flow.stacks:
+        return STACK
+    # What scales a kernel, such as the gain of weight normalisation, makes nothing of its own.
+    return SOURCE if any((path, a) in flow.sinks for a in range(ndim)) else COMPANION
 
 
 def _families(

@@ -41,6 +41,8 @@ class Flow:
         self.contractions: dict[Any, Contraction] = {}
         self.sinks: set[tuple[str, int]] = set()
         self.sources: set[tuple[str, int]] = set()
+        self.taps: set[tuple[str, int]] = set()
+        self.stacks: set[tuple[str, int]] = set()
         self.heads: list[np.ndarray] = []
         self.head_positions: list[np.ndarray] = []
         self.unknown: dict[str, int] = {}

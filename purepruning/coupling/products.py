@@ -135,6 +135,9 @@ def convolve(
     flow.keep(left, "a spatial axis", [a for a in range(left.ndim) if a not in left_axes])
     flow.keep(right, "taps of a kernel", [a for a in range(right.ndim) if a not in right_axes])
     _note_roles(flow, right, {into}, set(), left)
+    for a, origin in enumerate(right.origins or ()):
+        if a not in right_axes:
+            flow.taps.update(origin)
     if groups == 1:
         flow.atoms.same(left.axes[feature], right.axes[into], "contracted together")
         _check_contracted(flow, left, feature, right, into)

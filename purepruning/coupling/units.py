@@ -21,7 +21,8 @@ class Coupled:
             None where the axis cannot be pruned.
         by: for every axis the axis whose blocks its positions differ by, or None.
         roles: for every axis ``"source"`` (its layer makes these channels), ``"sink"`` (it reads
-            them) or ``"companion"`` (a scale, a bias, a statistic, a table).
+            them) or ``"companion"`` (a scale, a bias, a statistic, a table); where nothing can go,
+            also ``"tap"`` (of a kernel) and ``"stack"`` (the layers that a loop runs over).
     """
 
     shape: tuple[int, ...]

@@ -16,8 +16,8 @@ AtRemoved = float | np.ndarray
 
 
 #: Whether a parameter's axis is produced by its layer, contracted with the layer's input, or
-#: neither (a scale, a bias, a table).
-SOURCE, SINK, COMPANION = "source", "sink", "companion"
+#: neither (a scale, a bias, a table); the taps of a kernel, and the layers that a loop runs over.
+SOURCE, SINK, COMPANION, TAP, STACK = "source", "sink", "companion", "tap", "stack"
 
 
 @dataclasses.dataclass(frozen=True)

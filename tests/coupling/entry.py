@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purepruning.layers import Layer
+
 Tree = Any
 
 
@@ -17,13 +19,15 @@ class Entry(NamedTuple):
     """A model: ``build(key) -> (fn, params, inputs)``, where ``fn(params, *inputs)`` runs it.
 
     ``params`` are all variables of the model, statistics included; the model is in evaluation mode
-    and returns an array or a tuple of arrays.
+    and returns an array or a tuple of arrays. ``layers(params, inputs)`` is the layer table that
+    its adapter makes, its paths those of ``params``; None where there is no adapter.
     """
 
     name: str
     framework: str
     family: str
     build: Callable[[jax.Array], tuple[Callable[..., Any], Tree, tuple[jax.Array, ...]]]
+    layers: Callable[[Tree, tuple[jax.Array, ...]], tuple[Layer, ...]] | None = None
 
 
 def fill(tree: Tree, key: jax.Array, *, features: int = -1) -> Tree:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from purepruning_interop import equinox as ppe
 from tests.coupling.entry import Entry, draw_inputs, fill, normal, tokens
 
 WORDS = 11
@@ -29,7 +30,11 @@ def model(name: str, family: str, module: type, *inputs, stateful: bool = False)
 
         return fn, fill(arrays, key, features=0), draw_inputs(inputs, key)
 
-    return Entry(name, "equinox", family, build)
+    def layers(params, inputs):
+        make = eqx.nn.make_with_state(module) if stateful else lambda key: (module(key), None)
+        return ppe.layers(eqx.filter_eval_shape(make, jax.random.key(0)))
+
+    return Entry(name, "equinox", family, build, layers)
 
 
 def is_shape(x) -> bool:

@@ -4,6 +4,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from purepruning_interop import haiku as pph
 from tests.coupling.entry import Entry, draw_inputs, fill, normal, tokens
 
 WORDS = 11
@@ -25,7 +26,11 @@ def model(name: str, family: str, forward, *inputs) -> Entry:
 
         return fn, fill({"params": params, "state": state}, key), drawn
 
-    return Entry(name, "haiku", family, build)
+    def layers(params, inputs):
+        transformed = hk.transform_with_state(forward)
+        return pph.layers(transformed, params, *inputs, is_training=True)
+
+    return Entry(name, "haiku", family, build, layers)
 
 
 def mlp(x, is_training):

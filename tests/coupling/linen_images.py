@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from purepruning_interop import linen as ppl
 from tests.coupling.entry import Entry, draw_inputs, fill, normal
 
 
@@ -17,7 +18,10 @@ def linen(name: str, family: str, module: nn.Module, *inputs) -> Entry:
         drawn = draw_inputs(inputs, key)
         return module.apply, fill(jax.eval_shape(module.init, key, *drawn), key), drawn
 
-    return Entry(name, "linen", family, build)
+    def layers(params, inputs):
+        return ppl.layers(module, params, *inputs)
+
+    return Entry(name, "linen", family, build, layers)
 
 
 Norm = partial(nn.BatchNorm, use_running_average=True)

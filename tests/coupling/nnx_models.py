@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from purepruning_interop import nnx as ppn
 from tests.coupling.entry import Entry, draw_inputs, fill, normal, tokens
 
 WORDS = 11
@@ -26,7 +27,10 @@ def model(name: str, family: str, module: type, *inputs) -> Entry:
 
         return fn, fill(state, key), draw_inputs(inputs, key)
 
-    return Entry(name, "nnx", family, build)
+    def layers(params, inputs):
+        return ppn.layers(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
+
+    return Entry(name, "nnx", family, build, layers)
 
 
 class MLP(nnx.Module):

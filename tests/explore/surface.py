@@ -853,6 +853,7 @@ def _structure(s: Side) -> Iterator[Call]:
     given = (s.unit_masks, coupling(), x, "original", "keep")
     yield row("shrink", *good, *given, of=of, slow=True)
     yield row("draw_coupling", coupling(), of=of, slow=True)
+    yield row("coupled_layers", coupling(), s.layers, of=of)
     small = find("shrink")(*good, s.unit_masks, coupling(), x)
     yield row("rebuild", *good, small.report.plan, x, True, "original", of=of, slow=True)
     yield row(small.fn, small.params, x, of=of, label="shrunk.fn", slow=True)

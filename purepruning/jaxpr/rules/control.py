@@ -99,6 +99,8 @@ def _scan(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     }
     for x in scanned:
         flow.keep(x, "an axis that is scanned over", [0])
+        if x.origins is not None:
+            flow.stacks.update(x.origins[0])
     slices: list[list[Value]] = []
     for _layer in range(length if own else 1):
         one = []
