@@ -23,7 +23,7 @@ from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
 from purepruning.jaxpr.shrink import rebuild, shrink
-from purepruning.layers import Layer, make_layer
+from purepruning.layers import Layer, Window, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
@@ -54,6 +54,7 @@ from purepruning.trees import leaf_paths
 __all__ = [
     # Layers: what the weights of a model are.
     "Layer",
+    "Window",
     "make_layer",
     "coupled_layers",
     "leaf_paths",

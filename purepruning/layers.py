@@ -70,6 +70,33 @@ DEFAULT_OP_TYPES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input, one entry for each spatial axis.
+
+    Attributes:
+        strides: steps between outputs.
+        padding: zeros before and behind each axis, or ``"SAME"`` or ``"VALID"`` as JAX means them.
+        dilation: distances between taps.
+    """
+
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    def pads(self, sizes: tuple[int, ...], taps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Returns the zeros before and behind each spatial axis of an input of these sizes."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        if self.padding == "VALID":
+            return ((0, 0),) * len(sizes)
+        found = []
+        for n, k, stride, apart in zip(sizes, taps, self.strides, self.dilation, strict=True):
+            total = max((-(-n // stride) - 1) * stride + (k - 1) * apart + 1 - n, 0)
+            found.append((total // 2, total - total // 2))
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One weight of a model: its names, its place in the parameters, and the meaning of its axes.
 
@@ -96,6 +123,8 @@ class Layer:
             channels before the spatial axes.
         class_name: the framework's own class name, which rules may also use.
         aliases: further names of the same layer (a shared module has several).
+        window: of a convolution, how it moves over its input; None where that is not known, or no
+            window with zeros around. No part of comparisons: masks do not depend on it.
     """
 
     name: str
@@ -111,6 +140,7 @@ class Layer:
     class_name: str = ""
     aliases: tuple[str, ...] = ()
     output_axes: tuple[int, ...] | None = None
+    window: Window | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         where = f"layer {shown(self.name)}"
@@ -146,6 +176,7 @@ class Layer:
                 f"in_axes={self.in_axes} and stack_axes={self.stack_axes} overlap"
             )
         one_of(f"{where}: grouped", self.grouped, ("in", "out"))
+        instance(self.window, (Window, type(None)), f"{where}: window", "a Window or None")
         whole = self.out_axes if self.grouped == "in" else self.in_axes
         size = self.shape[whole[0]] if whole else 0
         if self.groups > 1 and (not size or size % self.groups):
@@ -214,6 +245,7 @@ def make_layer(
     grouped: Literal["in", "out"] = "in",
     bias: str | None = None,
     output_axes: int | Iterable[int] | None = None,
+    window: Window | None = None,
 ) -> Layer:
     """Returns one row of a layer table written by hand, its shape read from ``params``.
 
@@ -222,7 +254,8 @@ def make_layer(
         weight: path of the weight; :func:`purepruning.leaf_paths` lists them.
         type: canonical op type, see :data:`OP_TYPES`.
         name: layer name; the weight's path without its last part unless given.
-        out_axes, in_axes, stack_axes, groups, grouped, bias, output_axes: see :class:`Layer`.
+        out_axes, in_axes, stack_axes, groups, grouped, bias, output_axes, window: see
+            :class:`Layer`.
 
     Raises:
         KeyError: the weight or bias path is not in ``params``.
@@ -259,6 +292,7 @@ def make_layer(
         bias=bias,
         class_name=type,
         output_axes=None if output_axes is None else _as_tuple(output_axes),
+        window=window,
     )
     if bias is not None:
         size = math.prod(layer.shape[a] for a in layer.stack_axes) * layer.out_channels

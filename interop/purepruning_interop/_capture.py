@@ -1,20 +1,42 @@
 """What every adapter's ``capture`` does with the layers it is asked for, in JAX or in torch.
 
-``capture`` returns what the plain call returns, and the output of each layer by the name it was
-asked for. A layer that the forward pass calls once gives its output as it is; one called several
-times gives the *list* of its outputs, in the order of the calls (a tuple is what a layer returned
-as a tuple, such as attention).
+``capture`` returns what the plain call returns, and the output (or, with ``of="inputs"``, the first
+argument) of each layer by the name it was asked for. A layer that the forward pass calls once gives
+it as it is; one called several times gives the *list*, in the order of the calls (a tuple is what a
+layer returned as a tuple, such as attention).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-from purepruning.arguments import missing
+from purepruning.arguments import missing, one_of
 from purepruning.layers import Layer
 
 Key = TypeVar("Key")
+
+#: What of a layer is captured.
+Of = Literal["outputs", "inputs"]
+
+
+def check_of(where: str, of: Any) -> None:
+    """Raises ValueError for what is no part of a call."""
+    one_of(f"{where}: of", of, ("outputs", "inputs"))
+
+
+def with_first(where: str, args: Any, kwargs: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Returns the arguments of a call with the first one changed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    if not kwargs:
+        raise ValueError(f"{where}: a layer whose input is asked for is called without arguments")
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def asked(where: str, layers: Any) -> tuple[str, ...]:

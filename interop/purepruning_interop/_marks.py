@@ -32,6 +32,7 @@ from purepruning.jaxpr.internals import (
     jaxpr_and_consts,
     scan_sizes,
 )
+from purepruning_interop import _capture
 from purepruning_interop._table import split_static
 
 _mark = identity("purepruning_mark")
@@ -42,25 +43,44 @@ _mark = identity("purepruning_mark")
 _marking = jax.make_user_context(None)
 
 
-def mark(key: str, value: Any) -> Any:
+def mark(key: str | Pending, value: Any) -> Any:
     """Returns ``value``, any pytree, and marks it for the :func:`collect` around the call."""
     arrays, put = split_static(value)
     return put(_mark.bind(*arrays, layer=key, put=put))
 
 
-#: The attribute of a module of :func:`marking_class` that holds its key.
+class Pending:
+    """A key that is not known yet when a value is marked; without one, nothing is."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+
+
+def called(
+    key: str | Pending, of: _capture.Of, call: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Returns ``call(*args, **kwargs)``, with its result or its first argument marked."""
+    if of == "inputs":
+        where = "capture(..., of='inputs')"
+        args, kwargs = _capture.with_first(where, args, kwargs, lambda x: mark(key, x))
+        return call(*args, **kwargs)
+    return mark(key, call(*args, **kwargs))
+
+
+#: The attribute of a module of :func:`marking_class` that holds its key, and what is marked.
 KEY = "_purepruning_key"
 
 
 def marking_class(cls: Any, body: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Returns a subclass of a module class whose instances mark what a call of them returns.
+    """Returns a subclass of a module class whose instances mark their calls: :func:`called`.
 
     So ``isinstance`` and all attributes are as before. ``body`` and ``options`` are further
     arguments of the metaclass.
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mark(getattr(self, KEY), super(subclass, self).__call__(*args, **kwargs))
+        key, of = getattr(self, KEY)
+        return called(key, of, super(subclass, self).__call__, args, kwargs)
 
     body = {"__call__": __call__, "__module__": cls.__module__, **(body or {})}
     subclass: Any = type(cls)(cls.__name__, (cls,), body, **options)
@@ -136,8 +156,8 @@ def marked(program: Program) -> tuple[set[str], bool]:
     def look(jaxpr: Jaxpr) -> bool:
         found = False
         for eqn in jaxpr.eqns:
-            if eqn.primitive is _mark:
-                keys.add(eqn.params["layer"])
+            if (key := _key(eqn)) is not None:
+                keys.add(key)
                 found = True
             for inner in inner_jaxprs(eqn.params):
                 if look(inner):
@@ -177,7 +197,8 @@ def _run(
     for i, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
         if eqn.primitive is _mark:
-            taken.append(_Taken(eqn.params["layer"], eqn.params["put"], values))
+            if (key := _key(eqn)) is not None:
+                taken.append(_Taken(key, eqn.params["put"], values))
             results = values
         elif not (keys := _keys(eqn)):
             with eqn.ctx.manager:
@@ -203,8 +224,17 @@ def _keys(eqn: JaxprEqn) -> list[str]:
     keys: list[str] = []
     for inner in inner_jaxprs(eqn.params):
         for e in inner.eqns:
-            keys += [e.params["layer"]] if e.primitive is _mark else _keys(e)
+            key = _key(e)
+            keys += _keys(e) if key is None else [key]
     return keys
+
+
+def _key(eqn: JaxprEqn) -> str | None:
+    """Returns the key of a mark; None for any other equation, and for a mark without one."""
+    if eqn.primitive is not _mark:
+        return None
+    key: str | Pending = eqn.params["layer"]
+    return key.key if isinstance(key, Pending) else key
 
 
 def _call(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Window
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Weight(NamedTuple):
     """What a module class says of one of its weights; axes count within one, unstacked copy.
 
     ``output`` says where the batch axes and the output channels are in the module's output; where
-    it is None, the rule of :class:`purepruning.Layer` holds.
+    it is None, the rule of :class:`purepruning.Layer` holds. ``window`` is a convolution's.
     """
 
     param: str
@@ -49,6 +49,7 @@ class Weight(NamedTuple):
     grouped: Literal["in", "out"] = "in"
     bias: str | None = None
     output: tuple[int, ...] | None = None
+    window: Window | None = None
 
 
 class Owner(NamedTuple):
@@ -100,6 +101,27 @@ def general(param: str, sizes: Sizes, *, batch: int, out: int, bias: str | None)
         bias=bias,
         output=(*range(batch), *range(-out, 0)),
     )
+
+
+def window(rank: int, strides: Any, padding: Any, dilation: Any) -> Window | None:
+    """Returns how a convolution moves over its input, from what its module says.
+
+    None where it pads with something else than zeros, or by what is computed in the call.
+    """
+
+    def each(value: Any) -> tuple[int, ...]:
+        value = 1 if value is None else value
+        some = (value,) * rank if isinstance(value, int) else tuple(value)
+        return some * rank if len(some) == 1 else some
+
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            return None
+        return Window(each(strides), padding, each(dilation))
+    if isinstance(padding, int) or all(isinstance(p, int) for p in padding):
+        padding = tuple((p, p) for p in each(padding))
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    return Window(each(strides), pads * rank if len(pads) == 1 else pads, each(dilation))
 
 
 def per_channel(
@@ -267,6 +289,7 @@ def _row(owner: Owner, weight: Weight, names: tuple[str, ...]) -> Layer:
         class_name=owner.class_name,
         aliases=names[1:],
         output_axes=output,
+        window=weight.window,
     )
 
 

@@ -20,6 +20,7 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    of: _capture.Of = "outputs",
     method: Callable[..., Any] | str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
@@ -41,6 +42,8 @@ def capture(
         *inputs, **kwargs: what a call of the model takes.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
+        of: ``"outputs"``, or ``"inputs"``: the first argument of each layer's call instead, for
+            :mod:`purepruning.stats.inputs`.
         method: what to call instead: the name of a method, or a function of the model and inputs.
 
     Raises:
@@ -57,6 +60,7 @@ def capture(
     """
     where = "capture(model, *inputs)"
     check(where, model)
+    _capture.check_of(where, of)
     found = list(walk(model, ""))
     holders = {name for name, node, _ in found if isinstance(node, eqx.Module)}
     known = {join(name, key): name for name, _, own in found for key in own}
@@ -65,17 +69,17 @@ def capture(
     marked = frozenset(modules.values())
 
     def call(model: Any, inputs: Any, kwargs: Any) -> Any:
-        copy = _with_marks(model, "", marked)
+        copy = _with_marks(model, "", marked, of)
         if callable(method):
             return method(copy, *inputs, **kwargs)
         return getattr(copy, method or "__call__")(*inputs, **kwargs)
 
-    result, calls = collect(where, marked, call, model, inputs, kwargs)
+    result, calls = collect(where, (marked, of), call, model, inputs, kwargs)
     return result, _capture.outputs(where, modules, calls)
 
 
-def _with_marks(node: Any, name: str, marked: frozenset[str]) -> Any:
-    """Returns ``node`` with the modules of these names replaced by ones that mark what they return.
+def _with_marks(node: Any, name: str, marked: frozenset[str], of: _capture.Of) -> Any:
+    """Returns ``node`` with the modules of these names replaced by ones that mark their calls.
 
     They are of a subclass, so that ``isinstance`` and attributes are as before.
     """
@@ -86,12 +90,12 @@ def _with_marks(node: Any, name: str, marked: frozenset[str]) -> Any:
         parts = []
         for keys, child in entries:
             key = jax.tree_util.keystr(keys, simple=True, separator=".")
-            parts.append(_with_marks(child, join(name, key), marked))
+            parts.append(_with_marks(child, join(name, key), marked, of))
         node = jax.tree.unflatten(treedef, parts)
     if name not in marked or not callable(node):
         return node
     cls: Any = type(node)
     copy: Any = object.__new__(marking(cls))
-    for field, value in {**vars(node), KEY: name}.items():
+    for field, value in {**vars(node), KEY: (name, of)}.items():
         object.__setattr__(copy, field, value)
     return copy

@@ -26,6 +26,7 @@ from purepruning_interop._table import (
     out_in,
     per_channel,
     rows,
+    window,
 )
 
 
@@ -97,10 +98,10 @@ def check(where: str, model: Any) -> None:
 
 @functools.cache
 def marking(cls: Any) -> Any:
-    """Returns a class of modules that mark their outputs."""
+    """Returns a class of modules that mark their calls."""
     # A static field: it stays with the module through every transformation of pytrees.
-    field = eqx.field(static=True, default="")
-    return marking_class(cls, {"__annotations__": {KEY: str}, KEY: field})
+    field = eqx.field(static=True, default=())
+    return marking_class(cls, {"__annotations__": {KEY: tuple}, KEY: field})
 
 
 def walk(node: Any, name: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -189,7 +190,12 @@ def _conv(module: Any, kind: str) -> Weight:
     groups = module.groups
     sizes = (module.out_channels, module.in_channels // groups, *module.kernel_size)
     type_ = f"{kind}{module.num_spatial_dims}d"
-    return out_in("weight", type_, sizes, bias="bias", groups=groups)
+    weight = out_in("weight", type_, sizes, bias="bias", groups=groups)
+    if kind != "Conv" or getattr(module, "padding_mode", "ZEROS").upper() != "ZEROS":
+        return weight
+    rank = module.num_spatial_dims
+    moves = window(rank, module.stride, module.padding, module.dilation)
+    return weight._replace(window=moves)
 
 
 def _cell(module: Any, type_: str, gates: int) -> tuple[Weight, ...]:

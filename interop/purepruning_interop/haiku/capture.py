@@ -27,6 +27,7 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    of: _capture.Of = "outputs",
     rng: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
@@ -46,6 +47,8 @@ def capture(
         *inputs, **kwargs: what a call takes after params, state and key.
         layers: rows of the layer table, or names: of a module that has parameters itself, or of
             one of its parameters, with dots for ``/`` and ``/~/``.
+        of: ``"outputs"``, or ``"inputs"``: the first argument of each layer's call instead, for
+            :mod:`purepruning.stats.inputs`.
         rng: the key that ``apply`` takes, or None.
 
     Raises:
@@ -64,6 +67,7 @@ def capture(
     """
     where = "capture(model, variables, *inputs)"
     check(where, model, variables)
+    _capture.check_of(where, of)
     params, state = split(variables)
     names = dotted(params)
     known = {join(name, key): module for module, name in names.items() for key in params[module]}
@@ -79,7 +83,7 @@ def capture(
             else own
             for module, own in params.items()
         }
-        get, intercept = marker()
+        get, intercept = marker(of)
 
         def run() -> Any:
             with hk.custom_getter(get), hk.intercept_methods(intercept):
@@ -88,5 +92,5 @@ def capture(
         # A getter stands inside a transformed function only, and must come before the model's own.
         return hk.transform(run).apply({}, None)
 
-    result, calls = collect(where, marked, apply, params, leading, inputs, kwargs)
+    result, calls = collect(where, (marked, of), apply, params, leading, inputs, kwargs)
     return result, _capture.outputs(where, modules, calls)

@@ -12,9 +12,10 @@ import haiku as hk
 import jax
 
 from purepruning.arguments import adapter_of, missing, wrong_model
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
-from purepruning_interop._marks import mark
+from purepruning_interop._capture import Of
+from purepruning_interop._marks import Pending, called, mark
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -27,6 +28,7 @@ from purepruning_interop._table import (
     rows,
     split_static,
     stacked,
+    window,
 )
 
 
@@ -148,10 +150,10 @@ class Tracked:
         return cls(children[0], module)
 
 
-def marker() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def marker(of: Of) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Returns a getter that learns which module has tracked parameters, and an interceptor.
 
-    The interceptor marks what these modules return.
+    The interceptor marks what these modules return, or are given.
     """
     owners: dict[int, tuple[Any, str]] = {}  # the module is kept, so that its id stays its own
 
@@ -162,8 +164,16 @@ def marker() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return next_getter(value)
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if of == "inputs":
+            # Whose parameters a module has is known when it has asked for them.
+            key = Pending()
+            result = called(key, of, call, args, kwargs) if args or kwargs else call()
+            key.key = owners[id(context.module)][1] if id(context.module) in owners else None
+            return result
         result = call(*args, **kwargs)
-        if context.method_name != "__call__" or id(context.module) not in owners:
+        if id(context.module) not in owners:
             return result
         return mark(owners[id(context.module)][1], result)
 
@@ -275,10 +285,12 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
         case hk.ConvND(), "w":
             type_, groups = f"Conv{rank - 2}d", module.feature_group_count
             weight = in_out("w", type_, shape, bias="b", groups=groups)
+            weight = weight._replace(window=_window(module, module.kernel_dilation, rank - 2))
             return _channels(weight, module.channel_index, rank), False
         case hk.DepthwiseConv1D() | hk.DepthwiseConv2D() | hk.DepthwiseConv3D(), "w":
             type_, groups = f"Conv{rank - 2}d", shape[-1] // module.channel_multiplier
             weight = in_out("w", type_, shape, bias="b", groups=groups)
+            weight = weight._replace(window=_window(module, module.rhs_dilation, rank - 2))
             return _channels(weight, module.channel_index, rank), False
         case hk.ConvNDTranspose(), "w":
             type_ = f"ConvTranspose{rank - 2}d"
@@ -313,6 +325,12 @@ def _role(module: hk.Module | None, param: str, shape: Shape) -> tuple[Weight | 
         case (hk.Bias() | hk.GRU(), "b"):
             return None, True
     return None, False
+
+
+def _window(module: Any, dilation: Any, rank: int) -> Window | None:
+    if getattr(module, "lhs_dilation", (1,) * rank) != (1,) * rank:
+        return None
+    return window(rank, module.stride, module.padding, dilation)
 
 
 def _channels(weight: Weight, channel_index: int, rank: int) -> Weight:

@@ -23,6 +23,7 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    of: _capture.Of = "outputs",
     rngs: Any = None,
     method: Callable[..., Any] | str | None = None,
     mutable: Any = False,
@@ -46,6 +47,8 @@ def capture(
         *inputs: what a call of the model takes.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
+        of: ``"outputs"``, or ``"inputs"``: the first argument of each layer's call instead, for
+            :mod:`purepruning.stats.inputs`.
         rngs, method, mutable, **kwargs: as for ``model.apply``.
 
     Raises:
@@ -64,6 +67,7 @@ def capture(
     """
     where = "capture(model, variables, *inputs)"
     check(where, model, variables, inputs, {"method": method, **kwargs})
+    _capture.check_of(where, of)
     names = _capture.asked(where, layers)
     if not isinstance(variables.get("params"), Mapping):
         variables = {"params": variables}
@@ -81,7 +85,7 @@ def capture(
                     contexts.enter_context(marking(object()))
 
             renew()
-            contexts.enter_context(nn.intercept_methods(marker(wanted, seen, renew)))
+            contexts.enter_context(nn.intercept_methods(marker(wanted, of, seen, renew)))
             return model.apply(
                 variables, *inputs, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
@@ -89,10 +93,10 @@ def capture(
     # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
     # only. Where that may have happened, everything is traced once more, each call for itself.
     arguments = variables, inputs, rngs, kwargs
-    program = trace(wanted, partial(apply, afresh=False), *arguments)
+    program = trace((wanted, of), partial(apply, afresh=False), *arguments)
     found, several = marked(program)
     if several or found != wanted:
-        program = trace(wanted, partial(apply, afresh=True), *arguments)
+        program = trace((wanted, of), partial(apply, afresh=True), *arguments)
     for name, path in modules.items():
         holds = any(f"{owner}.".startswith(f"{path}.") for owner in owners.values())
         if path and path not in seen and not holds:

@@ -13,9 +13,10 @@ from flax.core import DenyList, meta
 from flax.linen.recurrent import DenseParams
 
 from purepruning.arguments import wrong_model
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
-from purepruning_interop._marks import mark
+from purepruning_interop._capture import Of
+from purepruning_interop._marks import called, mark
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -30,6 +31,7 @@ from purepruning_interop._table import (
     ranked,
     rows,
     split_static,
+    window,
 )
 
 
@@ -132,24 +134,31 @@ def layers(
 
 
 def marker(
-    paths: frozenset[str], seen: dict[str, None], renew: Callable[[], None]
+    paths: frozenset[str], of: Of, seen: dict[str, None], renew: Callable[[], None]
 ) -> nn.module.Interceptor:
-    """Returns an interceptor that marks what the modules at ``paths`` return.
+    """Returns an interceptor that marks what the modules at ``paths`` return, or are given.
 
     Of a class that ``nn.scan`` or another transform lifted, it is the module inside that is called
     (the one around the transform passes interceptors by): once per step of the loop.
     """
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        result = call(*args, **kwargs)
         module = context.module
+        scope = module.scope if of == "inputs" else None
+        if scope is not None and context.method_name == "__call__":
+            path = ".".join(scope.path)
+            if path in paths and not isinstance(module, DenseParams):
+                renew()
+                seen[path] = None
+                return called(path, of, call, args, kwargs)
+        result = call(*args, **kwargs)
         if context.method_name != "__call__" or module.scope is None:
             return result
         renew()
         path = ".".join(module.scope.path)
         seen[path] = None
         # What the call of DenseParams returns are its parameters.
-        if path not in paths or isinstance(module, DenseParams):
+        if of == "inputs" or path not in paths or isinstance(module, DenseParams):
             return result
         return mark(path, result)
 
@@ -326,6 +335,7 @@ def _weights(
         case nn.Conv():
             groups = module.feature_group_count
             weight = in_out("kernel", f"Conv{len(kernel) - 2}d", kernel, bias="bias", groups=groups)
+            weight = weight._replace(window=_window(module, len(kernel) - 2))
         case nn.ConvTranspose():
             type_, swapped = f"ConvTranspose{len(kernel) - 2}d", module.transpose_kernel
             weight = in_out("kernel", type_, kernel, bias="bias", swapped=swapped)
@@ -354,6 +364,12 @@ def _weights(
         case _:
             return (), ()
     return (weight,), others
+
+
+def _window(module: nn.Conv, rank: int) -> Window | None:
+    if module.input_dilation not in (None, 1, (1,) * rank):
+        return None
+    return window(rank, module.strides, module.padding, module.kernel_dilation)
 
 
 def _count(axes: Any) -> int:

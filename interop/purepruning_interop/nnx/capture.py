@@ -20,6 +20,7 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    of: _capture.Of = "outputs",
     method: Callable[..., Any] | str | None = None,
     mutable: Any = False,
     **kwargs: Any,
@@ -42,6 +43,8 @@ def capture(
         *inputs, **kwargs: what a call of the model takes.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
+        of: ``"outputs"``, or ``"inputs"``: the first argument of each layer's call instead, for
+            :mod:`purepruning.stats.inputs`.
         method: what to call instead: the name of a method, or a function of the model and inputs.
         mutable: an ``nnx`` filter, such as ``nnx.BatchStat``: the variables to return.
 
@@ -61,6 +64,7 @@ def capture(
     """
     where = "capture(model, *inputs)"
     check(where, model)
+    _capture.check_of(where, of)
     found = list(walk(model, "", ()))
     first = {id(module): name for name, module, _ in reversed(found)}
     known = {join(name, key): first[id(module)] for name, module, own in found for key in own}
@@ -75,12 +79,12 @@ def capture(
             if name in marked and callable(module):
                 pytree = not jax.tree_util.all_leaves([module])
                 object.__setattr__(module, "__class__", marking(type(module), pytree))
-                vars(module)[KEY] = name
+                vars(module)[KEY] = (name, of)
         if callable(method):
             result = method(copy, *inputs, **kwargs)
         else:
             result = getattr(copy, method or "__call__")(*inputs, **kwargs)
         return result if mutable is False else (result, nnx.state(copy, mutable))
 
-    result, calls = collect(where, marked, call, state, inputs, kwargs)
+    result, calls = collect(where, (marked, of), call, state, inputs, kwargs)
     return result, _capture.outputs(where, modules, calls)

@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from purepruning.arguments import wrong_model
-from purepruning.layers import Layer
+from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
 from purepruning_interop._marks import marking_class
 from purepruning_interop._table import (
@@ -26,6 +26,7 @@ from purepruning_interop._table import (
     join,
     per_channel,
     rows,
+    window,
 )
 
 
@@ -109,7 +110,7 @@ def check(where: str, model: Any) -> None:
 
 @functools.cache
 def marking(cls: Any, pytree: bool) -> Any:
-    """Returns a subclass of modules that mark their outputs; ``pytree``: whether ``cls`` is one."""
+    """Returns a subclass of modules that mark their calls; ``pytree``: whether ``cls`` is one."""
     return marking_class(cls, pytree=pytree)
 
 
@@ -162,6 +163,7 @@ def _weights(module: nnx.Module) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
         case nnx.Conv():
             type_, groups = f"Conv{len(module.kernel_shape) - 2}d", module.feature_group_count
             weight = in_out("kernel", type_, module.kernel_shape, bias="bias", groups=groups)
+            weight = weight._replace(window=_window(module))
         case nnx.ConvTranspose():
             type_, swapped = (
                 f"ConvTranspose{len(module.kernel_shape) - 2}d",
@@ -206,3 +208,10 @@ def _weights(module: nnx.Module) -> tuple[tuple[Weight, ...], tuple[str, ...]]:
         case _:
             return (), ()
     return (weight,), ("bias",)
+
+
+def _window(module: nnx.Conv) -> Window | None:
+    rank = len(module.kernel_shape) - 2
+    if module.input_dilation not in (None, 1, (1,) * rank):
+        return None
+    return window(rank, module.strides, module.padding, module.kernel_dilation)

@@ -20,6 +20,7 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
+    of: _capture.Of = "outputs",
     params: Mapping[str, torch.Tensor] | None = None,
     mutable: bool = False,
     **kwargs: Any,
@@ -49,6 +50,8 @@ def capture(
             of our options need a module around it.
         layers: rows of the layer table, or names; the dotted path of any module is a name, that of
             a parameter stands for the module that owns it.
+        of: ``"outputs"``, or ``"inputs"``: the first argument of each layer's call instead, for
+            :mod:`purepruning.stats.inputs`.
         params: parameters, buffers or both, by name; what is missing is the model's own.
         mutable: whether to return the buffers after the call.
 
@@ -71,6 +74,7 @@ def capture(
             f"{where}: params must map names to tensors, as dict(model.named_parameters()) does, "
             f"or be None; got {type(params).__name__}"
         )
+    _capture.check_of(where, of)
     modules = _modules(where, model, layers)
     values, buffers = _values(where, model, params or {})
     calls: dict[torch.nn.Module, list[Any]] = {module: [] for module in modules.values()}
@@ -78,15 +82,25 @@ def capture(
         module.out_proj: module
         for module in model.modules()
         if isinstance(module, torch.nn.MultiheadAttention) and module.out_proj in calls
+        if of == "outputs"
     }
     calls |= {module: [] for module in attention.values()}
 
     def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
         calls[module].append(pytree.tree_map(_copy, output))
 
+    def keep_input(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        _capture.with_first(
+            where, args, kwargs, lambda x: calls[module].append(pytree.tree_map(_copy, x))
+        )
+
     with contextlib.ExitStack() as undo:
         for module in calls:
-            undo.callback(module.register_forward_hook(keep).remove)
+            if of == "inputs":
+                hook = module.register_forward_pre_hook(keep_input, with_kwargs=True)
+            else:
+                hook = module.register_forward_hook(keep)
+            undo.callback(hook.remove)
         # The fused path of attention, in evaluation, calls none of its layers.
         undo.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()

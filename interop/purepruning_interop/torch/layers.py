@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from purepruning.layers import Layer
-from purepruning_interop._table import Owner, Param, Weight, out_in, per_channel, rows
+from purepruning.layers import Layer, Window
+from purepruning_interop._table import Owner, Param, Weight, out_in, per_channel, rows, window
 from purepruning_interop.torch.program import check
 
 
@@ -107,6 +107,7 @@ def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ..
             rank = len(module.kernel_size)
             sizes = (None,) * (2 + rank)
             weight = out_in("weight", f"Conv{rank}d", sizes, bias="bias", groups=module.groups)
+            weight = weight._replace(window=_window(module))
         case nn.Bilinear():
             weight = Weight("weight", "Bilinear", (None,) * 3, (0,), (1, 2), bias="bias")
         case nn.Embedding() | nn.EmbeddingBag():
@@ -139,6 +140,19 @@ def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ..
         case _:
             return (), ()
     return (weight,), ("bias",)
+
+
+def _window(module: Any) -> Window | None:
+    """Returns how a convolution moves; None where it pads with something else than zeros."""
+    if module.padding_mode != "zeros":
+        return None
+    padding: Any = module.padding
+    if padding == "same":  # of strides 1; what is odd goes behind
+        totals = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        padding = [(total // 2, total - total // 2) for total in totals]
+    elif padding == "valid":
+        padding = "VALID"
+    return window(len(module.kernel_size), module.stride, padding, module.dilation)
 
 
 def _norm_type(module: torch.nn.Module) -> str:
