@@ -23,7 +23,7 @@ from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
 from purepruning.jaxpr.shrink import rebuild, shrink
-from purepruning.layers import Layer, Window, make_layer
+from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
@@ -32,9 +32,11 @@ from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.random import random_pruning
+from purepruning.pruners.ria import ria
 from purepruning.pruners.scores import prune_scores
 from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
+from purepruning.pruners.wanda import wanda
 from purepruning.pruners.zeros import masks_from_zeros
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
@@ -54,7 +56,6 @@ from purepruning.trees import leaf_paths
 __all__ = [
     # Layers: what the weights of a model are.
     "Layer",
-    "Window",
     "make_layer",
     "coupled_layers",
     "leaf_paths",
@@ -75,6 +76,8 @@ __all__ = [
     "apoz_rank",
     "mean_activation_rank",
     "taylor_fo",
+    "wanda",
+    "ria",
     "prune_scores",
     "masks_from_zeros",
     # An own criterion: a module of what it is written with.

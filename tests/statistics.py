@@ -7,7 +7,8 @@ with it, scale with it, and stay where it is already zero.
 import numpy as np
 
 from purepruning import NM
-from purepruning.stats import activations, gradients
+from purepruning.matrices import form
+from purepruning.stats import activations, gradients, inputs
 from purepruning.stats.accumulate import CompensatedSum, WideCount
 from tests import oracle
 
@@ -96,3 +97,28 @@ def movement(params, layers, granularity):
         x = x if single else oracle.unit_sums(x, layer, granularity)
         scores[layer.name] = x.astype(np.float32)
     return scores
+
+
+def fed(params, layers, granularity=None, keep=("squares", "grams")):
+    """Statistics of inputs that are small integers, a few more than there are columns."""
+    fields = {field: {} for field in inputs.InputStats._fields}
+    for layer in layers:
+        f = form("test", layer)
+        rng = np.random.default_rng(f.columns)
+        # The same for all members, so that channels may change places between groups.
+        x = rng.integers(-3, 4, (1, f.columns + 5, f.columns)).astype(np.float64)
+        x = np.broadcast_to(x, (f.members, *x.shape[1:]))
+        fields["positions"][layer.name] = as_total(WideCount, f.columns + 5)
+        for kind, total in (
+            ("squares", (x * x).sum(1)),
+            ("sums", x.sum(1)),
+            ("grams", x.transpose(0, 2, 1) @ x),
+        ):
+            if kind in keep:
+                fields[kind][layer.name] = as_total(CompensatedSum, total)
+    return inputs.InputStats(**fields)
+
+
+def norms(params, layers, granularity=None):
+    """The same, of which norms alone are kept."""
+    return fed(params, layers, keep=("squares",))

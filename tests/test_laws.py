@@ -17,7 +17,16 @@ from tests import oracle
 from tests.covering import covered, covering
 from tests.messages import raises
 from tests.modes import MODES, OVER_COUNTS, as_jax, as_numpy, as_torch, moved, stacked
-from tests.statistics import active, magnitudes, movement, nothing, seed, slopes, slopes_of_elements
+from tests.statistics import (
+    active,
+    magnitudes,
+    movement,
+    norms,
+    nothing,
+    seed,
+    slopes,
+    slopes_of_elements,
+)
 
 LAYERS = (
     Layer("conv", "Conv2d", "conv.w", (3, 3, 4, 8), (3,), (2,), bias="conv.b"),
@@ -126,6 +135,12 @@ ROWS = (
     Row(pp.taylor_fo, TILES, "global", stats=slopes, channels=None),
     # The sign of the gradients goes with the position, so permuted channels have other sums.
     Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
+    Row(pp.wanda, stats=norms),
+    Row(pp.wanda, NM(1, 2), stats=norms),
+    Row(pp.wanda, CHANNEL, "global", stats=norms),
+    # Sums over the outputs of a group change with what is in the group.
+    Row(pp.ria, stats=norms, channels=None),
+    Row(pp.ria, TILES, stats=norms, channels=None),
     Row(pp.movement.masks, stats=movement),
     Row(pp.movement.masks, NM(1, 2), stats=movement),
     Row(pp.movement.masks, CHANNEL, "global", stats=movement),

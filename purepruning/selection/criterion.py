@@ -42,6 +42,8 @@ class Criterion(NamedTuple):
         terms: as ``element``, of criteria whose ``channel`` is
             :func:`purepruning.exact_sum.exact_sum` over a unit: what is summed, none of it
             negative. Compiled code then sums many layers at once; None if there is no such sum.
+        rows: whether, in layer scope, single weights are compared with those of the same output
+            alone (:mod:`purepruning.selection.by_row`).
     """
 
     name: str
@@ -51,6 +53,7 @@ class Criterion(NamedTuple):
     of: Callable[[Any, Layer], Any] | None = None
     rank: Callable[[Any, Any, Grid], Any] | None = None
     terms: Callable[[Any, Any], Any] | None = None
+    rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

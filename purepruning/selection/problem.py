@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     pools: tuple[Pool, ...]
     scope: Scope
     granularity: Granularity
+    rows: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:

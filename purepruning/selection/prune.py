@@ -21,6 +21,7 @@ from purepruning.config.config import Config, check_config, check_count
 from purepruning.granularity import NM, Block, Grid, grid
 from purepruning.masks import by_path
 from purepruning.selection.biases import with_biases
+from purepruning.selection.by_row import row_masks
 from purepruning.selection.criterion import Checked, Criterion, Score, Source
 from purepruning.selection.large import is_large, large_masks
 from purepruning.selection.nm import nm_masks
@@ -68,7 +69,13 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
     terms = None
     if criterion.terms is not None and not isinstance(config.granularity, Block):
         terms = Checked(criterion.name, "terms", criterion.terms)
-    plan = Problem(Score(score, config.inverted, terms), pools, config.scope, config.granularity)
+    plan = Problem(
+        Score(score, config.inverted, terms),
+        pools,
+        config.scope,
+        config.granularity,
+        criterion.rows and config.granularity == "element" and config.scope == "layer",
+    )
     counts = {} if isinstance(config.granularity, NM) else checked_counts(criterion.name, config)
     check_values(criterion.name, weights)
     before = by_path(config.masks, tree.leaves) if config.masks else {}
@@ -180,6 +187,8 @@ def _masks(
 ) -> Solved:
     if isinstance(plan.granularity, NM):
         return nm_masks(sources, plan, plan.granularity)
+    if plan.rows:
+        return row_masks(sources, counts, plan)
     # In layer scope all pools are solved side by side; in global scope each is one problem.
     problems = [plan.pools] if plan.scope == "layer" else [(pool,) for pool in plan.pools]
     masks: dict[str, Any] = {}

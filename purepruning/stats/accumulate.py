@@ -79,7 +79,7 @@ def value(total: WideCount | CompensatedSum) -> Any:
     """Returns a count or sum as float32.
 
     >>> import jax.numpy as jnp
-    >>> total = Sum(jnp.float32(0), jnp.float32(0))
+    >>> total = CompensatedSum(jnp.float32(0), jnp.float32(0))
     >>> for _ in range(3):
     ...     total = add(total, jnp.float32(0.1))
     >>> float(value(total))

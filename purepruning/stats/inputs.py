@@ -213,7 +213,7 @@ def _shapes(where: str, layer: Layer) -> dict[str, tuple[int, ...]]:
         raise ValueError(
             f"{where}: layer {layer.name!r}: how its convolution moves over the input is not known "
             "(its padding may be other than zeros); give its row a window, "
-            "dataclasses.replace(layer, window=pp.Window(...)), or leave it out"
+            "dataclasses.replace(layer, window=purepruning.layers.Window(...)), or leave it out"
         )
     row = (f.members, f.columns)
     return {"sums": row, "squares": row, "grams": (*row, f.columns)}

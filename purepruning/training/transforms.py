@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from purepruning.arguments import adapter_of, missing
+from purepruning.arguments import adapter_of, instance, missing
 from purepruning.arrays import by_numpy, chosen, copied, is_concrete
 from purepruning.config.config import Config, Pruner, check_config
 from purepruning.masks import by_path, named_masks, spread_mask, whole_mask, zero_pruned
@@ -108,6 +108,7 @@ def keep_pruned(
             raise ValueError(
                 "keep_pruned needs the parameters: call update(updates, state, params)"
             )
+        instance(state, KeepPrunedState, "keep_pruned: state", "what init returned")
         keep = by_path(state.masks, params)
         _check_updates(updates, keep)
         inner_state = state.inner
@@ -245,6 +246,7 @@ def prune_on_schedule(
             raise ValueError(
                 "prune_on_schedule needs the parameters: call update(updates, state, params)"
             )
+        instance(state, PruneOnScheduleState, "prune_on_schedule: state", "what init returned")
         due, old = clock.due(state.schedule), state.kept.masks
 
         def prune() -> dict[str, Any]:

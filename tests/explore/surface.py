@@ -314,7 +314,37 @@ def _statistics(s: Side) -> Iterator[Call]:
     of |= {"params": kinds.params("a.w")}
     yield row("stats.gradients.update", slopes, s.params, s.grads, s.channels, of=of, label=at)
     yield row("stats.gradients.merge", slopes, slopes, of=of, label=at)
+    yield from _inputs(s, at)
     yield from _accumulate(s, at)
+
+
+def _inputs(s: Side, at: str) -> Iterator[Call]:
+    module = find("stats.inputs")
+    keep = ["squares", "grams"]
+    sizes = {"a": 4, "b": 6}
+    batch = {name: s.array(np.arange(3.0 * n).reshape(3, n) % 7) for name, n in sizes.items()}
+    seen = module.update(module.init(s.params, s.layers, keep=keep), batch, s.layers)
+    other = module.init(s.other_params, s.other, keep=keep)
+    of_seen = kinds.structure(
+        type(seen),
+        ("of another model", other, "refuse"),
+        words=("statistic", "stats", "layer", "total"),
+    )
+    of = _kinds(s, params=_shapes(), layers=kinds.layers(config_too=True))
+    of |= {"stats": of_seen, "a": of_seen, "b": of_seen, "keep": _one_of("keep", ["cubes"])}
+    values = tuple(x for x in kinds.VALUES if x != "shape")
+    of |= {"inputs": kinds.arrays("a", refuse=values, words=("input",))}
+    yield row("stats.inputs.memory", s.layers, keep, of=of, label=at)
+    yield row("stats.inputs.init", s.params, s.layers, keep, of=of, label=at)
+    yield row("stats.inputs.update", seen, batch, s.layers, of=of, label=at)
+    yield row("stats.inputs.merge", seen, seen, of=of, label=at)
+    yield from _calibrated(s, at, of, seen)
+
+
+def _calibrated(s: Side, at: str, of: dict[str, Kind], seen: Any) -> Iterator[Call]:
+    of |= {"params": kinds.params("a.w")}
+    for name in ("wanda", "ria"):
+        yield row(name, s.params, seen, s.config, of=of, label=at)
 
 
 def _accumulate(s: Side, at: str) -> Iterator[Call]:

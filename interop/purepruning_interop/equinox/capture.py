@@ -20,8 +20,8 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
-    of: _capture.Of = "outputs",
     method: Callable[..., Any] | str | None = None,
+    of: _capture.Of = "outputs",
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Returns ``(model(*inputs), {layer: its output})`` for the layers asked for.

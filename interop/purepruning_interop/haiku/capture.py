@@ -27,8 +27,8 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
-    of: _capture.Of = "outputs",
     rng: Any = None,
+    of: _capture.Of = "outputs",
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Returns ``(model.apply(...), {layer: its output})`` for the layers asked for.

@@ -23,10 +23,10 @@ def capture(
     /,
     *inputs: Any,
     layers: Iterable[str | Layer],
-    of: _capture.Of = "outputs",
     rngs: Any = None,
     method: Callable[..., Any] | str | None = None,
     mutable: Any = False,
+    of: _capture.Of = "outputs",
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Returns ``(model.apply(...), {layer: its output})`` for the layers asked for.

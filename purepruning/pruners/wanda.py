@@ -1,0 +1,62 @@
+"""Pruning by weights and activations: a weight matters as much as what it is multiplied by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from purepruning.arrays import namespace, sqrt
+from purepruning.config.config import Config
+from purepruning.exact_sum import exact_sum
+from purepruning.granularity import Grid, fold
+from purepruning.pruners.calibrated import Columns, of_columns, totals_of
+from purepruning.selection.criterion import Criterion
+from purepruning.selection.prune import prune
+from purepruning.stats.accumulate import value
+from purepruning.stats.inputs import InputStats
+from purepruning.types import Masks, Params
+
+
+def wanda(params: Params, stats: InputStats, config: Config) -> Masks:
+    r"""Returns masks that prune the weights of smallest magnitude times norm of their input.
+
+    $$s_{ij} = |w_{ij}| \, \lVert x_j \rVert_2$$
+
+    over all inputs $x$ that ``stats`` have seen (``"squares"`` of :mod:`purepruning.stats.inputs`;
+    how many they are changes no rank within a layer). In layer scope weights are compared within
+    the inputs of each output, as in the paper: of every output equally many go, and what the count
+    has left over is divided as :func:`purepruning.selection.by_row.row_masks` says. In global scope
+    all are ranked together. N:M ranks the groups; channels and blocks score the exact sum over
+    their weights.
+
+    Sun et al. 2023, arXiv:2306.11695. Blocks of a model are pruned one after the other there, each
+    by what the pruned blocks before it make of the data; that is up to the caller, who captures.
+
+    Raises:
+        TypeError: ``stats`` are no input statistics, or of another framework.
+        KeyError, ValueError: they are empty, not of the layers of ``config``, or hold no squares.
+            See also :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> from purepruning.stats import inputs
+    >>> params = {"fc": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> layer = pp.make_layer(params, "fc", "Linear", out_axes=0, in_axes=1)
+    >>> stats = inputs.init(params, [layer])
+    >>> stats = inputs.update(stats, {"fc": jnp.array([[5.0, 1.0]])}, [layer])
+    >>> wanda(params, stats, pp.resolve(0.5, [layer]))["fc"].astype(int).tolist()
+    [[1, 0], [1, 0]]
+    """
+    return prune(_WANDA, params, totals_of("wanda", params, stats, config, "squares"), config)
+
+
+def _element(weight: Any, layer_stats: Columns) -> Any:
+    xp = namespace(weight)
+    norms = sqrt(value(layer_stats.total))
+    return xp.abs(xp.astype(weight, xp.float32)) * layer_stats.spread(norms)
+
+
+def _unit(weight: Any, layer_stats: Columns, g: Grid) -> Any:
+    return fold(namespace(weight), _element(weight, layer_stats), g, exact_sum)
+
+
+_WANDA = Criterion("wanda", element=_element, channel=_unit, block=_unit, of=of_columns, rows=True)

@@ -1,0 +1,72 @@
+"""Wanda and RIA: golden scores, and rows that lose equally many weights."""
+
+import numpy as np
+import pytest
+
+import purepruning as pp
+from purepruning import Layer
+from purepruning.pruners import ria, wanda
+from purepruning.pruners.calibrated import of_columns
+from purepruning.stats import inputs
+from tests import oracle
+from tests.messages import raises
+from tests.modes import MODES, as_jax, as_torch
+
+#: The first layer of network G: its weight as (out, in), and its inputs.
+WEIGHT = np.random.RandomState(1).standard_normal((6, 5)).T.astype(np.float32)
+INPUTS = np.random.RandomState(10).standard_normal((8, 6)).astype(np.float32)
+FC = Layer("fc", "Linear", "w", (5, 6), (0,), (1,))
+
+
+@pytest.mark.parametrize("framework", [as_jax, as_torch])
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (wanda, [4.40544038, 5.73059331, 4.28911124, 2.70093854, 2.27506985, 1.97060333]),
+        (ria, [0.89221999, 1.11456403, 0.76971599, 0.82942246, 0.53904868, 0.59719706]),
+    ],
+)
+def test_golden_scores(module, expected, framework):
+    params = framework({"w": WEIGHT})
+    stats = inputs.update(inputs.init(params, [FC]), framework({"fc": INPUTS}), [FC])
+    criterion = getattr(module, f"_{module.__name__.rpartition('.')[2].upper()}")
+    scores = criterion.element(params["w"], of_columns(stats.squares, FC))
+    np.testing.assert_allclose(np.asarray(scores)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["jax_eager", "jax_jit", "torch_eager"])
+def test_every_output_loses_equally_many(mode):
+    """Exactly as many as the count, of every row the lowest; what is left over, lowest first."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(1, 9, (7, 10)).astype(np.float32)  # many ties
+    layer = Layer("fc", "Linear", "w", weight.shape, (0,), (1,))
+    x = rng.integers(-3, 4, (20, 10)).astype(np.float32)
+    stats = inputs.init({"w": weight}, [layer])
+    stats = inputs.update(stats, {"fc": x}, [layer])
+    config = pp.resolve([{"op_types": ["Linear"]}], [layer])
+    scores = np.float32(weight) * np.sqrt(np.float32((x * x).sum(0)))
+    order = np.argsort(scores, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1, kind="stable")
+    for count in (0, 7, 21, 24, 68):
+        each, rest = divmod(count, 7)
+        following = np.take_along_axis(scores, order, 1)[:, min(each, 9)]
+        extra = oracle.lowest(following, rest)
+        expected = rank >= each + extra[:, None]
+        mask = MODES[mode](pp.wanda, {"w": weight}, stats, config.with_counts({"fc": count}))["w"]
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_global_scope_ranks_all_weights_together():
+    layers = [Layer(n, "Linear", n, (3, 4), (0,), (1,)) for n in ("a", "b")]
+    params = {"a": np.full((3, 4), 1.0, np.float32), "b": np.full((3, 4), 2.0, np.float32)}
+    stats = inputs.init(params, layers)
+    stats = inputs.update(stats, {n: np.ones((2, 4), np.float32) for n in params}, layers)
+    masks = pp.wanda(params, stats, pp.resolve(0.45, layers, scope="global"))
+    assert [int(masks[n].sum()) for n in params] == [2, 12]
+
+
+def test_statistics_without_norms_are_refused():
+    params = as_jax({"w": WEIGHT})
+    stats = inputs.init(params, [FC], keep=["sums"])
+    with raises(ValueError, "wanda", "'squares'", "keep=['squares']"):
+        pp.wanda(params, stats, pp.resolve(0.5, [FC]))
