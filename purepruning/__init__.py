@@ -11,7 +11,7 @@ from purepruning.versions import require as _require
 for _package in ("jax", "numpy", "optax", "safetensors"):
     _require(_package, "purepruning")
 
-from purepruning import criteria, stats
+from purepruning import criteria, search, stats
 from purepruning.config.config import Config
 from purepruning.config.coupled_layers import coupled_layers
 from purepruning.config.resolve import resolve
@@ -43,7 +43,6 @@ from purepruning.saving.plans import load_plan, save_plan
 from purepruning.saving.states import load_state, save_state
 from purepruning.schedules.curves import agp, cosine, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule, check_resumed, vmap_axes
-from purepruning.search.annealing import annealing
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.summary import summarize
@@ -102,8 +101,8 @@ __all__ = [
     "invert_scores",
     # By NNI's names.
     "from_nni",
-    # Search for how a total sparsity is divided among layers.
-    "annealing",
+    # Searches for how a budget is divided among layers: a module.
+    "search",
     # Running statistics that some pruners need.
     "stats",
     # Structure: what is coupled, and the smaller model.

@@ -41,6 +41,8 @@ ALSO = {
     "saving/plans.py": {"safetensors"},
     "saving/states.py": {"safetensors"},
     "training/transforms.py": {"optax"},
+    "search/driver.py": {"rich"},
+    "search/knapsack.py": {"scipy"},
     "summary.py": {"rich"},
 }
 

@@ -130,11 +130,11 @@ def test_the_search_is_for_the_counts_of_the_config():
         CONFIG.with_sparsity(0.25),
         pp.resolve([{"op_types": ["Linear"]}], [FC]).with_sparsity(0.25),
     ):
-        search = pp.annealing(config)
+        search = pp.search.annealing(config)
         _, counts = search.propose(search.init(jax.random.key(0)))[:2]
         assert int(counts["fc"]) == 2
     with raises(ValueError, "rule 0", "no sparsity"):
-        pp.annealing(pp.resolve([{"op_types": ["Linear"]}], [FC]))
+        pp.search.annealing(pp.resolve([{"op_types": ["Linear"]}], [FC]))
 
 
 @pytest.mark.parametrize("stack_axis", [0, 1, 2])

@@ -109,7 +109,7 @@ def budget_of(
     rows: list[np.ndarray] = []
     times: list[np.ndarray] = []
     products: dict[tuple[int, ...], int] = {}
-    for constant, axes in _terms(coupling, cost):
+    for constant, axes in terms(coupling, cost):
         used = []
         for units in axes:
             one = np.sort(place[units if units.ndim == 2 else units[0]], 1)[:, ::-1]
@@ -151,7 +151,7 @@ def unit_costs(
     Where blocks must lose equally many, a unit counts for its share.
     """
     saved = np.zeros(coupling.n_units + 1)
-    for constant, axes in _terms(coupling, cost):
+    for constant, axes in terms(coupling, cost):
         full, left = float(constant), np.full(coupling.n_units + 1, float(constant))
         for x in axes:
             blocks = len(x) if x.ndim == 3 else 1
@@ -164,7 +164,7 @@ def unit_costs(
     return saved[units]
 
 
-def _terms(coupling: Coupling, cost: str) -> list[tuple[int, list[np.ndarray]]]:
+def terms(coupling: Coupling, cost: str) -> list[tuple[int, list[np.ndarray]]]:
     """Returns the products that the cost sums: a constant, and units by position of each axis."""
     found = []
     if cost == "macs":

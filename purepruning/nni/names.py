@@ -65,11 +65,11 @@ _BASES |= {
 # What NNI calls a pruner and is something else here, and its quantizers.
 _ELSEWHERE = {
     "movement": "is trained like parameters: use pp.movement",
-    "simulatedannealing": "is a search: use pp.annealing",
-    "autocompress": "is a search around ADMM: use pp.annealing and pp.admm",
-    "amc": "is not in this version: use pp.annealing to divide a sparsity among layers",
-    "netadapt": "is not in this version: use pp.annealing to divide a sparsity among layers",
-    "sensitivity": "is not in this version: use pp.annealing to divide a sparsity among layers",
+    "simulatedannealing": "is a search: use pp.search.annealing",
+    "autocompress": "is a search around ADMM: use pp.search.annealing and pp.admm",
+    "amc": "is not in this version: use pp.search to divide a budget among layers",
+    "netadapt": "is not in this version: use pp.search to divide a budget among layers",
+    "sensitivity": "is not in this version: use pp.search to divide a budget among layers",
     "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
     "which attention loses whole heads",
 }

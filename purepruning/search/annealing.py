@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import fraction, instance, one_of, scalar, shown
-from purepruning.arrays import is_array, is_concrete, is_torch
+from purepruning.arguments import fraction, scalar, shown, whole_number
+from purepruning.arrays import is_concrete
 from purepruning.config.config import Config, check_config, known_counts
 from purepruning.counts import count_of
 from purepruning.granularity import NM, grid
+from purepruning.search.problem import Problem, fit
+from purepruning.search.shape import Common, Move, OptimizeMode, Search, best_of, make_search
 
 #: No layer's share falls below this part of the others' before rescaling, so that every layer can
 #: take up what the others cannot.
@@ -28,77 +29,62 @@ SMALLEST_CHANGE = 1e-30
 #: How often the temperature may fall: a table has a row for each.
 MOST_COOLINGS = 10**6
 
+#: How often a point is drawn anew until its counts differ from those where the chain stands.
+MOST_DRAWS = 8
+
 
 class AnnealingState(NamedTuple):
     """One chain: a pytree of arrays.
 
     Attributes:
-        key: random key, typed.
-        evaluated: proposals accepted or rejected so far, the first included.
+        common: what every search has; ``common.plans`` is what was proposed last.
+        proposals: how many proposals were answered, those without a new plan included.
         coolings: how often the temperature has fallen.
-        sparsity: the point the chain is at, ``(pools,)``.
-        score: its score, larger is better; NaN before the first.
+        temperature: its present value.
+        sparsity: the point the chain is at, ``(groups,)``.
+        counts: its counts, int32 ``(groups,)``.
+        score: its score, as it is maximised; NaN before the first.
         proposed: the point that was proposed last.
-        counts: its counts, int32 ``(pools,)``.
-        best_counts: the counts of the best score so far.
-        best_score: that score.
         change: sum of all changes of the score so far, without their signs.
     """
 
-    key: Any
-    evaluated: Any
+    common: Common
+    proposals: Any
     coolings: Any
+    temperature: Any
     sparsity: Any
+    counts: Any
     score: Any
     proposed: Any
-    counts: Any
-    best_counts: Any
-    best_score: Any
     change: Any
 
 
-class Annealing(NamedTuple):
-    """What :func:`annealing` returns: pure functions, all traceable.
-
-    Attributes:
-        init: ``(key) -> state``.
-        propose: ``(state) -> (state, counts)``, by pool name, for
-            :meth:`purepruning.Config.with_counts`.
-        accept: ``(state, score) -> state``, with the score of what was proposed.
-        best: ``(state) -> counts`` of the best score so far.
-        done: ``(state) -> bool``: the temperature has fallen below the last.
-        temperature: ``(state) -> float32``.
-    """
-
-    init: Callable[[Any], AnnealingState]
-    propose: Callable[[AnnealingState], tuple[AnnealingState, dict[str, Any]]]
-    accept: Callable[[AnnealingState, Any], AnnealingState]
-    best: Callable[[AnnealingState], dict[str, Any]]
-    done: Callable[[AnnealingState], Any]
-    temperature: Callable[[AnnealingState], Any]
-
-
 def annealing(
-    config: Config,
+    problem: Problem | Config,
     *,
-    optimize_mode: Literal["maximize", "minimize"] = "maximize",
+    optimize_mode: OptimizeMode = "maximize",
     start_temperature: float = 100.0,
     stop_temperature: float = 20.0,
     cool_down_rate: float = 0.9,
     perturbation_magnitude: float = 0.35,
     scale: float | None = None,
-) -> Annealing:
-    r"""Returns a search for the layer sparsities of best score, at a fixed total.
+    max_proposals: int = 1000,
+) -> Search:
+    r"""Returns a search for the sparsities of best score, at a fixed total.
 
-    A rule's sparsity is that of all its layers together. A point is a sparsity for every layer; the
-    layers with more weights get the higher ones. The first is drawn uniformly from [0.05, 1), the
-    next are
+    Of a config without a coupling the total is that of each rule: its sparsity is that of all its
+    layers together. Of a :class:`purepruning.search.Problem` it is the budget, or several of them.
+
+    A point is a sparsity for every group; the groups with more weights (in a problem those whose
+    pruning saves more) get the higher ones. The first is drawn uniformly from [0.05, 1), the next
+    are
 
     $$y = \max(0, x + U(-m, m)), \qquad m = m_0 T / T_0,$$
 
-    all rescaled to the total. A layer that would lose all its units, or more than its rule allows,
+    all rescaled to the total. A group that would lose all its units, or more than its rule allows,
     loses what it can, and the others take the rest in proportion. The counts then meet the total
-    exactly where units are single weights; of larger units as many go as fit into it.
+    exactly where units are single weights; of larger units as many go as fit into it. A problem's
+    budget is met from below, and no group could prune one unit less.
 
     A better score is accepted, another with probability
 
@@ -110,21 +96,22 @@ def annealing(
     start temperature) is NNI's $\exp(-|\Delta|/T)$, which accepts nearly everything of a score
     that lies between 0 and 1.
 
-    No function draws again until something fits, so none can hang, and all run under ``jit`` and
-    ``vmap``: many chains from many keys. A chain that is done stays as it is. A NaN score is never
-    accepted over a number.
+    A draw whose counts are those where the chain stands is drawn again, a few times; then the
+    proposal is not feasible, and counts as rejected. A chain that is done stays as it is. A NaN
+    score is never accepted over a number.
 
     Liu et al. 2020, arXiv:1907.03141 (AutoCompress); NNI's simulated annealing pruner, whose
     temperatures, rates and magnitude are the defaults. With them the temperature falls 16 times.
 
     Args:
-        config: the resolved rules, of layer scope.
+        problem: the resolved rules, of layer scope, or a problem made of them.
         optimize_mode: whether a score is better if it is larger or smaller.
         start_temperature: $T_0$.
         stop_temperature: below it the search is done.
         cool_down_rate: what an acceptance multiplies the temperature by.
         perturbation_magnitude: $m_0$.
         scale: c.
+        max_proposals: after so many the search is done, whatever the temperature.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the config is of global scope or of N:M;
@@ -143,17 +130,103 @@ def annealing(
     ...     state, counts = search.propose(state)
     ...     assert int(counts["a"] + counts["b"]) == 240
     ...     state = search.accept(state, -abs(counts["a"] - 30) / 100)
-    >>> int(state.evaluated) >= 17, abs(int(search.best(state)["a"]) - 30) < 5
+    >>> int(state.common.evaluated) >= 17, abs(int(search.best(state)["a"]) - 30) < 5
     (True, True)
     """
-    one_of("annealing: optimize_mode", optimize_mode, ("maximize", "minimize"))
     start = _positive("start_temperature", start_temperature)
     stop = _positive("stop_temperature", stop_temperature)
     magnitude = _positive("perturbation_magnitude", perturbation_magnitude)
+    whole_number(max_proposals, "annealing: max_proposals", 1, 2**31 - 1)
     if stop > start:
         raise ValueError(
             f"stop_temperature must not exceed start_temperature, got {stop} > {start}"
         )
+    if scale is not None:
+        scale = _positive("scale", scale)
+    temperatures = _temperatures(start, stop, cool_down_rate)
+    last = len(temperatures) - 1
+    if isinstance(problem, Problem):
+        names, place = problem.names, _place_in(problem)
+    else:
+        groups = _groups(problem)
+        names, place = tuple(pool.name for pool in problem.pools), _place_by(groups)
+    nan, zero = np.float32(np.nan), np.int32(0)
+
+    def begin(key: Any) -> tuple[Any, ...]:
+        points = jax.random.uniform(jax.random.fold_in(key, 0), (len(names),), jnp.float32, 0.05)
+        shares, counts = place(points)
+        some = (zero, zero, temperatures[0], shares, counts, nan, shares, np.float32(0))
+        return tuple(map(jnp.asarray, some))
+
+    def plan(state: AnnealingState) -> tuple[Any, ...]:
+        reach = magnitude * state.temperature / start
+
+        def draw(carry: Any) -> Any:
+            key, tries, *_ = carry
+            key, once = jax.random.split(key)
+            noise = jax.random.uniform(once, (len(names),), jnp.float32, -1.0, 1.0)
+            shares, counts = place(jnp.maximum(0.0, state.sparsity + reach * noise))
+            return key, tries + 1, shares, counts
+
+        def again(carry: Any) -> Any:
+            _, tries, _, counts = carry
+            return (tries == 0) | (jnp.all(counts == state.counts) & (tries < MOST_DRAWS))
+
+        def draws() -> Any:
+            carry = state.common.key, jnp.zeros((), jnp.int32), state.sparsity, state.counts
+            key, _, shares, counts = jax.lax.while_loop(again, draw, carry)
+            return key, shares, counts
+
+        first = state.proposals == 0
+        key, shares, counts = jax.lax.cond(
+            first, lambda: (state.common.key, state.sparsity, state.counts), draws
+        )
+        own = state._replace(proposed=shares)[1:]
+        new = first | jnp.any(counts != state.counts)
+        return key, own, counts[None], new[None], 0
+
+    def learn(state: AnnealingState, scores: Any) -> Move:
+        score, old = scores[0], state.score
+        delta = jnp.nan_to_num(jnp.abs(score - old), nan=0.0, posinf=jnp.finfo(jnp.float32).max)
+        change = state.change + delta
+        usual = change / jnp.maximum(state.proposals, 1).astype(jnp.float32)
+        heat = state.temperature / start
+        heat = heat * (jnp.maximum(usual, SMALLEST_CHANGE) if scale is None else scale)
+        draw = jax.random.fold_in(state.common.key, state.proposals)
+        lucky = jax.random.uniform(draw) < jnp.exp(-delta / heat)
+        taken = state.common.feasible[0]
+        taken &= jnp.isnan(old) | (score > old) | (lucky & ~jnp.isnan(score))
+        coolings = state.coolings + (taken & (state.proposals > 0)).astype(jnp.int32)
+        own = (
+            state.proposals + 1,
+            coolings,
+            jnp.asarray(temperatures)[jnp.minimum(coolings, last)],
+            jnp.where(taken, state.proposed, state.sparsity),
+            jnp.where(taken, state.common.plans[0], state.counts),
+            jnp.where(taken, score, old),
+            state.proposed,
+            change,
+        )
+        return Move(own, jnp.where(taken, 0, -1), *best_of(state.common, scores))
+
+    def done(state: AnnealingState) -> Any:
+        return (state.coolings >= last) | (state.proposals >= max_proposals)
+
+    return make_search(
+        "annealing",
+        names,
+        AnnealingState,
+        candidates=1,
+        start=begin,
+        plan=plan,
+        learn=learn,
+        done=done,
+        optimize_mode=optimize_mode,
+    )
+
+
+def _temperatures(start: float, stop: float, cool_down_rate: float) -> np.ndarray:
+    """Returns the temperature after every cooling, float32, to the first that is below the last."""
     rate = fraction(cool_down_rate, "annealing: cool_down_rate")
     if not 0 < rate < 1:
         raise ValueError(
@@ -165,104 +238,39 @@ def annealing(
             f"annealing: from start_temperature {start:g} to stop_temperature {stop:g} the "
             f"temperature would fall {coolings:.3g} times; give a smaller cool_down_rate"
         )
-    if scale is not None:
-        scale = _positive("scale", scale)
     # Counted, not multiplied up, so that rounding does not decide when the search ends.
-    last, temperature_now = 0, start
-    while temperature_now >= stop:
-        last, temperature_now = last + 1, start * rate ** (last + 1)
-    temperatures = np.asarray([start * rate**i for i in range(last + 1)], np.float32)
-    groups = _groups(config)
-    names = [pool.name for pool in config.pools]
-    sign = 1.0 if optimize_mode == "maximize" else -1.0
+    last, now = 0, start
+    while now >= stop:
+        last, now = last + 1, start * rate ** (last + 1)
+    return np.asarray([start * rate**i for i in range(last + 1)], np.float32)
+
+
+def _place_by(groups: list[_Group]) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns what rescales points to the totals of rules, and gives their counts."""
 
     def place(points: Any) -> tuple[Any, Any]:
-        """Returns the points rescaled to the total, and their counts."""
         shares, counts = jnp.zeros_like(points), jnp.zeros(points.shape, jnp.int32)
         for group in groups:
             share, count = _divide(group, points[group.pools])
             shares, counts = shares.at[group.pools].set(share), counts.at[group.pools].set(count)
         return shares, counts
 
-    @jax.jit
-    def begin(key: Any) -> AnnealingState:
-        key, draw = jax.random.split(key)
-        points = jax.random.uniform(draw, (len(names),), jnp.float32, 0.05, 1.0)
-        shares, counts = place(points)
-        zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32)
-        return AnnealingState(
-            key, zero, zero, shares, nan, shares, counts, counts, nan, jnp.zeros((), jnp.float32)
-        )
+    return place
 
-    def init(key: Any) -> AnnealingState:
-        _check_key(key)
-        return begin(key)
 
-    @jax.jit
-    def proposed(state: AnnealingState) -> tuple[AnnealingState, dict[str, Any]]:
-        key, draw = jax.random.split(state.key)
-        reach = magnitude * temperature(state) / start
-        noise = jax.random.uniform(draw, (len(names),), jnp.float32, -1.0, 1.0)
-        shares, counts = place(jnp.maximum(0.0, state.sparsity + reach * noise))
-        first = (state.evaluated == 0) | done(state)
-        shares = jnp.where(first, state.proposed, shares)
-        counts = jnp.where(first, state.counts, counts)
-        key = jax.random.wrap_key_data(
-            jnp.where(first, jax.random.key_data(state.key), jax.random.key_data(key)),
-            impl=jax.random.key_impl(key),
-        )
-        state = state._replace(key=key, proposed=shares, counts=counts)
-        return state, _named(names, counts)
+def _place_in(problem: Problem) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns what fits points into the budgets of a problem, and gives their counts."""
+    alone = np.diag(problem.last)
+    saved = problem.amounts(0 * problem.last)[0] - problem.amounts(alone)[:, 0]
+    order = np.argsort(saved, kind="stable")
+    place_of = np.argsort(order)
+    most = np.asarray([max(int(x[-1]), 1) for x in problem.options], np.float32)
 
-    @jax.jit
-    def accepted(state: AnnealingState, score: Any) -> AnnealingState:
-        score = sign * jnp.asarray(score, jnp.float32)
-        old, best = sign * state.score, sign * state.best_score
-        key, draw = jax.random.split(state.key)
-        delta = jnp.nan_to_num(jnp.abs(score - old), nan=0.0, posinf=jnp.finfo(jnp.float32).max)
-        change = state.change + delta
-        heat = temperature(state) / start
-        usual = change / jnp.maximum(state.evaluated, 1).astype(jnp.float32)
-        heat = heat * (jnp.maximum(usual, SMALLEST_CHANGE) if scale is None else scale)
-        lucky = jax.random.uniform(draw) < jnp.exp(-delta / heat)
-        first = jnp.isnan(old)
-        taken = first | (score > old) | (lucky & ~jnp.isnan(score))
-        new = state._replace(
-            key=key,
-            evaluated=state.evaluated + 1,
-            coolings=state.coolings + (taken & (state.evaluated > 0)).astype(jnp.int32),
-            sparsity=jnp.where(taken, state.proposed, state.sparsity),
-            score=jnp.where(taken, sign * score, state.score),
-            best_counts=jnp.where(
-                jnp.isnan(best) | (score > best), state.counts, state.best_counts
-            ),
-            best_score=jnp.where(jnp.isnan(best) | (score > best), sign * score, state.best_score),
-            change=change,
-        )
-        return _where(done(state), state, new)
+    def place(points: Any) -> tuple[Any, Any]:
+        counts = problem.counts(fit(problem, jnp.sort(points)[place_of]))
+        return counts.astype(jnp.float32) / most, counts
 
-    def propose(state: AnnealingState) -> tuple[AnnealingState, dict[str, Any]]:
-        _check_state("propose", state, len(names))
-        return proposed(state)
-
-    def accept(state: AnnealingState, score: Any) -> AnnealingState:
-        _check_state("accept", state, len(names))
-        _check_score(score)
-        return accepted(state, float(score) if isinstance(score, int) else score)
-
-    def best(state: AnnealingState) -> dict[str, Any]:
-        _check_state("best", state, len(names))
-        return _named(names, state.best_counts)
-
-    def done(state: AnnealingState) -> Any:
-        _check_state("done", state, len(names))
-        return state.coolings >= last
-
-    def temperature(state: AnnealingState) -> Any:
-        _check_state("temperature", state, len(names))
-        return jnp.asarray(temperatures)[state.coolings]
-
-    return Annealing(init, propose, accept, best, done, temperature)
+    return place
 
 
 class _Group(NamedTuple):
@@ -293,7 +301,10 @@ def _groups(config: Config) -> list[_Group]:
             f"scope='layer' and 'sparsity', got scope={config.scope!r}"
         )
     if config.allocation is not None:
-        raise ValueError("annealing divides a rule's sparsity among layers, not coupled channels")
+        raise ValueError(
+            "annealing divides a rule's sparsity among layers, not coupled channels; give it "
+            "search.problem(config, budget) instead"
+        )
     groups = []
     for number in sorted({pool.rule for pool in config.pools}):
         mine = [(i, pool) for i, pool in enumerate(config.pools) if pool.rule == number]
@@ -381,75 +392,6 @@ def _along(
     costs, most = (jnp.asarray(x[order]) for x in (group.costs, group.most))
     carry, results = jax.lax.scan(function, carry, (values[order], costs, most))
     return carry, results[np.argsort(order)]
-
-
-def _named(names: list[str], counts: Any) -> dict[str, Any]:
-    return {name: counts[..., i] for i, name in enumerate(names)}
-
-
-def _where(condition: Any, yes: AnnealingState, no: AnnealingState) -> AnnealingState:
-    key = jnp.where(condition, jax.random.key_data(yes.key), jax.random.key_data(no.key))
-    key = jax.random.wrap_key_data(key, impl=jax.random.key_impl(no.key))
-    others = jax.tree.map(functools.partial(jnp.where, condition), yes[1:], no[1:])
-    return AnnealingState(key, *others)
-
-
-def _check_state(where: str, state: Any, pools: int) -> None:
-    """Raises for what is no state of a search over so many pools, as ``init`` returns it."""
-    where = f"annealing: {where}: state"
-    instance(state, AnnealingState, where, "what init of this search returned")
-    _check_key(state.key)
-    for field, dtype, shape in _FIELDS:
-        x = getattr(state, field)
-        if is_torch(x) or not is_array(x) or not jnp.isdtype(x.dtype, dtype):
-            raise TypeError(f"{where}.{field} must be an array of {dtype} numbers, got {shown(x)}")
-        wanted = (pools,) if shape else ()
-        if x.shape != wanted:
-            raise ValueError(
-                f"{where}.{field} must have shape {wanted}, got {x.shape}; is it of another "
-                "search? Map over several states with vmap"
-            )
-
-
-#: The fields of a state besides its key: of what dtype, and whether they have one entry per pool.
-_FIELDS = (
-    ("evaluated", "integral", False),
-    ("coolings", "integral", False),
-    ("sparsity", "real floating", True),
-    ("score", "real floating", False),
-    ("proposed", "real floating", True),
-    ("counts", "integral", True),
-    ("best_counts", "integral", True),
-    ("best_score", "real floating", False),
-    ("change", "real floating", False),
-)
-
-
-def _check_score(score: Any) -> None:
-    known = isinstance(score, int | float) and not isinstance(score, bool)
-    array = (
-        is_array(score)
-        and not is_torch(score)
-        and jnp.isdtype(score.dtype, ("integral", "real floating"))
-    )
-    if not known and not array:
-        raise TypeError(f"annealing: accept: score must be a number, got {shown(score)}")
-    if np.shape(score):
-        raise ValueError(f"annealing: accept: score must be one number, got {shown(score)}")
-    huge = isinstance(score, int) and score.bit_length() > 127
-    if huge or (known and not math.isinf(score) and abs(score) > jnp.finfo(jnp.float32).max):
-        raise ValueError(f"annealing: accept: score must fit into float32, got {shown(score)}")
-
-
-def _check_key(key: Any) -> None:
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(
-            f"annealing: key must be a typed key, jax.random.key(seed), got {shown(key)}"
-        )
-    if key.shape:
-        raise TypeError(
-            f"annealing: one key is needed, keys of shape {key.shape} came; map over them with vmap"
-        )
 
 
 def _positive(name: str, value: Any) -> float:

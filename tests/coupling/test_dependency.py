@@ -999,7 +999,7 @@ def test_what_looks_at_single_layers_is_refused():
     with raises(ValueError, "shuffle_masks", "coupled"):
         pp.shuffle_masks(masks, config, 1)
     with raises(ValueError, "annealing", "coupled"):
-        pp.annealing(config)
+        pp.search.annealing(config)
     params = as_jax(models.weights(models.Added.shapes))
     scores = pp.movement.init(params, config)
     assert pp.movement.masks(params, scores, config)["one.w"].shape == (1, 1, 1, 10)

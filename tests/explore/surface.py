@@ -762,16 +762,18 @@ def _search(s: Side) -> Iterator[Call]:
     of |= {"cool_down_rate": real(0, 1, low_in=False, high_in=False)}
     of |= {"perturbation_magnitude": _POSITIVE}
     of |= {"scale": real(0, np.inf, low_in=False, high_in=False, optional=True)}
-    yield row("annealing", s.config, "maximize", 100.0, 20.0, 0.9, 0.35, None, of=of)
-    search = find("annealing")(s.config)
+    of |= {"max_proposals": integer(1, 2**31), "problem": of["config"]}
+    yield row("search.annealing", s.config, "maximize", 100.0, 20.0, 0.9, 0.35, None, 1000, of=of)
+    search = find("search.annealing")(s.config)
     state, _ = search.propose(search.init(jax.random.key(0)))
     of_score = real(-3e38, 3e38)
     of = {"key": kinds.typed_key()}
     of |= {"state": kinds.structure(type(state), words=("state", "annealing"))}
-    of["score"] = Kind((), lambda x: "either" if isinstance(x, float) else of_score.judge(x))
+    of["scores"] = Kind((), lambda x: "either" if isinstance(x, float) else of_score.judge(x))
     yield row(search.init, jax.random.key(0), of=of, label="annealing.init")
     yield row(search.accept, state, 0.5, of=of, label="annealing.accept")
-    for name in ("propose", "best", "done", "temperature"):
+    yield row(search.accept, state, np.float32(0.5), of=of, label="annealing.accept array")
+    for name in ("propose", "best", "done"):
         yield row(getattr(search, name), state, of=of, label=f"annealing.{name}")
 
 

@@ -72,7 +72,7 @@ def a_run(seed=0):
     return {
         "optimizer": tx.update(params(seed + 1), tx.init(params(seed)), params(seed))[1],
         "lottery": state,
-        "search": pp.annealing(CONFIG).init(key),
+        "search": pp.search.annealing(CONFIG).init(key),
         "clock": pp.agp().init(CONFIG)._replace(step=np.asarray(seed, np.int32)),
         "keys": [jax.random.split(key, 3), jax.random.key(seed, impl="rbg")],
     }
