@@ -361,8 +361,11 @@ def _check_scores(where: str, params: Any, scores: Any, config: Config) -> dict[
                 "of another model, or of another granularity?"
             )
         weight = weights[layer.weight]
-        if is_torch(score) and not is_torch(weight):
-            raise TypeError(f"{what} are torch tensors, but its weight is {shown(weight)}")
+        if is_torch(score) != is_torch(weight):
+            raise TypeError(
+                f"{what} are {shown(score)}, but its weight is {shown(weight)}; make them by "
+                "movement.init of the parameters"
+            )
     return weights
 
 
