@@ -5,17 +5,26 @@ And pruning in one: :func:`prune_on_schedule` makes the masks as training goes o
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from purepruning.arguments import adapter_of, instance, missing
-from purepruning.arrays import by_numpy, chosen, copied, is_concrete
+from purepruning.arguments import adapter_of, function, instance, missing, shown
+from purepruning.arrays import by_numpy, chosen, copied, is_array, is_concrete
 from purepruning.config.config import Config, Pruner, check_config
-from purepruning.masks import by_path, named_masks, spread_mask, whole_mask, zero_pruned
+from purepruning.masks import (
+    by_path,
+    masks_of_pruner,
+    named_masks,
+    spread_mask,
+    whole_mask,
+    zero_pruned,
+)
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import Schedule, ScheduleState
 from purepruning.trees import flatten
@@ -63,11 +72,13 @@ def keep_pruned(
     in that of the parameter and it has its shape; other state (Adafactor's rows and columns, the
     vector of ``optax.flatten``) is left alone.
 
-    Optimizers that hold weights of their own, which are used in place of the parameters
-    (``optax.contrib.schedule_free`` and its ``schedule_free_eval_params``, lookahead, averages), go
-    inside: what the chain's last transform does to updates does not reach their state. Behind this
-    transform, nothing may change updates: :func:`get_masks` and :func:`set_masks` refuse the state
-    of a chain in which another one follows.
+    Behind this transform nothing may change updates. Optimizers that hold weights of their own,
+    which are used in place of the parameters (``optax.contrib.schedule_free`` and its
+    ``schedule_free_eval_params``), go inside, since what the chain's last transform does to updates
+    does not reach their state; so do ``optax.flatten`` and ``optax.conditionally_transform``. Those
+    that go back to weights they began with (``optax.lookahead``, ``optax.contrib.mechanize``) may
+    be around it if masks were applied before. A state shows how a transform was put together:
+    ``get_masks(tx.init(params), params)`` raises where pruned weights would not stay zero.
 
     Args:
         masks: tree of booleans with None where nothing is pruned, matched to parameters by path.
@@ -77,7 +88,8 @@ def keep_pruned(
     Raises:
         KeyError, ValueError, TypeError: by ``init``, as :func:`purepruning.apply_masks`.
         TypeError: at once, if ``masks`` is a model or ``inner`` no Optax transform.
-        ValueError: by ``update``, without ``params``.
+        TypeError: by ``update``, if the state is none of this transform.
+        ValueError: by ``update``, without ``params``, or with an update of another shape.
         KeyError: by ``update``, if params or updates lack a masked parameter.
 
     >>> import jax.numpy as jnp, optax
@@ -97,7 +109,7 @@ def keep_pruned(
     def init(params: Any) -> KeepPrunedState:
         leaves = flatten(params).leaves
         # optax.tree_utils.tree_map_params asks for a state of no parameters.
-        keep = by_path(masks, leaves) if leaves else by_path(masks, masks)
+        keep = _masks_for(masks, params) if leaves else by_path(masks, masks)
         copies = {path: copied(jnp.asarray(mask)) for path, mask in keep.items()}
         return KeepPrunedState(copies, () if inner is None else inner.init(params))
 
@@ -108,20 +120,21 @@ def keep_pruned(
             raise ValueError(
                 "keep_pruned needs the parameters: call update(updates, state, params)"
             )
-        instance(state, KeepPrunedState, "keep_pruned: state", "what init returned")
-        keep = by_path(state.masks, params)
-        _check_updates(updates, keep)
-        inner_state = state.inner
-        if inner is not None:
-            leaves = flatten(params).leaves
-            shapes = {path: leaves[path].shape for path in keep}
+        keep = _masks_in(state, params)
+        _check_updates(updates, params, keep)
+        if inner is None:
+            return _to_zero(updates, params, keep), state
+        try:
             updates, inner_state = inner.update(
-                _zero_pruned(updates, keep, shapes),
-                inner_state,
-                _zero_pruned(params, keep, shapes),
+                _zero_pruned(updates, keep),
+                state.inner,
+                _zero_pruned(params, keep),
                 **extra_args,
             )
-            inner_state = _zero_moments(inner_state, leaves, keep)
+        except Exception as error:
+            _check_inner(state.inner, inner, params, error)
+            raise
+        inner_state = _zero_moments(inner_state, flatten(params).leaves, keep)
         return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -148,6 +161,64 @@ def _check_arguments(masks: Any, inner: Any, others: tuple[Any, ...]) -> None:
             "keep_pruned: inner must be an Optax transform, such as optax.adam(1e-3), got "
             f"{type(inner).__name__}"
         )
+    named_masks(masks)
+
+
+def _masks_for(masks: Any, params: Any) -> dict[str, Any]:
+    """Returns masks by path for the parameters that the transform is given to begin with."""
+    try:
+        return by_path(masks, params)
+    except KeyError as error:
+        if isinstance(params, jax.Array | np.ndarray):
+            hint = (
+                "here all parameters are one array; optax.flatten goes inside: "
+                "keep_pruned(masks, optax.flatten(optimizer))"
+            )
+        elif _nodes(params, optax.MaskedNode):
+            hint = (
+                "optax.masked and optax.multi_transform hand on a part of the parameters; give the "
+                "masks of these alone, or put it outside: keep_pruned(masks, optimizer)"
+            )
+        else:
+            raise
+        raise KeyError(f"{error.args[0]}; {hint}") from None
+
+
+def _masks_in(state: Any, params: Any) -> dict[str, Any]:
+    """Returns the masks in a state by path, each checked against its parameter."""
+    returned = "what init or update of this transform returned"
+    instance(state, KeepPrunedState, "keep_pruned: state", returned)
+    instance(state.masks, Mapping, "keep_pruned: state.masks", "a dict by parameter path")
+    try:
+        return by_path(state.masks, params)
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"keep_pruned: state is not of these params: {error.args[0]}"
+        if any("int" in str(jnp.result_type(x)) for x in jax.tree.leaves(state.masks)):
+            message += (
+                ": an optimizer around that mixes states by arithmetic made numbers of them; put "
+                "optax.contrib.sam inside, and give optax.lookahead reset_state=False"
+            )
+        raise type(error)(message) from None
+
+
+def _check_inner(
+    state: Any, inner: optax.GradientTransformation, params: Any, error: Exception
+) -> None:
+    """Raises if the optimizer inside failed since the state is none of its own."""
+    fresh = jax.eval_shape(inner.init, params)
+    kinds = [(jax.tree.structure(x), [*map(jnp.shape, jax.tree.leaves(x))]) for x in (state, fresh)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(
+            "keep_pruned: state.inner must be a state of the optimizer inside, got "
+            f"{shown(state)}; begin with tx.init(params), or restore the state that this transform "
+            "returned"
+        ) from error
+
+
+def _nodes(tree: Any, of: type | tuple[type, ...]) -> list[Any]:
+    """Returns the outermost nodes of some types in a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, of))
+    return [leaf for leaf in leaves if isinstance(leaf, of)]
 
 
 class PruneOnScheduleState(NamedTuple):
@@ -227,7 +298,9 @@ def prune_on_schedule(
             "prune_on_schedule: schedule must be a Schedule, such as agp(...), or a state of one, "
             f"got {type(schedule).__name__}"
         )
+    function(pruner, "prune_on_schedule: pruner", "a function (params, stats, config) -> masks")
     keeper = keep_pruned({}, inner)
+    named_masks(masks)
 
     def init(params: Any) -> PruneOnScheduleState:
         state = schedule.init(config) if isinstance(schedule, Schedule) else schedule
@@ -246,14 +319,17 @@ def prune_on_schedule(
             raise ValueError(
                 "prune_on_schedule needs the parameters: call update(updates, state, params)"
             )
-        instance(state, PruneOnScheduleState, "prune_on_schedule: state", "what init returned")
-        due, old = clock.due(state.schedule), state.kept.masks
+        returned = "what init or update of this transform returned"
+        instance(state, PruneOnScheduleState, "prune_on_schedule: state", returned)
+        _check_clock(state.schedule, config)
+        old = _masks_in(state.kept, params)
+        due = clock.due(state.schedule)
 
         def prune() -> dict[str, Any]:
             # Looked up here, in the branch: there may be many pools.
             now = config.with_counts(clock.counts(state.schedule)).with_masks(old)
             due_by_pool = clock.due_by_pool(state.schedule)
-            return _replaced(old, pruner(params, stats, now), config, due_by_pool)
+            return _replaced(old, pruner(params, stats, now), params, config, due_by_pool)
 
         if is_concrete(due):
             new = prune() if due else old
@@ -265,6 +341,18 @@ def prune_on_schedule(
         return updates, PruneOnScheduleState(clock.advance(state.schedule), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_clock(state: Any, config: Config) -> None:
+    """Raises for what is no state of a schedule for this config."""
+    clock.check_state("prune_on_schedule", state)
+    names = {pool.name for pool in config.pools}
+    # Where counts are fixed, there are none in the state.
+    if state.counts and state.counts.keys() != names:
+        raise ValueError(
+            f"prune_on_schedule: state is of another run: it has the pools {sorted(state.counts)}, "
+            f"the config {sorted(names)}; begin with tx.init(params)"
+        )
 
 
 def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
@@ -288,7 +376,9 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
     return named | whole
 
 
-def _replaced(old: dict[str, Any], new: Any, config: Config, due_by_pool: dict[str, Any]) -> Any:
+def _replaced(
+    old: dict[str, Any], new: Any, params: Any, config: Config, due_by_pool: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the masks in force with those of ``new``, where their pool is due."""
     mine: dict[str | None, Any] = {}
     for pool in config.pools if due_by_pool else ():
@@ -297,7 +387,13 @@ def _replaced(old: dict[str, Any], new: Any, config: Config, due_by_pool: dict[s
             due = due_by_pool[pool.name]
             mine[path] = mine[path] | due if path in mine else due
     masks = dict(old)
-    for path, mask in by_path(named_masks(new), old).items():
+    # Of some of the layers alone, as own pruners may return them.
+    for path, mask in masks_of_pruner("prune_on_schedule", new, params, {}).items():
+        if path not in old:
+            message = f"prune_on_schedule: the pruner has a mask for {path!r}, the state has none"
+            raise KeyError(
+                f"{missing(message, path, old)}; name it in prune_on_schedule(masks=...)"
+            )
         if due_by_pool and path not in mine:
             raise ValueError(
                 f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
@@ -396,17 +492,42 @@ def keeps(tree: Any) -> bool:
 
 
 def _check_order(where: str, node: Any) -> None:
-    """Raises if in a chain, whose state is a plain tuple, something follows :func:`keep_pruned`."""
-    is_chain = type(node) is tuple and bool(node) and all(isinstance(x, tuple) for x in node)
-    if is_chain and any(map(keeps, node[:-1])) and not keeps(node[-1]):
+    """Raises where a state shows that what :func:`keep_pruned` does to updates is not the last."""
+    parts = _of_chain(node)
+    last = max((i for i, part in enumerate(parts) if keeps(part)), default=-1)
+    if 0 <= last < len(parts) - 1:
         raise ValueError(
             f"{where}: in a chain of this opt_state another transform follows keep_pruned or "
             "prune_on_schedule, and moves pruned weights again; put it last: "
             "optax.chain(optimizer, keep_pruned(masks))"
         )
+    if last > 0 and any(_nodes(part, _WITH_WEIGHTS) for part in parts[:last]):
+        raise ValueError(
+            f"{where}: an optimizer in a chain of this opt_state (optax.contrib.schedule_free) "
+            "holds weights of its own, which are not pruned with the parameters; put it inside: "
+            "keep_pruned(masks, optimizer)"
+        )
+    if isinstance(node, optax.ConditionallyTransformState) and keeps(node):
+        raise ValueError(
+            f"{where}: optax.conditionally_transform leaves keep_pruned out at some steps, and "
+            "pruned weights move; put it inside: keep_pruned(masks, optimizer)"
+        )
     children = node.values() if isinstance(node, Mapping) else node
     for child in children if isinstance(node, tuple | list | Mapping) else ():
         _check_order(where, child)
+
+
+#: States of optimizers whose own weights are used in place of the parameters.
+_WITH_WEIGHTS = (optax.contrib.ScheduleFreeState,)
+
+
+def _of_chain(node: Any) -> tuple[Any, ...]:
+    """Returns the states of transforms in their order, of what looks like a chain's state."""
+    if type(node) is tuple and all(isinstance(part, tuple) for part in node):
+        return node
+    if isinstance(node, OrderedDict):  # optax.named_chain
+        return tuple(node.values())
+    return ()
 
 
 def _states(opt_state: Any) -> list[KeepPrunedState]:
@@ -434,21 +555,33 @@ def _is_ours(node: Any) -> bool:
     return isinstance(node, KeepPrunedState)
 
 
-def _check_updates(updates: Any, keep: dict[str, Any]) -> None:
-    leaves = flatten(updates).leaves
+def _check_updates(updates: Any, params: Any, keep: dict[str, Any]) -> None:
+    """Raises unless every masked parameter has an update of its shape."""
+    leaves, weights = flatten(updates).leaves, flatten(params).leaves
     for path in keep:
         if path not in leaves:
-            raise KeyError(missing(f"keep_pruned: there is no update for {path!r}", path, leaves))
+            message = missing(f"keep_pruned: there is no update for {path!r}", path, leaves)
+            if isinstance(params, optax.LookaheadParams):
+                message += (
+                    "; put optax.lookahead around: lookahead(keep_pruned(masks, optimizer), ...)"
+                )
+            raise KeyError(message)
+        update, shape = leaves[path], weights[path].shape
+        if not is_array(update) or isinstance(update, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"keep_pruned: updates: {path!r} must be an array of numbers, got {shown(update)}"
+            )
+        if update.shape != shape:
+            raise ValueError(
+                f"keep_pruned: updates: {path!r} has shape {tuple(update.shape)}, its parameter "
+                f"{tuple(shape)}; give updates in the parameters' shapes"
+            )
 
 
-def _zero_pruned(tree: Any, keep: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
-    """Returns ``tree`` with zeros where pruned, in the leaves of their parameter's shape."""
+def _zero_pruned(tree: Any, keep: dict[str, Any]) -> Any:
+    """Returns ``tree`` with zeros where pruned."""
     flat = flatten(tree)
-    zeroed = {
-        path: zero_pruned(leaf, keep[path])
-        for path, leaf in flat.leaves.items()
-        if path in keep and leaf.shape == shapes[path]
-    }
+    zeroed = {path: zero_pruned(flat.leaves[path], mask) for path, mask in keep.items()}
     return flat.rebuild({**flat.leaves, **zeroed})
 
 
