@@ -228,6 +228,37 @@ class Layer:
         return rankless and selector in {f"{self.type}{d}d" for d in (1, 2, 3)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation function of a model, which has no weight: what quantizers name it by.
+
+    Attributes:
+        name: dotted module name in PyTorch; where activations are functions, the function's name
+            and the place of its call among those of the same function, from 1: ``"relu2"``.
+        type: canonical op type, PyTorch's class name: ``"ReLU6"``.
+        class_name: the framework's own name, which rules may also use.
+        aliases: further names of the same activation.
+    """
+
+    name: str
+    type: str
+    class_name: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and all aliases."""
+        return (self.name, *self.aliases)
+
+    def has_type(self, selector: str) -> bool:
+        """Whether a rule's op type names this activation; case does not matter, as in ``"relu"``.
+
+        >>> Activation("relu1", "ReLU").has_type("relu")
+        True
+        """
+        return selector.lower() in (self.type.lower(), self.class_name.lower())
+
+
 #: A layer table: rows, as an adapter returns them.
 Layers: TypeAlias = Iterable[Layer]
 

@@ -1,10 +1,12 @@
-"""Values from inside a JAX function: marked while it is traced, and taken out of its program.
+"""Values from inside a JAX function: marked while it is traced, taken out of its program, replaced.
 
-An adapter marks the outputs of layers with :func:`mark`, which is the identity, while the model
-runs inside :func:`collect`. That traces the model to a jaxpr and runs the jaxpr with the marked
-values as further results. Nothing is carried out of a trace in a Python list, so that a mark may
-stand inside ``jax.lax.scan``, ``jax.checkpoint``, ``jax.jit`` or ``jax.vmap``, whichever framework
-put it there, and so that the result can itself be jitted, batched and differentiated.
+An adapter marks inputs and outputs of layers with :func:`mark`, which is the identity, while the
+model runs inside :func:`collect`. That traces the model to a jaxpr and runs the jaxpr with
+functions at the marks, each of which returns the value that goes on from there, and what it found:
+a further result. Calls of activation functions are found in the jaxpr by their names, without
+marks. Nothing is carried out of a trace in a Python list, so that a mark may stand inside
+``jax.lax.scan``, ``jax.checkpoint``, ``jax.jit`` or ``jax.vmap``, whichever framework put it there,
+and so that the result can itself be jitted, batched and differentiated.
 
 A value inside a scan comes out stacked, with the steps on a new leading axis (those of the
 outermost scan first); one inside a vmap likewise, with the batch on a leading axis, after those of
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -32,6 +34,7 @@ from purepruning.jaxpr.internals import (
     jaxpr_and_consts,
     scan_sizes,
 )
+from purepruning.layers import Activation
 from purepruning_interop import _capture
 from purepruning_interop._table import split_static
 
@@ -43,44 +46,43 @@ _mark = identity("purepruning_mark")
 _marking = jax.make_user_context(None)
 
 
-def mark(key: str | Pending, value: Any) -> Any:
+#: What says which value a mark is of: hashable, such as ``(module, "output")``.
+Key: TypeAlias = Hashable
+
+#: What is done at a mark: returns the value that goes on from there, and what is found.
+At: TypeAlias = Callable[[Any], tuple[Any, Any]]
+
+
+def mark(key: Key, value: Any) -> Any:
     """Returns ``value``, any pytree, and marks it for the :func:`collect` around the call."""
     arrays, put = split_static(value)
     return put(_mark.bind(*arrays, layer=key, put=put))
 
 
-class Pending:
-    """A key that is not known yet when a value is marked; without one, nothing is."""
-
-    def __init__(self) -> None:
-        self.key: str | None = None
-
-
 def called(
-    key: str | Pending, of: _capture.Of, call: Callable[..., Any], args: Any, kwargs: Any
+    key: Hashable, sides: Iterable[str], call: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    """Returns ``call(*args, **kwargs)``, with its result or its first argument marked."""
-    if of == "inputs":
-        where = "capture(..., of='inputs')"
-        args, kwargs = _capture.with_first(where, args, kwargs, lambda x: mark(key, x))
-        return call(*args, **kwargs)
-    return mark(key, call(*args, **kwargs))
+    """Returns ``call(*args, **kwargs)``, its first argument and its result marked as asked."""
+    if "input" in sides:
+        args, kwargs = _capture.with_first(args, kwargs, lambda x: mark((key, "input"), x))
+    result = call(*args, **kwargs)
+    return mark((key, "output"), result) if "output" in sides else result
 
 
-#: The attribute of a module of :func:`marking_class` that holds its key, and what is marked.
+#: The attribute of a module of :func:`marking_class` that holds its name and the sides to mark.
 KEY = "_purepruning_key"
 
 
 def marking_class(cls: Any, body: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Returns a subclass of a module class whose instances mark their calls: :func:`called`.
+    """Returns a subclass of a module class whose instances mark what a call reads and returns.
 
     So ``isinstance`` and all attributes are as before. ``body`` and ``options`` are further
     arguments of the metaclass.
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        key, of = getattr(self, KEY)
-        return called(key, of, super(subclass, self).__call__, args, kwargs)
+        name, sides = getattr(self, KEY)
+        return called(name, sides, super(subclass, self).__call__, args, kwargs)
 
     body = {"__call__": __call__, "__module__": cls.__module__, **(body or {})}
     subclass: Any = type(cls)(cls.__name__, (cls,), body, **options)
@@ -123,15 +125,24 @@ def trace(key: Any, function: Callable[..., Any], *args: Any) -> Program:
     return Program(closed, arrays, rebuild[-1])
 
 
-def run(where: str, program: Program) -> tuple[Any, dict[str, list[Any]]]:
-    """Returns the result of a program, and the marked values by key, in the program's order.
+def run(
+    where: str, program: Program, at: Mapping[Key, At] | None = None
+) -> tuple[Any, dict[Key, list[Any]]]:
+    """Returns the result of a program, and what was found by key, in the program's order.
+
+    Args:
+        where: begins messages.
+        program: what :func:`trace` returned.
+        at: the functions at marks, by key, and at activation functions, by ``(name, side)``; what
+            has none is passed by. Without it, all marked values are found as they are.
 
     Raises:
-        ValueError: a marked value stands where it cannot be taken out; the message begins with
-            ``where``.
+        ValueError: a marked value stands where it cannot be taken out, or is replaced by one of
+            another shape or dtype.
     """
     closed = program.jaxpr
-    results, taken = _run(where, closed.jaxpr, closed.consts, program.arrays)
+    runner = _Runner(where, at)
+    results, taken = runner.run(closed.jaxpr, closed.consts, program.arrays, Counter())
     values = defaultdict(list)
     for mark in taken:
         values[mark.key].append(mark.put(mark.arrays))
@@ -139,25 +150,29 @@ def run(where: str, program: Program) -> tuple[Any, dict[str, list[Any]]]:
 
 
 def collect(
-    where: str, key: Any, function: Callable[..., Any], *args: Any
-) -> tuple[Any, dict[str, list[Any]]]:
-    """Returns ``function(*args)`` and the marked values by key: :func:`trace`, :func:`run`."""
-    return run(where, trace(key, function, *args))
+    where: str,
+    key: Any,
+    function: Callable[..., Any],
+    *args: Any,
+    at: Mapping[Key, At] | None = None,
+) -> tuple[Any, dict[Key, list[Any]]]:
+    """Returns ``function(*args)`` and what was found by key: :func:`trace`, :func:`run`."""
+    return run(where, trace(key, function, *args), at)
 
 
-def marked(program: Program) -> tuple[set[str], bool]:
+def marked(program: Program) -> tuple[set[Key], bool]:
     """Returns the keys of a program's marks, and whether one trace with marks is used repeatedly.
 
     That is so where a jitted function is called several times.
     """
-    keys: set[str] = set()
+    keys: set[Key] = set()
     uses: Counter[int] = Counter()
 
     def look(jaxpr: Jaxpr) -> bool:
         found = False
         for eqn in jaxpr.eqns:
-            if (key := _key(eqn)) is not None:
-                keys.add(key)
+            if eqn.primitive is _mark:
+                keys.add(eqn.params["layer"])
                 found = True
             for inner in inner_jaxprs(eqn.params):
                 if look(inner):
@@ -170,89 +185,236 @@ def marked(program: Program) -> tuple[set[str], bool]:
 
 
 class _Taken(NamedTuple):
-    """A marked value: its arrays, and the function that puts them back into what it was."""
+    """What was found: its arrays, and the function that puts them back into what it was."""
 
-    key: str
+    key: Key
     put: Callable[[Sequence[Any]], Any]
     arrays: list[Any]
 
 
-def _run(
-    where: str, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
-) -> tuple[list[Any], list[_Taken]]:
-    """Returns the results of a jaxpr and its marked values; a value is dropped after its last use.
+class _Runner(NamedTuple):
+    """Runs the jaxprs of one program."""
 
-    Equations without marks are run as they are.
-    """
-    last: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        last |= {v: i for v in eqn.invars if not isinstance(v, Literal)}
-    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    taken: list[_Taken] = []
+    where: str
+    at: Mapping[Key, At] | None
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], before: Counter[str]
+    ) -> tuple[list[Any], list[_Taken]]:
+        """Returns the results of a jaxpr, and what was found; values go after their last use.
 
-    for i, eqn in enumerate(jaxpr.eqns):
-        values = [read(v) for v in eqn.invars]
-        if eqn.primitive is _mark:
-            if (key := _key(eqn)) is not None:
-                taken.append(_Taken(key, eqn.params["put"], values))
-            results = values
-        elif not (keys := _keys(eqn)):
-            with eqn.ctx.manager:
-                results = bind(eqn.primitive, values, eqn.params)
-            results = results if eqn.primitive.multiple_results else [results]
-        elif rule := _RULES.get(eqn.primitive.name):
-            results, more = rule(where, eqn, values)
+        Equations with nothing to do in them are run as they are. ``before`` counts the calls of
+        activation functions that came before.
+        """
+        last: dict[Any, int] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            last |= {v: i for v in eqn.invars if not isinstance(v, Literal)}
+        last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        taken: list[_Taken] = []
+        before = before.copy()
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, Literal) else env[v]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            results, more = self._equation(eqn, [read(v) for v in eqn.invars], before)
+            before += calls_of_activations(eqn)
             taken += more
-        else:
-            name = eqn.primitive.name
+            env.update(zip(eqn.outvars, results, strict=True))
+            for v in [*eqn.invars, *eqn.outvars]:
+                if not isinstance(v, Literal) and last.get(v, -1) <= i:
+                    env.pop(v, None)
+        return [read(v) for v in jaxpr.outvars], taken
+
+    def _equation(
+        self, eqn: JaxprEqn, values: list[Any], before: Counter[str]
+    ) -> tuple[Sequence[Any], list[_Taken]]:
+        if eqn.primitive is _mark:
+            return self._at_mark(eqn, values)
+        function = activation_of(eqn)
+        if function is not None:
+            return self._at_activation(activation_name(function, before[function] + 1), eqn, values)
+        keys = self._keys(eqn, before)
+        if not keys:
+            return _bound(eqn, values), []
+        if rule := _RULES.get(eqn.primitive.name):
+            found: tuple[Sequence[Any], list[_Taken]] = rule(self, eqn, values, before)
+            return found
+        name = eqn.primitive.name
+        first = keys[0][0] if isinstance(keys[0], tuple) else keys[0]
+        raise ValueError(
+            f"{self.where}: layer {first!r} is called inside {_REFUSED.get(name, repr(name))}"
+        )
+
+    def _at_mark(self, eqn: JaxprEqn, values: list[Any]) -> tuple[Sequence[Any], list[_Taken]]:
+        key, put = eqn.params["layer"], eqn.params["put"]
+        if self.at is None:
+            return values, [_Taken(key, put, values)]
+        if key not in self.at:
+            return values, []
+        return self._replaced(key, put, values)
+
+    def _at_activation(
+        self, name: str, eqn: JaxprEqn, values: list[Any]
+    ) -> tuple[Sequence[Any], list[_Taken]]:
+        found: list[_Taken] = []
+        if self.at and (name, "input") in self.at:
+            first, found = self._replaced((name, "input"), _only, values[:1])
+            values = [*first, *values[1:]]
+        results = _bound(eqn, values)
+        if self.at and (name, "output") in self.at:
+            results, more = self._replaced((name, "output"), _only, results)
+            found = [*found, *more]
+        return results, found
+
+    def _replaced(
+        self, key: Any, put: Callable[[Sequence[Any]], Any], values: Sequence[Any]
+    ) -> tuple[Sequence[Any], list[_Taken]]:
+        """Returns the arrays that take the place of ``values``, and what the function found."""
+        assert self.at is not None
+        new, found = self.at[key](put(values))
+        arrays, _ = split_static(new)
+        old, now = ([(tuple(x.shape), str(x.dtype)) for x in some] for some in (values, arrays))
+        if old != now:
             raise ValueError(
-                f"{where}: layer {keys[0]!r} is called inside {_REFUSED.get(name, repr(name))}"
+                f"{self.where}: at '{key[0]}:{key[1]}' the function returned arrays of {now} for "
+                f"{old}; return a value of the same shapes and dtypes"
             )
-        env.update(zip(eqn.outvars, results, strict=True))
-        for v in [*eqn.invars, *eqn.outvars]:
-            if not isinstance(v, Literal) and last.get(v, -1) <= i:
-                env.pop(v, None)
-    return [read(v) for v in jaxpr.outvars], taken
+        found_arrays, put_found = split_static(found)
+        return arrays, [_Taken(key, put_found, found_arrays)]
+
+    def _keys(self, eqn: JaxprEqn, before: Counter[str]) -> list[Any]:
+        """Returns the keys at which something is done inside the programs an equation holds."""
+        keys: list[Any] = []
+        before = before.copy()
+        for inner in inner_jaxprs(eqn.params):
+            for e in inner.eqns:
+                if e.primitive is _mark:
+                    keys += [e.params["layer"]]
+                elif (function := activation_of(e)) is not None:
+                    before[function] += 1
+                    name = activation_name(function, before[function])
+                    keys += [(name, side) for side in ("input", "output") if self.at]
+                else:
+                    keys += self._keys(e, before)
+                    before += calls_of_activations(e)
+        return keys if self.at is None else [key for key in keys if key in self.at]
 
 
-def _keys(eqn: JaxprEqn) -> list[str]:
-    """Returns the keys of the marks inside the programs that an equation holds."""
-    keys: list[str] = []
+def _only(values: Sequence[Any]) -> Any:
+    return values[0]
+
+
+def _bound(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    with eqn.ctx.manager:
+        results = bind(eqn.primitive, values, eqn.params)
+    found: Sequence[Any] = results if eqn.primitive.multiple_results else [results]
+    return found
+
+
+# Activation functions have no module: they are what calls of these names in a program are.
+
+#: Functions of ``jax.nn`` and primitives, and the canonical op types of what they compute.
+ACTIVATIONS = {
+    "relu": "ReLU",
+    "relu6": "ReLU6",
+    "leaky_relu": "LeakyReLU",
+    "elu": "ELU",
+    "celu": "CELU",
+    "selu": "SELU",
+    "gelu": "GELU",
+    "silu": "SiLU",
+    "mish": "Mish",
+    "tanh": "Tanh",
+    "hard_tanh": "Hardtanh",
+    "logistic": "Sigmoid",
+    "hard_sigmoid": "Hardsigmoid",
+    "hard_silu": "Hardswish",
+    "softplus": "Softplus",
+    "log_sigmoid": "LogSigmoid",
+    "soft_sign": "Softsign",
+}
+
+
+def activation_of(eqn: JaxprEqn) -> str | None:
+    """Returns the name of the activation function that an equation is a call of, or None.
+
+    Linen's nn.scan leaves calls behind whose result is not used; they are none.
+    """
+    if all(type(v).__name__ == "DropVar" for v in eqn.outvars):
+        return None
+    name = eqn.params.get("name", eqn.primitive.name)
+    if eqn.primitive.name == "custom_jvp_call":
+        inner = next(inner_jaxprs(eqn.params), None)
+        name = inner.eqns[0].params.get("name") if inner and len(inner.eqns) == 1 else None
+    return name if isinstance(name, str) and name in ACTIVATIONS else None
+
+
+def activation_name(function: str, number: int) -> str:
+    """Returns what the ``number``-th call of a function is called: ``"relu1"``, ``"relu6_1"``."""
+    return f"{function}_{number}" if function[-1].isdigit() else f"{function}{number}"
+
+
+def is_activation(name: str) -> bool:
+    """Whether a name is what :func:`activation_name` makes."""
+    function = name.rstrip("0123456789").removesuffix("_")
+    return name not in ACTIVATIONS and (function in ACTIVATIONS or name.startswith("relu6_"))
+
+
+def with_activations(names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what names stand for, activation functions among them for themselves."""
+    return {name: name for name in names if is_activation(name)} | dict(known)
+
+
+def calls_of_activations(eqn: JaxprEqn) -> Counter[str]:
+    """Returns how often an equation calls each activation function."""
+    function = activation_of(eqn)
+    if function is not None:
+        return Counter([function])
+    found: Counter[str] = Counter()
     for inner in inner_jaxprs(eqn.params):
         for e in inner.eqns:
-            key = _key(e)
-            keys += _keys(e) if key is None else [key]
-    return keys
+            found += calls_of_activations(e)
+    return found
 
 
-def _key(eqn: JaxprEqn) -> str | None:
-    """Returns the key of a mark; None for any other equation, and for a mark without one."""
-    if eqn.primitive is not _mark:
-        return None
-    key: str | Pending = eqn.params["layer"]
-    return key.key if isinstance(key, Pending) else key
+def activations(program: Program) -> tuple[Activation, ...]:
+    """Returns a row for every call of an activation function, in the order of the program."""
+    before: Counter[str] = Counter()
+    rows = []
+
+    def look(jaxpr: Jaxpr) -> None:
+        for eqn in jaxpr.eqns:
+            function = activation_of(eqn)
+            if function is None:
+                for inner in inner_jaxprs(eqn.params):
+                    look(inner)
+                continue
+            before[function] += 1
+            name = activation_name(function, before[function])
+            rows.append(Activation(name, ACTIVATIONS[function], function))
+
+    look(program.jaxpr.jaxpr)
+    return tuple(rows)
 
 
-def _call(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+def _call(runner: _Runner, eqn: JaxprEqn, values: Sequence[Any], before: Counter[str]) -> Any:
     inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-    return _run(where, *jaxpr_and_consts(inner), values)
+    return runner.run(*jaxpr_and_consts(inner), values, before)
 
 
-def _checkpoint(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+def _checkpoint(runner: _Runner, eqn: JaxprEqn, values: Sequence[Any], before: Counter[str]) -> Any:
     inner = jaxpr_and_consts(eqn.params["jaxpr"])
-    run, put = _split(lambda *values: _run(where, *inner, values))
+    run, put = _split(lambda *values: runner.run(*inner, values, before))
     params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
     return put(jax.checkpoint(run, **params)(*values))
 
 
-def _scan(where: str, eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+def _scan(runner: _Runner, eqn: JaxprEqn, values: Sequence[Any], before: Counter[str]) -> Any:
     inner = jaxpr_and_consts(eqn.params["jaxpr"])
     first, carried = scan_sizes(eqn.params)
-    run, put = _split(lambda *values: _run(where, *inner, values))
+    run, put = _split(lambda *values: runner.run(*inner, values, before))
 
     def step(carry: Any, slices: Any) -> Any:
         results, arrays = run(*values[:first], *carry, *slices)
@@ -281,7 +443,7 @@ def _split(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[Any],
     return arrays_only, put
 
 
-_RULES: dict[str, Callable[[str, JaxprEqn, Sequence[Any]], Any]] = {
+_RULES: dict[str, Callable[..., Any]] = {
     "jit": _call,
     "closed_call": _call,
     "remat2": _checkpoint,

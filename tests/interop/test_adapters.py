@@ -271,7 +271,9 @@ def test_torch():
 ADAPTERS = {"linen": linen, "haiku": haiku, "nnx": ppn, "equinox": equinox, "torch": ppt}
 BETWEEN = {
     "layers": (),
+    "activations": (),
     "capture": (),
+    "replace": (),
     "couple": (),
     "count": (),
     "shrink": ("masks", "coupling"),
@@ -317,7 +319,7 @@ def test_models_of_other_frameworks_are_recognised(adapter, given, name):
         return
     owned = ({},) if adapter in ("linen", "haiku") else ()
     between = (None,) * len(BETWEEN[name])
-    options = {"layers": []} if name == "capture" else {}
+    options = {"capture": {"layers": []}, "replace": {"at": {}}}.get(name, {})
     call = getattr(ADAPTERS[adapter], name)
     hint = "got Plain$" if given == "plain" else f"use purepruning_interop.{given} for it$"
     if (adapter, given) == ("nnx", "plain"):

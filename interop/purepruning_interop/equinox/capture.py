@@ -1,16 +1,16 @@
-"""Outputs of the layers of an Equinox model, as a pure function."""
+"""What the layers of an Equinox model read and put out: seen or replaced, by pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from purepruning.layers import Layer
-from purepruning_interop import _capture
-from purepruning_interop._marks import KEY, collect
+from purepruning.layers import Activation, Layer
+from purepruning_interop import _capture, _marks
+from purepruning_interop._marks import KEY, collect, trace, with_activations
 from purepruning_interop._table import join
 from purepruning_interop.equinox.layers import check, marking, walk
 
@@ -59,43 +59,123 @@ def capture(
     ((1,), (3,))
     """
     where = "capture(model, *inputs)"
+    at = _capture.looking(where, layers, of)
+    return _capture.captured(_replace(where, model, inputs, at, method, kwargs))
+
+
+def replace(
+    model: Any,
+    /,
+    *inputs: Any,
+    at: Mapping[str, Callable[[Any], tuple[Any, Any]]],
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model(*inputs), {site: what was found})`` with functions at sites of the model.
+
+    A site is a layer's name with ``":input"`` or ``":output"``; its function is given what the
+    layer reads (the first argument of its call) or puts out, and
+    returns a pair: what takes its place, of the same shape and dtype, and anything that is to be
+    found. So quantizers reach activations without a wrapped model. Otherwise as :func:`capture`.
+
+    A model of one example is given one by ``jax.vmap``, and then so is a function. To give it the
+    whole batch, as quantizers need, call the mapped model:
+    ``replace(model, batch, at=at, method=lambda model, batch: jax.vmap(model)(batch))``.
+
+    Activation functions are sites too, by the names that :func:`activations` lists.
+
+    Args:
+        model, *inputs, method, **kwargs: as for :func:`capture`.
+        at: the functions, by site.
+
+    Raises:
+        TypeError, ValueError: as :func:`capture`; or a function returns no pair, or another shape.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> model = eqx.nn.MLP(2, 1, width_size=3, depth=1, key=jax.random.key(0))
+    >>> at = {"layers.1:input": lambda h: (0 * h, h.shape), "relu1:output": lambda h: (h, None)}
+    >>> y, found = replace(model, jnp.ones(2), at=at)
+    >>> bool(y[0] == model.layers[1].bias[0]), found["layers.1:input"]
+    (True, (3,))
+    """
+    where = "replace(model, *inputs)"
+    functions = _capture.sites(where, at)
+    return _capture.replaced(_replace(where, model, inputs, functions, method, kwargs))
+
+
+def activations(
+    model: Any, /, *inputs: Any, method: Callable[..., Any] | str | None = None, **kwargs: Any
+) -> tuple[Activation, ...]:
+    """Returns a row for every activation function that a call of the model calls, in order.
+
+    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
+    its own. Names count the calls of each: ``"relu1"``, ``"relu2"``, ``"relu6_1"``. Nothing is
+    computed; arguments are those of :func:`capture`.
+    """
+    check("activations(model, *inputs)", model)
+
+    def call(model: Any, inputs: Any, kwargs: Any) -> Any:
+        return _call(model, method, inputs, kwargs)
+
+    return _marks.activations(trace(object(), call, model, inputs, kwargs))
+
+
+def _call(model: Any, method: Any, inputs: Any, kwargs: Any) -> Any:
+    if callable(method):
+        return method(model, *inputs, **kwargs)
+    return getattr(model, method or "__call__")(*inputs, **kwargs)
+
+
+def _replace(
+    where: str,
+    model: Any,
+    inputs: tuple[Any, ...],
+    at: Mapping[_capture.Site, _capture.Function],
+    method: Callable[..., Any] | str | None,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[_capture.Site, Any]]:
     check(where, model)
-    _capture.check_of(where, of)
     found = list(walk(model, ""))
     holders = {name for name, node, _ in found if isinstance(node, eqx.Module)}
     known = {join(name, key): name for name, _, own in found for key in own}
     known |= {name: name for name in holders}
-    modules = _capture.find(where, _capture.asked(where, layers), known)
-    marked = frozenset(modules.values())
+    names = [site.name for site in at]
+    modules = _capture.find(where, names, with_activations(names, known))
+    sides = _capture.sides(at, modules)
 
     def call(model: Any, inputs: Any, kwargs: Any) -> Any:
-        copy = _with_marks(model, "", marked, of)
-        if callable(method):
-            return method(copy, *inputs, **kwargs)
-        return getattr(copy, method or "__call__")(*inputs, **kwargs)
+        return _call(_with_marks(model, "", sides), method, inputs, kwargs)
 
-    result, calls = collect(where, (marked, of), call, model, inputs, kwargs)
-    return result, _capture.outputs(where, modules, calls)
+    result, calls = collect(
+        where,
+        tuple(sides.items()),
+        call,
+        model,
+        inputs,
+        kwargs,
+        at=_capture.joined(at, modules),
+    )
+    return result, _capture.found_by_site(where, at, modules, calls)
 
 
-def _with_marks(node: Any, name: str, marked: frozenset[str], of: _capture.Of) -> Any:
-    """Returns ``node`` with the modules of these names replaced by ones that mark their calls.
+def _with_marks(node: Any, name: str, sides: Mapping[str, tuple[str, ...]]) -> Any:
+    """Returns ``node`` with the modules of these names replaced by ones that mark what they return.
 
     They are of a subclass, so that ``isinstance`` and attributes are as before.
     """
-    if any(key.startswith(f"{name}." if name else "") and key != name for key in marked):
+    if any(key.startswith(f"{name}." if name else "") and key != name for key in sides):
         entries, treedef = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda child: child is not node
         )
         parts = []
         for keys, child in entries:
             key = jax.tree_util.keystr(keys, simple=True, separator=".")
-            parts.append(_with_marks(child, join(name, key), marked, of))
+            parts.append(_with_marks(child, join(name, key), sides))
         node = jax.tree.unflatten(treedef, parts)
-    if name not in marked or not callable(node):
+    if name not in sides or not callable(node):
         return node
     cls: Any = type(node)
     copy: Any = object.__new__(marking(cls))
-    for field, value in {**vars(node), KEY: (name, of)}.items():
+    for field, value in {**vars(node), KEY: (name, sides[name])}.items():
         object.__setattr__(copy, field, value)
     return copy

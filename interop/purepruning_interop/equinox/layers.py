@@ -100,7 +100,7 @@ def check(where: str, model: Any) -> None:
 def marking(cls: Any) -> Any:
     """Returns a class of modules that mark their calls."""
     # A static field: it stays with the module through every transformation of pytrees.
-    field = eqx.field(static=True, default=())
+    field = eqx.field(static=True, default=("", ()))
     return marking_class(cls, {"__annotations__": {KEY: tuple}, KEY: field})
 
 

@@ -4,8 +4,18 @@ from purepruning.versions import require
 
 require("dm-haiku", __name__)
 
-from purepruning_interop.haiku.capture import capture
+from purepruning_interop.haiku.capture import activations, capture, replace
 from purepruning_interop.haiku.layers import layers
 from purepruning_interop.haiku.shrink import count, couple, function, rebuild, shrink
 
-__all__ = ["layers", "capture", "function", "couple", "count", "shrink", "rebuild"]
+__all__ = [
+    "layers",
+    "activations",
+    "capture",
+    "replace",
+    "function",
+    "couple",
+    "count",
+    "shrink",
+    "rebuild",
+]

@@ -1,15 +1,15 @@
-"""Outputs of the layers of a Haiku function, as a pure function."""
+"""What the layers of a Haiku function read and put out: seen or replaced, by pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import haiku as hk
 
-from purepruning.layers import Layer
-from purepruning_interop import _capture
-from purepruning_interop._marks import collect
+from purepruning.layers import Activation, Layer
+from purepruning_interop import _capture, _marks
+from purepruning_interop._marks import run, trace, with_activations
 from purepruning_interop._table import join
 from purepruning_interop.haiku.layers import (
     Tracked,
@@ -66,31 +66,111 @@ def capture(
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
     where = "capture(model, variables, *inputs)"
+    at = _capture.looking(where, layers, of)
+    return _capture.captured(_replace(where, model, variables, inputs, at, rng, kwargs))
+
+
+def replace(
+    model: Any,
+    variables: Mapping[str, Any],
+    /,
+    *inputs: Any,
+    at: Mapping[str, Callable[[Any], tuple[Any, Any]]],
+    rng: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model.apply(...), {site: what was found})`` with functions at sites of the model.
+
+    A site is a layer's name with ``":input"`` or ``":output"``; its function is given what the
+    layer reads (the first argument of its call) or puts out, and
+    returns a pair: what takes its place, of the same shape and dtype, and anything that is to be
+    found. So quantizers reach activations without a wrapped model. Otherwise as :func:`capture`.
+
+    Activation functions are sites too, by the names that :func:`activations` lists.
+
+    Args:
+        model, variables, *inputs, rng, **kwargs: as for :func:`capture`.
+        at: the functions, by site.
+
+    Raises:
+        TypeError, ValueError: as :func:`capture`; or a function returns no pair, or another shape.
+
+    >>> import haiku as hk, jax.numpy as jnp
+    >>> model = hk.transform(lambda x: hk.nets.MLP([2], activate_final=True)(x))
+    >>> params = {"mlp/~/linear_0": {"w": jnp.array([[1.0, -2.0]]), "b": jnp.zeros(2)}}
+    >>> at = {"mlp.linear_0:input": lambda x: (10 * x, x.shape)}
+    >>> y, found = replace(model, params, jnp.ones((1, 1)), at=at)
+    >>> y.tolist(), found["mlp.linear_0:input"]
+    ([[10.0, 0.0]], (1, 1))
+    """
+    where = "replace(model, variables, *inputs)"
+    functions = _capture.sites(where, at)
+    return _capture.replaced(_replace(where, model, variables, inputs, functions, rng, kwargs))
+
+
+def activations(
+    model: Any, variables: Mapping[str, Any], /, *inputs: Any, rng: Any = None, **kwargs: Any
+) -> tuple[Activation, ...]:
+    """Returns a row for every activation function that a call of the model calls, in order.
+
+    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
+    its own. Names count the calls of each: ``"relu1"``, ``"relu2"``, ``"relu6_1"``. Nothing is
+    computed; arguments are those of :func:`capture`.
+    """
+    where = "activations(model, variables, *inputs)"
     check(where, model, variables)
-    _capture.check_of(where, of)
+    params, state = split(variables)
+    leading = leading_arguments(where, model, state, rng)
+
+    def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
+        return model.apply(params, *leading, *inputs, **kwargs)
+
+    return _marks.activations(trace(object(), apply, params, leading, inputs, kwargs))
+
+
+def _replace(
+    where: str,
+    model: Any,
+    variables: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    at: Mapping[_capture.Site, _capture.Function],
+    rng: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[_capture.Site, Any]]:
+    check(where, model, variables)
     params, state = split(variables)
     names = dotted(params)
     known = {join(name, key): module for module, name in names.items() for key in params[module]}
     known |= {name: module for module, name in names.items() if name}
-    modules = _capture.find(where, _capture.asked(where, layers), known)
-    marked = frozenset(modules.values())
+    asked = [site.name for site in at]
+    modules = _capture.find(where, asked, with_activations(asked, known))
+    sides = _capture.sides(at, modules)
     leading = leading_arguments(where, model, state, rng)
+    called: list[dict[Any, str]] = []
 
     def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
         boxed = {
             module: {key: Tracked(leaf, module) for key, leaf in own.items()}
-            if module in marked
+            if module in sides
             else own
             for module, own in params.items()
         }
-        get, intercept = marker(of)
+        get, intercept, of_calls = marker(sides)
+        called.append(of_calls)
 
-        def run() -> Any:
+        def inside() -> Any:
             with hk.custom_getter(get), hk.intercept_methods(intercept):
                 return model.apply(boxed, *leading, *inputs, **kwargs)
 
         # A getter stands inside a transformed function only, and must come before the model's own.
-        return hk.transform(run).apply({}, None)
+        return hk.transform(inside).apply({}, None)
 
-    result, calls = collect(where, (marked, of), apply, params, leading, inputs, kwargs)
-    return result, _capture.outputs(where, modules, calls)
+    program = trace(tuple(sides.items()), apply, params, leading, inputs, kwargs)
+    functions = _capture.joined(at, modules)
+    keys = {(call, "input"): (name, "input") for call, name in called[-1].items()}
+    by_call = {key: functions[of] for key, of in keys.items() if of in functions}
+    result, calls = run(where, program, functions | by_call)
+    for key, found in list(calls.items()):
+        if key in keys:
+            calls.setdefault(keys[key], []).extend(found)
+    return result, _capture.found_by_site(where, at, modules, calls)

@@ -14,8 +14,7 @@ import jax
 from purepruning.arguments import adapter_of, missing, wrong_model
 from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
-from purepruning_interop._capture import Of
-from purepruning_interop._marks import Pending, called, mark
+from purepruning_interop._marks import called, mark
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -150,12 +149,18 @@ class Tracked:
         return cls(children[0], module)
 
 
-def marker(of: Of) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def marker(
+    sides: Mapping[str, tuple[str, ...]],
+) -> tuple[Callable[..., Any], Callable[..., Any], dict[Any, str]]:
     """Returns a getter that learns which module has tracked parameters, and an interceptor.
 
-    The interceptor marks what these modules return, or are given.
+    The interceptor marks what these modules read and return. Whose input a mark is of is known
+    after the call only: every call's input has a key of its own, and the dictionary says, after the
+    trace, which module each of them is of.
     """
     owners: dict[int, tuple[Any, str]] = {}  # the module is kept, so that its id stays its own
+    of_calls: dict[Any, str] = {}
+    inputs = any("input" in some for some in sides.values())
 
     def get(next_getter: Any, value: Any, context: hk.GetterContext) -> Any:
         if isinstance(value, Tracked):
@@ -166,18 +171,15 @@ def marker(of: Of) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        if of == "inputs":
-            # Whose parameters a module has is known when it has asked for them.
-            key = Pending()
-            result = called(key, of, call, args, kwargs) if args or kwargs else call()
-            key.key = owners[id(context.module)][1] if id(context.module) in owners else None
-            return result
-        result = call(*args, **kwargs)
+        key = object()
+        result = called(key, ("input",) if inputs and (args or kwargs) else (), call, args, kwargs)
         if id(context.module) not in owners:
             return result
-        return mark(owners[id(context.module)][1], result)
+        name = owners[id(context.module)][1]
+        of_calls[key] = name
+        return mark((name, "output"), result) if "output" in sides[name] else result
 
-    return get, intercept
+    return get, intercept, of_calls
 
 
 class _Made(NamedTuple):

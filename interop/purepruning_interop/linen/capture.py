@@ -1,4 +1,4 @@
-"""Outputs of the layers of a Linen model, as a pure function."""
+"""What the layers of a Linen model read and put out: seen or replaced, by pure functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from flax import linen as nn
 from flax.core import meta
 
-from purepruning.layers import Layer
+from purepruning.layers import Activation, Layer
 from purepruning.trees import flatten
-from purepruning_interop import _capture
-from purepruning_interop._marks import marked, marking, run, trace
+from purepruning_interop import _capture, _marks
+from purepruning_interop._marks import is_activation, marked, marking, run, trace
 from purepruning_interop.linen.layers import check, marker
 
 
@@ -66,18 +66,117 @@ def capture(
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
     where = "capture(model, variables, *inputs)"
+    options = {"rngs": rngs, "method": method, "mutable": mutable}
+    at = _capture.looking(where, layers, of)
+    return _capture.captured(_replace(where, model, variables, inputs, at, options, kwargs))
+
+
+def replace(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    /,
+    *inputs: Any,
+    at: Mapping[str, Callable[[Any], tuple[Any, Any]]],
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model.apply(...), {site: what was found})`` with functions at sites of the model.
+
+    A site is a layer's name with ``":input"`` or ``":output"``; its function is given what the
+    layer reads (the first argument of its call) or puts out, and
+    returns a pair: what takes its place, of the same shape and dtype, and anything that is to be
+    found. So quantizers reach activations without a wrapped model. Otherwise as :func:`capture`,
+    under ``jax.jit``, ``jax.grad`` and ``jax.vmap`` too; under ``nn.scan`` a function is called
+    once for every step, and what it finds is stacked.
+
+    Activation functions are sites too, by the names that :func:`activations` lists.
+
+    Args:
+        model, variables, *inputs, rngs, method, mutable, **kwargs: as for :func:`capture`.
+        at: the functions, by site.
+
+    Raises:
+        TypeError, ValueError: as :func:`capture`; or a function returns no pair, or another shape.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> model = nn.Sequential([nn.Dense(2), nn.relu])
+    >>> params = {"layers_0": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}}
+    >>> at = {"layers_0:input": lambda x: (10 * x, x.shape), "relu1:output": lambda y: (-y, None)}
+    >>> y, found = replace(model, params, jnp.ones((1, 1)), at=at)
+    >>> y.tolist(), found["layers_0:input"]
+    ([[-10.0, -0.0]], (1, 1))
+    """
+    where = "replace(model, variables, *inputs)"
+    options = {"rngs": rngs, "method": method, "mutable": mutable}
+    functions = _capture.sites(where, at)
+    return _capture.replaced(_replace(where, model, variables, inputs, functions, options, kwargs))
+
+
+def activations(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    /,
+    *inputs: Any,
+    rngs: Any = None,
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> tuple[Activation, ...]:
+    """Returns a row for every activation function that a call of the model calls, in order.
+
+    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
+    its own. Names count the calls of each: ``"relu1"``, ``"relu2"``, ``"relu6_1"``. Nothing is
+    computed; arguments are those of :func:`capture`.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> model = nn.Sequential([nn.Dense(2), nn.relu])
+    >>> params = {"layers_0": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}}
+    >>> [(row.name, row.type) for row in activations(model, params, jnp.ones((1, 1)))]
+    [('relu1', 'ReLU')]
+    """
+    where = "activations(model, variables, *inputs)"
+    options = {"rngs": rngs, "method": method, "mutable": mutable}
     check(where, model, variables, inputs, {"method": method, **kwargs})
-    _capture.check_of(where, of)
-    names = _capture.asked(where, layers)
-    if not isinstance(variables.get("params"), Mapping):
-        variables = {"params": variables}
+    variables = _whole(variables)
+
+    def apply(variables: Any, inputs: Any, options: Any, kwargs: Any) -> Any:
+        return model.apply(variables, *inputs, **options, **kwargs)
+
+    return _marks.activations(trace(object(), apply, variables, inputs, options, kwargs))
+
+
+def _whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    return variables if isinstance(variables.get("params"), Mapping) else {"params": variables}
+
+
+def _replace(
+    where: str,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    at: Mapping[_capture.Site, _capture.Function],
+    options: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[_capture.Site, Any]]:
+    check(where, model, variables, inputs, {"method": options["method"], **kwargs})
+    variables = _whole(variables)
     paths = flatten(meta.unbox(variables["params"])).leaves
     owners = {path: path.rpartition(".")[0] for path in paths}
-    modules = {name: owners.get(name, name) for name in names}
-    wanted = frozenset(modules.values())
+    modules = {site.name: owners.get(site.name, site.name) for site in at}
+    holders = {f"{owner}." for owner in owners.values()}
+    functions = {
+        name
+        for name, path in modules.items()
+        if is_activation(path) and not any(o.startswith(f"{path}.") for o in holders)
+    }
+    wanted = frozenset((modules[s.name], s.side) for s in at if s.name not in functions)
     seen: dict[str, None] = {}
 
-    def apply(variables: Any, inputs: Any, rngs: Any, kwargs: Any, *, afresh: bool) -> Any:
+    def apply(variables: Any, inputs: Any, options: Any, kwargs: Any, *, afresh: bool) -> Any:
         with contextlib.ExitStack() as contexts:
 
             def renew() -> None:
@@ -85,21 +184,19 @@ def capture(
                     contexts.enter_context(marking(object()))
 
             renew()
-            contexts.enter_context(nn.intercept_methods(marker(wanted, of, seen, renew)))
-            return model.apply(
-                variables, *inputs, rngs=rngs, method=method, mutable=mutable, **kwargs
-            )
+            contexts.enter_context(nn.intercept_methods(marker(wanted, seen, renew)))
+            return model.apply(variables, *inputs, **options, **kwargs)
 
     # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
     # only. Where that may have happened, everything is traced once more, each call for itself.
-    arguments = variables, inputs, rngs, kwargs
-    program = trace((wanted, of), partial(apply, afresh=False), *arguments)
+    arguments = variables, inputs, options, kwargs
+    program = trace(wanted, partial(apply, afresh=False), *arguments)
     found, several = marked(program)
     if several or found != wanted:
-        program = trace((wanted, of), partial(apply, afresh=True), *arguments)
+        program = trace(wanted, partial(apply, afresh=True), *arguments)
     for name, path in modules.items():
-        holds = any(f"{owner}.".startswith(f"{path}.") for owner in owners.values())
-        if path and path not in seen and not holds:
+        holds = any(owner.startswith(f"{path}.") for owner in holders)
+        if path and path not in seen and not holds and name not in functions:
             raise _capture.unknown(where, name, [*owners.values(), *seen])
-    result, calls = run(where, program)
-    return result, _capture.outputs(where, modules, calls)
+    result, calls = run(where, program, _capture.joined(at, modules))
+    return result, _capture.found_by_site(where, at, modules, calls)

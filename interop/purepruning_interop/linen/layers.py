@@ -15,8 +15,7 @@ from flax.linen.recurrent import DenseParams
 from purepruning.arguments import wrong_model
 from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
-from purepruning_interop._capture import Of
-from purepruning_interop._marks import called, mark
+from purepruning_interop._marks import called
 from purepruning_interop._table import (
     Owner,
     Param,
@@ -134,9 +133,11 @@ def layers(
 
 
 def marker(
-    paths: frozenset[str], of: Of, seen: dict[str, None], renew: Callable[[], None]
+    wanted: frozenset[tuple[str, str]], seen: dict[str, None], renew: Callable[[], None]
 ) -> nn.module.Interceptor:
-    """Returns an interceptor that marks what the modules at ``paths`` return, or are given.
+    """Returns an interceptor that marks what modules read and return, as ``wanted`` says.
+
+    ``wanted`` holds pairs of a module's path and the side, ``"input"`` or ``"output"``.
 
     Of a class that ``nn.scan`` or another transform lifted, it is the module inside that is called
     (the one around the transform passes interceptors by): once per step of the loop.
@@ -144,23 +145,18 @@ def marker(
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        scope = module.scope if of == "inputs" else None
-        if scope is not None and context.method_name == "__call__":
-            path = ".".join(scope.path)
-            if path in paths and not isinstance(module, DenseParams):
-                renew()
-                seen[path] = None
-                return called(path, of, call, args, kwargs)
-        result = call(*args, **kwargs)
         if context.method_name != "__call__" or module.scope is None:
-            return result
-        renew()
+            return call(*args, **kwargs)
         path = ".".join(module.scope.path)
-        seen[path] = None
         # What the call of DenseParams returns are its parameters.
-        if of == "inputs" or path not in paths or isinstance(module, DenseParams):
-            return result
-        return mark(path, result)
+        sides = [s for s in ("input", "output") if (path, s) in wanted]
+        sides = [] if isinstance(module, DenseParams) else sides
+        if "input" in sides:
+            renew()
+        result = called(path, sides, call, args, kwargs)
+        renew()
+        seen[path] = None
+        return result
 
     return intercept
 

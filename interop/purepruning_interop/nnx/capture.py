@@ -1,16 +1,16 @@
-"""Outputs of the layers of an NNX model, as a pure function."""
+"""What the layers of an NNX model read and put out: seen or replaced, by pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from purepruning.layers import Layer
-from purepruning_interop import _capture
-from purepruning_interop._marks import KEY, collect
+from purepruning.layers import Activation, Layer
+from purepruning_interop import _capture, _marks
+from purepruning_interop._marks import KEY, collect, trace, with_activations
 from purepruning_interop._table import join
 from purepruning_interop.nnx.layers import check, marking, walk
 
@@ -63,28 +63,115 @@ def capture(
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
     where = "capture(model, *inputs)"
+    at = _capture.looking(where, layers, of)
+    found = _replace(where, model, inputs, at, method, mutable, kwargs)
+    return _capture.captured(found)
+
+
+def replace(
+    model: nnx.Module,
+    /,
+    *inputs: Any,
+    at: Mapping[str, Callable[[Any], tuple[Any, Any]]],
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model(*inputs), {site: what was found})`` with functions at sites of the model.
+
+    A site is a layer's name with ``":input"`` or ``":output"``; its function is given what the
+    layer reads (the first argument of its call) or puts out, and
+    returns a pair: what takes its place, of the same shape and dtype, and anything that is to be
+    found. So quantizers reach activations without a wrapped model. Otherwise as :func:`capture`.
+
+    Activation functions are sites too, by the names that :func:`activations` lists.
+
+    Args:
+        model, *inputs, method, mutable, **kwargs: as for :func:`capture`.
+        at: the functions, by site.
+
+    Raises:
+        TypeError, ValueError: as :func:`capture`; or a function returns no pair, or another shape.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> model.layers[0].kernel[...] = jnp.array([[1.0, -2.0]])
+    >>> at = {"layers.0:input": lambda x: (10 * x, x.shape), "relu1:output": lambda y: (-y, None)}
+    >>> y, found = replace(model, jnp.ones((1, 1)), at=at)
+    >>> y.tolist(), found["layers.0:input"]
+    ([[-10.0, -0.0]], (1, 1))
+    """
+    where = "replace(model, *inputs)"
+    functions = _capture.sites(where, at)
+    found = _replace(where, model, inputs, functions, method, mutable, kwargs)
+    return _capture.replaced(found)
+
+
+def activations(
+    model: nnx.Module,
+    /,
+    *inputs: Any,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> tuple[Activation, ...]:
+    """Returns a row for every activation function that a call of the model calls, in order.
+
+    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
+    its own. Names count the calls of each: ``"relu1"``, ``"relu2"``, ``"relu6_1"``. Nothing is
+    computed; arguments are those of :func:`capture`.
+    """
+    check("activations(model, *inputs)", model)
+    graphdef, state = nnx.split(model)
+
+    def call(state: Any, inputs: Any, kwargs: Any) -> Any:
+        return _call(nnx.merge(graphdef, state), method, inputs, kwargs)
+
+    return _marks.activations(trace(object(), call, state, inputs, kwargs))
+
+
+def _call(model: nnx.Module, method: Any, inputs: Any, kwargs: Any) -> Any:
+    if callable(method):
+        return method(model, *inputs, **kwargs)
+    return getattr(model, method or "__call__")(*inputs, **kwargs)
+
+
+def _replace(
+    where: str,
+    model: nnx.Module,
+    inputs: tuple[Any, ...],
+    at: Mapping[_capture.Site, _capture.Function],
+    method: Callable[..., Any] | str | None,
+    mutable: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[_capture.Site, Any]]:
     check(where, model)
-    _capture.check_of(where, of)
     found = list(walk(model, "", ()))
     first = {id(module): name for name, module, _ in reversed(found)}
     known = {join(name, key): first[id(module)] for name, module, own in found for key in own}
     known |= {name: first[id(module)] for name, module, _ in found}
-    modules = _capture.find(where, _capture.asked(where, layers), known)
-    marked = frozenset(modules.values())
+    names = [site.name for site in at]
+    modules = _capture.find(where, names, with_activations(names, known))
+    sides = _capture.sides(at, modules)
     graphdef, state = nnx.split(model)
 
     def call(state: Any, inputs: Any, kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, state)
         for name, module, _ in list(walk(copy, "", ())):
-            if name in marked and callable(module):
+            if name in sides and callable(module):
                 pytree = not jax.tree_util.all_leaves([module])
                 object.__setattr__(module, "__class__", marking(type(module), pytree))
-                vars(module)[KEY] = (name, of)
-        if callable(method):
-            result = method(copy, *inputs, **kwargs)
-        else:
-            result = getattr(copy, method or "__call__")(*inputs, **kwargs)
+                vars(module)[KEY] = name, sides[name]
+        result = _call(copy, method, inputs, kwargs)
         return result if mutable is False else (result, nnx.state(copy, mutable))
 
-    result, calls = collect(where, (marked, of), call, state, inputs, kwargs)
-    return result, _capture.outputs(where, modules, calls)
+    result, calls = collect(
+        where,
+        tuple(sides.items()),
+        call,
+        state,
+        inputs,
+        kwargs,
+        at=_capture.joined(at, modules),
+    )
+    return result, _capture.found_by_site(where, at, modules, calls)

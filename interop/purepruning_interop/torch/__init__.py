@@ -9,7 +9,7 @@ from purepruning_interop.torch import internals
 
 internals.check(internals.NAMES)
 
-from purepruning_interop.torch.capture import capture
+from purepruning_interop.torch.capture import activations, capture, replace
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
 from purepruning_interop.torch.import_prune import masks_from_torch_prune
@@ -22,7 +22,9 @@ allow()
 
 __all__ = [
     "layers",
+    "activations",
     "capture",
+    "replace",
     "apply_",
     "keep_pruned",
     "masked_call",

@@ -1,16 +1,16 @@
-"""The outputs of a torch module's layers."""
+"""What the layers of a torch module read and put out: seen or replaced."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from purepruning.arguments import missing
-from purepruning.layers import Layer
+from purepruning.layers import Activation, Layer
 from purepruning_interop import _capture
 from purepruning_interop.torch.program import check
 
@@ -68,54 +68,152 @@ def capture(
     ([[1.0, 0.0]], [[1.0, -2.0]])
     """
     where = "capture(model, *inputs)"
+    at = _capture.looking(where, layers, of, _looking)
+    found = _replace(where, model, inputs, at, params, mutable, kwargs)
+    return _capture.captured(found)
+
+
+def replace(
+    model: torch.nn.Module,
+    /,
+    *inputs: Any,
+    at: Mapping[str, Callable[[Any], tuple[Any, Any]]],
+    params: Mapping[str, torch.Tensor] | None = None,
+    mutable: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns ``(model(*inputs), {site: what was found})`` with functions at sites of the model.
+
+    A site is a layer's name with ``":input"`` or ``":output"``; its function is given what the
+    layer reads (the first argument of its call) or puts out, and
+    returns a pair: what takes its place, of the same shape, and anything that is to be
+    found. So quantizers reach activations without a wrapped model. Otherwise as :func:`capture`.
+
+    Modules of activation functions are sites too, by the names that :func:`activations` lists.
+
+    Args:
+        model, *inputs, params, mutable, **kwargs: as for :func:`capture`.
+        at: the functions, by site.
+
+    Raises:
+        TypeError, ValueError: as :func:`capture`; or a function returns no pair, or another shape.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(inplace=True))
+    >>> params = {"0.weight": torch.tensor([[1.0], [-2.0]]), "0.bias": torch.zeros(2)}
+    >>> at = {"0:input": lambda x: (10 * x, tuple(x.shape)), "1:output": lambda y: (-y, None)}
+    >>> y, found = replace(model, torch.ones(1, 1), at=at, params=params)
+    >>> y.tolist(), found["0:input"]
+    ([[-10.0, -0.0]], (1, 1))
+    """
+    where = "replace(model, *inputs)"
+    functions = _capture.sites(where, at)
+    return _capture.replaced(_replace(where, model, inputs, functions, params, mutable, kwargs))
+
+
+def activations(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Activation, ...]:
+    """Returns a row for every module of ``model`` that is an activation function.
+
+    They are those of ``torch.nn.modules.activation`` without parameters. Nothing is called; inputs
+    have no effect, and are here so that the arguments of :func:`capture` can be passed. Functions
+    such as ``torch.relu`` are no modules: name the inputs of the layers that read them.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU6())
+    >>> [(row.name, row.type) for row in activations(model)]
+    [('1', 'ReLU6')]
+    """
+    check("activations(model)", model)
+    names: dict[torch.nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        of_torch = any(c.__module__ == "torch.nn.modules.activation" for c in type(module).__mro__)
+        if of_torch and not any(True for _ in module.parameters()):
+            names.setdefault(module, []).append(name)
+    return tuple(
+        Activation(first, type(module).__name__, type(module).__name__, tuple(aliases))
+        for module, (first, *aliases) in names.items()
+    )
+
+
+def _looking(value: Any) -> tuple[Any, Any]:
+    # What follows may work in place.
+    return value, pytree.tree_map(_copy, value)
+
+
+def _replace(
+    where: str,
+    model: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    at: Mapping[_capture.Site, _capture.Function],
+    params: Mapping[str, torch.Tensor] | None,
+    mutable: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[_capture.Site, Any]]:
     check(where, model)
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(
             f"{where}: params must map names to tensors, as dict(model.named_parameters()) does, "
             f"or be None; got {type(params).__name__}"
         )
-    _capture.check_of(where, of)
-    modules = _modules(where, model, layers)
+    modules = _modules(where, model, [site.name for site in at])
     values, buffers = _values(where, model, params or {})
-    calls: dict[torch.nn.Module, list[Any]] = {module: [] for module in modules.values()}
-    attention = {
-        module.out_proj: module
-        for module in model.modules()
-        if isinstance(module, torch.nn.MultiheadAttention) and module.out_proj in calls
-        if of == "outputs"
-    }
-    calls |= {module: [] for module in attention.values()}
+    functions = _capture.joined(at, modules)
+    calls: dict[Any, list[Any]] = {key: [] for key in functions}
 
-    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-        calls[module].append(pytree.tree_map(_copy, output))
+    def read(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        def change(x: Any) -> Any:
+            x, found = functions[module, "input"](x)
+            calls[module, "input"].append(found)
+            return x
 
-    def keep_input(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        _capture.with_first(
-            where, args, kwargs, lambda x: calls[module].append(pytree.tree_map(_copy, x))
-        )
+        return _capture.with_first(args, kwargs, change)
+
+    def put(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        output, found = functions[module, "output"](output)
+        calls[module, "output"].append(found)
+        return output
 
     with contextlib.ExitStack() as undo:
-        for module in calls:
-            if of == "inputs":
-                hook = module.register_forward_pre_hook(keep_input, with_kwargs=True)
+        for module, side in functions:
+            if side == "input":
+                undo.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
             else:
-                hook = module.register_forward_hook(keep)
-            undo.callback(hook.remove)
+                undo.callback(module.register_forward_hook(put).remove)
+        for module in model.modules():
+            if isinstance(module, torch.nn.MultiheadAttention):
+                projection = module.out_proj
+                if (projection, "output") in functions:
+                    hook = _of_projection(
+                        functions[projection, "output"], calls[projection, "output"]
+                    )
+                    undo.callback(module.register_forward_hook(hook).remove)
         # The fused path of attention, in evaluation, calls none of its layers.
         undo.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
         result = torch.func.functional_call(model, values, inputs, kwargs)
-    for projection, module in attention.items():
-        calls[projection] = calls[projection] or [output[0] for output in calls[module]]
-    outputs = _capture.outputs(where, modules, calls)
+    found = _capture.found_by_site(where, at, modules, calls)
     if mutable:
         result = result, {name: values[name] for name in buffers}
-    return result, outputs
+    return result, found
 
 
-def _modules(where: str, model: torch.nn.Module, layers: Any) -> dict[str, torch.nn.Module]:
+def _of_projection(function: Any, calls: list[Any]) -> Any:
+    """Returns a hook for attention, which uses the weight of its projection without calling it.
+
+    The first of what it returns is the projection's output.
+    """
+
+    def put(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        first, found = function(output[0])
+        calls.append(found)
+        return (first, *output[1:])
+
+    return put
+
+
+def _modules(where: str, model: torch.nn.Module, names: list[str]) -> dict[str, torch.nn.Module]:
     """Returns the module that each name asked for stands for."""
     known = dict(model.named_modules(remove_duplicate=False))
     owners = {}
@@ -123,7 +221,7 @@ def _modules(where: str, model: torch.nn.Module, layers: Any) -> dict[str, torch
         # The parametrizations of a weight are modules too, but not those whose weight it is.
         owner = path.rpartition(".")[0]
         owners[path] = known[f".{owner}".partition(".parametrizations.")[0][1:]]
-    return _capture.find(where, _capture.asked(where, layers), owners | known)
+    return _capture.find(where, names, owners | known)
 
 
 def _values(
