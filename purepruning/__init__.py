@@ -11,7 +11,7 @@ from purepruning.versions import require as _require
 for _package in ("jax", "numpy", "optax", "safetensors"):
     _require(_package, "purepruning")
 
-from purepruning import criteria, search, stats
+from purepruning import criteria, quantize, search, stats
 from purepruning.config.config import Config
 from purepruning.config.coupled_layers import coupled_layers
 from purepruning.config.resolve import resolve
@@ -38,6 +38,7 @@ from purepruning.pruners.slimming import slim, slim_penalty
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.pruners.wanda import wanda
 from purepruning.pruners.zeros import masks_from_zeros
+from purepruning.quantize.config import resolve_quantization
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
 from purepruning.saving.states import load_state, save_state
@@ -86,6 +87,9 @@ __all__ = [
     # Pruning during training: modules of a few pure functions each.
     "admm",
     "movement",
+    # Quantizers, after pruning or alone: modules of a few pure functions each.
+    "resolve_quantization",
+    "quantize",
     # Schedules: when to prune, and how much.
     "one_shot",
     "linear",

@@ -282,6 +282,16 @@ def int32(xp: Any, values: Any, like: Any) -> Any:
     return xp.asarray(np.array(values), dtype=xp.int32, device=like.device)
 
 
+def counted(xp: Any, index: Any, n: int) -> Any:
+    """Returns how often each of 0, 1, ..., n - 1 occurs in an integer vector, as int32."""
+    if xp is jnp:
+        return jnp.zeros(n, jnp.int32).at[index].add(1)
+    if xp is NUMPY:
+        return np.bincount(index, minlength=n).astype(np.int32)
+    zero = xp.zeros(n, dtype=xp.int32, device=index.device)
+    return zero.scatter_add(0, index.to(xp.int64), xp.ones_like(index, dtype=xp.int32))
+
+
 def part(x: Any, start: Any, size: int) -> Any:
     """Returns ``size`` elements of a vector from ``start`` on, which may be traced."""
     if is_torch(x) or is_numpy(x):
@@ -351,6 +361,46 @@ def stop_gradient(x: Any) -> Any:
     if is_torch(x):
         return x.detach()
     return jax.lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x
+
+
+def map_gradient(function: Callable[..., Any], x: Any, *args: Any) -> Any:
+    """Returns ``x``; what flows back to it is ``function(gradient, *args)``."""
+    if is_numpy(x):
+        return x
+    if is_torch(x):
+        return _torch_map_gradient().apply(x, function, *args)
+
+    @jax.custom_vjp
+    def identity(x: Any, args: Any) -> Any:
+        return x
+
+    def backward(args: Any, gradient: Any) -> Any:
+        return function(gradient, *args), None
+
+    identity.defvjp(lambda x, args: (x, args), backward)
+    return identity(x, args)
+
+
+@functools.cache
+def _torch_map_gradient() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class MapGradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Any, function: Any, *args: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.function, ctx.args = inputs[1], inputs[2:]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return ctx.function(gradient, *ctx.args), None, *(None for _ in ctx.args)
+
+    return MapGradient
 
 
 def spans_devices(x: Any) -> bool:

@@ -86,10 +86,19 @@ def own_words(words: tuple[Any, Any], name: str) -> tuple[Any, Any, int]:
 
 def noise(index: Any, own: tuple[Any, Any, Any]) -> Any:
     """Returns random positive float32, a hash of int32 positions and of words."""
+    # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
+    return bits_float(namespace(index), _bits(index, own) & 0x3FFFFFFF)
+
+
+def uniform(index: Any, own: tuple[Any, Any, Any]) -> Any:
+    """Returns random float32 in [0, 1), multiples of ``2**-24``, from positions and words."""
+    xp = namespace(index)
+    return xp.astype(_bits(index, own) & 0xFFFFFF, xp.float32) * 2.0**-24
+
+
+def _bits(index: Any, own: tuple[Any, Any, Any]) -> Any:
     xp = namespace(index)
     high, low, name = (int32(xp, word, index) for word in own)
     first = _mix(high ^ name)
     second = _mix(low ^ first)
-    bits = _mix(_mix(index ^ first) + second)
-    # 30 random bits as a finite positive float: nearly all distinct, in the order of the bits.
-    return bits_float(xp, bits & 0x3FFFFFFF)
+    return _mix(_mix(index ^ first) + second)

@@ -10,13 +10,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from purepruning.arguments import fraction, missing, one_of, whole_number
 from purepruning.granularity import NM, Granularity, has_units
-from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Layer
+from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Activation, Layer
 
 Rule = Mapping[str, Any]
+
+Row = TypeVar("Row", Layer, Layer | Activation)
 
 
 Scope = Literal["layer", "global"]
@@ -26,7 +28,7 @@ Scope = Literal["layer", "global"]
 MAX_SPARSITY_PER_LAYER = 0.99
 
 
-_SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
+SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
 
 
 _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity", "final_sparsity")
@@ -35,14 +37,21 @@ _SPARSITIES = ("sparsity", "sparsity_per_layer", "total_sparsity", "final_sparsi
 _GRADUAL = ("initial_sparsity", "final_sparsity", "start_epoch", "end_epoch", "frequency")
 
 
-_QUANTIZER = ("quant_types", "quant_bits", "quant_start_step")
+#: Keys of rules for quantizers, which :func:`purepruning.resolve_quantization` reads.
+QUANTIZER_KEYS = (
+    "quant_types",
+    "target_names",
+    "quant_bits",
+    "quant_start_step",
+    "quant_scheme",
+    "quant_dtype",
+)
 
 
 _KEYS = (
-    *_SELECTORS,
+    *SELECTORS,
     *_SPARSITIES,
     *_GRADUAL,
-    *_QUANTIZER,
     "max_sparsity_per_layer",
     "exclude",
     "prune_iterations",
@@ -94,6 +103,11 @@ def check_keys(number: int, rule: Any) -> None:
     if not isinstance(rule, Mapping):
         raise TypeError(f"rule {number} must be a dictionary, got {type(rule).__name__}")
     for key in rule:
+        if key in QUANTIZER_KEYS and key not in KEYS_OF_NNI_3:
+            raise ValueError(
+                f"rule {number}: {key!r} is a key of rules for quantizers; give these to "
+                "pp.resolve_quantization"
+            )
         if key in KEYS_OF_NNI_3:
             raise ValueError(
                 f"rule {number}: {key!r} is a key of NNI 3.0; {KEYS_OF_NNI_3[key]}, or let "
@@ -103,17 +117,15 @@ def check_keys(number: int, rule: Any) -> None:
             raise ValueError(missing(f"rule {number}: unknown key {key!r}", str(key), _KEYS))
     if rule.get("exclude", False) is True and selects_default(rule):
         raise ValueError(
-            f"rule {number} excludes, but names no layers: give it {', '.join(_SELECTORS[:-1])} or "
-            f"{_SELECTORS[-1]}"
+            f"rule {number} excludes, but names no layers: give it {', '.join(SELECTORS[:-1])} or "
+            f"{SELECTORS[-1]}"
         )
-    if "quant_types" in rule:
-        _strings(number, "quant_types", rule["quant_types"])
     for key in ("exclude", "allow_empty"):
         if not isinstance(rule.get(key, False), bool):
             raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
     one_of(f"rule {number}: units", rule.get("units", "head"), UNIT_KINDS)
     given = [key for key in _SPARSITIES if key in rule]
-    other = [key for key in rule if key not in (*_SELECTORS, "exclude")]
+    other = [key for key in rule if key not in (*SELECTORS, "exclude")]
     if rule.get("exclude", False) and other:
         raise ValueError(f"rule {number}: it excludes its layers, so {other[0]!r} has no meaning")
     if len(given) > 1:
@@ -122,7 +134,7 @@ def check_keys(number: int, rule: Any) -> None:
 
 def selects_default(rule: Rule) -> bool:
     """Whether a rule names no layers, which stands for those of the default types."""
-    return not any(key in rule for key in _SELECTORS)
+    return not any(key in rule for key in SELECTORS)
 
 
 def selected_layers(
@@ -134,18 +146,25 @@ def selected_layers(
     """
     if selects_default(rule):
         return _default_layers(number, table, granularity)
-    activations_only = "quant_types" in rule and "weight" not in rule["quant_types"]
+    return satisfying(number, rule, table)
+
+
+def satisfying(number: int, rule: Rule, table: tuple[Row, ...]) -> list[Row]:
+    """Returns the rows of a table that satisfy every selector of a rule, which has one.
+
+    Raises:
+        ValueError, TypeError: none does, or what one selector says is nowhere in the table.
+    """
     selected = list(table)
-    for key in _SELECTORS:
+    for key in SELECTORS:
         if key not in rule:
             continue
-        values = _strings(number, key, rule[key])
-        if not activations_only:
-            for value in values:
-                _check_selector(number, key, value, table)
+        values = some_strings(number, key, rule[key])
+        for value in values:
+            _check_selector(number, key, value, table)
         selected = [x for x in selected if any(_satisfies(x, key, v) for v in values)]
-    if not selected and not activations_only:
-        asked = ", ".join(f"{key}={rule[key]!r}" for key in _SELECTORS if key in rule)
+    if not selected:
+        asked = ", ".join(f"{key}={rule[key]!r}" for key in SELECTORS if key in rule)
         raise ValueError(f"rule {number}: no layer satisfies all of {asked}")
     return selected
 
@@ -163,7 +182,7 @@ def _default_layers(number: int, table: tuple[Layer, ...], granularity: Granular
     return selected
 
 
-def _satisfies(layer: Layer, key: str, value: str) -> bool:
+def _satisfies(layer: Layer | Activation, key: str, value: str) -> bool:
     if key == "op_names":
         return value in layer.names
     if key == "op_partial_names":
@@ -174,7 +193,7 @@ def _satisfies(layer: Layer, key: str, value: str) -> bool:
     return any(layer.has_type(t) for t in types)
 
 
-def _check_selector(number: int, key: str, value: str, table: tuple[Layer, ...]) -> None:
+def _check_selector(number: int, key: str, value: str, table: tuple[Row, ...]) -> None:
     if key == "op_names_re":
         _check_pattern(number, value)
     if any(_satisfies(layer, key, value) for layer in table):
@@ -285,7 +304,8 @@ def gradual(number: int, rule: Rule) -> Gradual | None:
     return Gradual(initial, final, **times)
 
 
-def _strings(number: int, key: str, value: Any) -> list[str]:
+def some_strings(number: int, key: str, value: Any) -> list[str]:
+    """Returns the strings that a rule gives at ``key``: one, or a list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
         raise TypeError(

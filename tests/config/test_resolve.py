@@ -192,9 +192,6 @@ KEYS = {
     "end_epoch": (ANY | {"final_sparsity": 0.5, "end_epoch": 3}, {}),
     "frequency": (ANY | {"final_sparsity": 0.5, "frequency": 3}, {}),
     "prune_iterations": (ANY | {"sparsity": 0.5, "prune_iterations": 3}, {}),
-    "quant_types": (ANY | {"quant_types": ["weight"]}, {}),
-    "quant_bits": (ANY | {"quant_types": ["weight"], "quant_bits": {"weight": 8}}, {}),
-    "quant_start_step": (ANY | {"quant_types": ["output"], "quant_start_step": 7}, {}),
 }
 
 
@@ -310,13 +307,10 @@ def test_prune_iterations_are_kept():
         resolve([ANY | same, {"op_names": ["fc1"]} | same | {"prune_iterations": 4}], TABLE)
 
 
-def test_quantizer_rules_are_accepted():
-    weights = ANY | {"quant_types": ["weight", "output"], "quant_bits": 8}
-    assert selected(weights) == selected(ANY)
-    assert set(resolve([weights], TABLE).counts.values()) == {None}
-    outputs = {"quant_types": ["output"], "op_types": ["ReLU6"], "quant_start_step": 7000}
-    assert selected(outputs) == []
-    assert selected(weights, outputs) == selected(ANY)
+@pytest.mark.parametrize("key", ["quant_types", "quant_bits", "quant_start_step"])
+def test_rules_for_quantizers_go_elsewhere(key):
+    with raises(ValueError, "rule 0", repr(key), "pp.resolve_quantization"):
+        resolve([ANY | {key: 8}], TABLE)
 
 
 # Errors: the rule's number, the key, what came, and the nearest names.

@@ -2,7 +2,8 @@
 
 The dictionaries are those of four documents: NNI's pruner overview of generation v2 (2.5), that of
 v1 (2.0), that of the first releases (1.2), and auptimizer's, which embeds NNI 2.0. A fifth, NNI's
-page on dependency-aware pruning, has no ``config_list``. Each is resolved for a torch model and for
+page on dependency-aware pruning, has no ``config_list``. Those of quantizers are in
+``tests/quantize/test_rules.py``. Each is resolved for a torch model and for
 its Flax twin, and has to select the same layers and prune the same numbers of units there.
 """
 
@@ -269,55 +270,6 @@ SEEDS = [
         prune_iterations=5,
     ),
     Seed(AUPTIMIZER, "sensitivity", [{"sparsity": 0.5, "op_types": ["Conv2d"]}], CHANNEL, CONVS_50),
-    # auptimizer's quantizers: their rules select layers by the same language. What quantizes
-    # outputs only selects no weights, so its ReLUs, which have none, need not be found.
-    Seed(AUPTIMIZER, "naive", [], ELEMENT, {}),
-    Seed(
-        AUPTIMIZER,
-        "qat",
-        [
-            {
-                "quant_types": ["weight"],
-                "quant_bits": {"weight": 8},
-                "op_types": ["Conv2d", "Linear"],
-            },
-            {
-                "quant_types": ["output"],
-                "quant_bits": 8,
-                "quant_start_step": 7000,
-                "op_types": ["ReLU6"],
-            },
-        ],
-        ELEMENT,
-        dict.fromkeys(DEFAULT_80),
-    ),
-    Seed(
-        AUPTIMIZER,
-        "dorefa",
-        [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["default"]}],
-        ELEMENT,
-        dict.fromkeys(DEFAULT_80),
-    ),
-    Seed(
-        AUPTIMIZER,
-        "bnn",
-        [
-            {
-                "quant_bits": 1,
-                "quant_types": ["weight"],
-                "op_types": ["Conv2d", "Linear"],
-                "op_names": ["conv1", "conv2", "fc1", "fc2"],
-            },
-            {
-                "quant_bits": 1,
-                "quant_types": ["output"],
-                "op_types": ["relu"],
-                "op_names": ["relu1", "relu2", "relu3"],
-            },
-        ],
-        ELEMENT,
-        dict.fromkeys(DEFAULT_80),
-    ),
 ]
 seeds = pytest.mark.parametrize("seed", SEEDS, ids=lambda s: f"{s.document}-{s.pruner}")
 
@@ -330,7 +282,7 @@ def config_of(seed, framework):
 
 def test_how_many_each_document_has():
     count = {name: sum(s.document == name for s in SEEDS) for name in (V2, V1, V1_2, AUPTIMIZER)}
-    assert count == {V2: 9, V1: 17, V1_2: 5, AUPTIMIZER: 20}
+    assert count == {V2: 9, V1: 17, V1_2: 5, AUPTIMIZER: 16}
 
 
 @tables
