@@ -719,6 +719,11 @@ def _rules(s: Side) -> Iterator[Call]:
     of |= {"pruning_algorithm": Kind(("algorithm",), lambda x: "refuse")}
     of |= {"total_iteration": integer(0, optional=True), "mode": choice(None, "normal")}
     yield row("from_nni", "agp", s.rules, s.layers, "l1", 3, 1, None, of=of)
+    rule = {"quant_types": ["weight", "input"], "quant_bits": 8, "op_types": ["Linear"]}
+    # Nothing selects nothing, with a warning, which the tests take for an error.
+    of = {"rules": Kind(("rule",), lambda x: "either" if _is_empty(x) else "refuse")}
+    of |= {"layers": kinds.layers(), "activations": kinds.layers()}
+    yield row("resolve_quantization", [rule], s.layers, [], of=of)
 
 
 def _rule_list() -> Kind:
@@ -919,6 +924,8 @@ def _torch(s: Side) -> Iterator[Call]:
     yield row(f"{where}.couple", fresh, x, True, of=of, slow=True)
     yield row(f"{where}.count", fresh, x, of=of, slow=True)
     yield row(f"{where}.capture", fresh, x, ["0"], None, False, of=of)
+    yield row(f"{where}.activations", fresh, of=of)
+    yield row(f"{where}.replace", fresh, x, {"0:input": _looks}, None, False, of=of | {"at": _AT})
     yield row(f"{where}.apply_", fresh, masks, of=of, changes=True)
     yield row(f"{where}.masked_call", fresh, masks, x, None, of=of)
     sgd = Made(lambda: torch.optim.SGD(model.parameters(), lr=0.1))
@@ -928,6 +935,23 @@ def _torch(s: Side) -> Iterator[Call]:
     pruned = Made(world.torch_model_of_torch_prune)
     either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
     yield row(f"{where}.masks_from_torch_prune", pruned, of=either)
+
+
+def _looks(value: Any) -> Any:
+    return value, None
+
+
+def _bad_sites(good: Any) -> Iterator[Wrong]:
+    (site,) = good
+    yield Wrong("no function", {site: 3}, "refuse")
+    yield Wrong("a function of no pair", {site: lambda x: x}, "refuse")
+    yield Wrong("no side", {site.partition(":")[0]: _looks}, "refuse")
+    yield Wrong("no layer", {"zz:input": _looks}, "refuse")
+    yield Wrong("no string", {5: _looks}, "refuse")
+
+
+#: Functions by site.
+_AT = Kind(("at", "site", "layer"), lambda x: "either" if _is_empty(x) else "refuse", _bad_sites)
 
 
 def _torch_params(params: Any) -> Kind:
@@ -992,6 +1016,9 @@ def _adapter(
     yield row(f"{where}.layers", *model, x, of=of, slow=True)
     named = {"layers": [layer]}
     yield row(f"{where}.capture", *model, x, named, of=of, slow=True)
+    yield row(f"{where}.activations", *model, x, of=of, slow=True)
+    at = {"at": {f"{layer}:input": _looks}}
+    yield row(f"{where}.replace", *model, x, at, of=of | {"at": _AT}, slow=True)
     yield row(f"{where}.couple", *model, x, {"outputs": True}, of=of, slow=True)
     yield row(f"{where}.count", *model, x, of=of, slow=True)
     yield row(f"{where}.function", *model, of=of)
