@@ -82,6 +82,7 @@ def peak_extra(call: Callable[[], Any]) -> int:
     it; elsewhere the mark of the whole process counts, which can only be higher.
     """
     release()
+    _wait_for_rest()
     reset = _reset_high_water_mark()
     before = _status("VmRSS")
     result = call()
@@ -95,6 +96,20 @@ def release() -> None:
     gc.collect()
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+
+
+def _wait_for_rest(seconds: float = 0.5) -> None:
+    """Waits until resident memory has been the same for so long.
+
+    JAX frees what it was given in a thread of its own, for a while after the array is there; what
+    is left of that when the mark is reset would count as the call's.
+    """
+    now, since = _status("VmRSS"), time.perf_counter()
+    while time.perf_counter() - since < seconds:
+        time.sleep(0.02)
+        before, now = now, _status("VmRSS")
+        if now != before:
+            since = time.perf_counter()
 
 
 def _reset_high_water_mark() -> bool:
