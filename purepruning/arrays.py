@@ -109,6 +109,11 @@ def copied(x: Any) -> Any:
     return jax.device_put(x, may_alias=False) if isinstance(x, jax.Array) else copy.deepcopy(x)
 
 
+def jax_array(x: Any) -> Any:
+    """Returns ``x`` as an array of JAX; unlike ``jnp.asarray``, this compiles nothing."""
+    return x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x))
+
+
 def is_concrete(x: Any) -> bool:
     """Whether the numbers in ``x`` can be looked at now: no tracer, not under a torch transform."""
     if is_torch(x):
@@ -343,10 +348,14 @@ def stand_in(framework: str, dtype: str) -> Any:
 
 def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Returns zeros in the framework, and in torch on the device, of ``like``."""
-    if not is_torch(like):
-        return namespace(like).zeros(shape, dtype)
-    xp = namespace(like)
-    return xp.zeros(shape, dtype=getattr(xp, dtype), device=like.device)
+
+    def made(like: Any) -> Any:
+        xp = namespace(like)
+        if is_torch(like):
+            return xp.zeros(shape, dtype=getattr(xp, dtype), device=like.device)
+        return xp.zeros(shape, dtype)
+
+    return by_numpy(made, like)
 
 
 def array_like(like: Any, x: Any) -> Any:

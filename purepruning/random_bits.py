@@ -43,7 +43,7 @@ def key_words(key: Any) -> tuple[Any, Any]:
     if typed:
         if shape:
             raise TypeError(f"one random key is needed, {shape} came; map over them with vmap")
-        words = jax.lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
+        words = _low_word(*_on_host(jax.random.key_data(key)))
         # Some generators have keys of four words.
         return functools.reduce(operator.xor, words[0::2]), functools.reduce(
             operator.xor, words[1::2]
@@ -53,10 +53,20 @@ def key_words(key: Any) -> tuple[Any, Any]:
         raise TypeError(f"a random key must be a seed, a JAX key or two words, got {shown(key)}")
     if shape not in ((), (2,)):
         raise TypeError(f"a random key must be a scalar or two words, got shape {shape}")
-    if is_torch(key) and is_concrete(key):
-        key, xp = key.detach().cpu().numpy(), NUMPY  # so that it serves every framework
-    words = _low_word(xp, key)
+    words = _low_word(*_on_host(key))
     return (words * 0, words) if shape == () else (words[0], words[1])
+
+
+def _on_host(key: Any) -> tuple[Any, Any]:
+    """Returns the namespace of a key, and the key; NumPy's where its numbers are known.
+
+    So a key of one framework serves every other, and nothing is compiled.
+    """
+    if is_torch(key) and is_concrete(key):
+        return NUMPY, key.detach().cpu().numpy()
+    if isinstance(key, jax.Array) and is_concrete(key) and key.is_fully_addressable:
+        return NUMPY, np.asarray(key)
+    return namespace(key), key
 
 
 def _low_word(xp: Any, x: Any) -> Any:

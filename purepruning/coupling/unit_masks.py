@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import array_like, is_array, is_concrete, is_torch
+from purepruning.arrays import array_like, is_array, is_concrete, is_torch, jax_array
 from purepruning.coupling.units import Coupled, Family
 from purepruning.coupling.value import COMPANION, SOURCE
 from purepruning.trees import flatten
@@ -37,7 +36,7 @@ def masks_of(leaves: Mapping[str, Coupled], removed: np.ndarray, params: Any) ->
                 f"params: {path!r} must be an array of shape {leaf.shape}, as when it was coupled, "
                 f"got {shown(array)}"
             )
-        found[path] = array_like(array, keep) if is_torch(array) else jnp.asarray(keep)
+        found[path] = array_like(array, keep) if is_torch(array) else jax_array(keep)
     return tree.rebuild(found)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from purepruning.arguments import flag, scalar, shown, some_of
-from purepruning.arrays import has_values, int32, is_array, namespace
+from purepruning.arrays import by_numpy, has_values, int32, is_array, namespace
 from purepruning.config.config import Config
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.units import Family, FamilyAxis
@@ -69,16 +69,21 @@ def group_penalty(
     leaves = _checked(flatten(params).leaves, coupling)
     like = next(iter(leaves.values()), 0)
     scale = scalar(scale, "group_penalty: scale", zero=True, like=like)
-    total: Any = 0.0
-    for family in coupling.families:
-        axes = [m for m in family.axes if m.path in leaves and m.role in wanted]
-        rows = np.flatnonzero(chosen[family.units])
-        if axes and len(rows):
-            squares: Any = sum(_squares(leaves[m.path], m, family, rows, coupling) for m in axes)
-            sizes = sum(_size(m, coupling) for m in axes)
-            norms = namespace(squares).sum(_root(squares))
-            total = total + (math.sqrt(sizes) if weighted else 1.0) * norms
-    return scale * total
+
+    def of_all(leaves: dict[str, Any], scale: Any) -> Any:
+        total: Any = 0.0
+        for family in coupling.families:
+            axes = [m for m in family.axes if m.path in leaves and m.role in wanted]
+            rows = np.flatnonzero(chosen[family.units])
+            if axes and len(rows):
+                parts = [_squares(leaves[m.path], m, family, rows, coupling) for m in axes]
+                squares = sum(parts[1:], parts[0])
+                sizes = sum(_size(m, coupling) for m in axes)
+                norms = namespace(squares).sum(_root(squares))
+                total = total + (math.sqrt(sizes) if weighted else 1.0) * norms
+        return scale * total
+
+    return by_numpy(of_all, leaves, scale)
 
 
 def _units_of(coupling: Any) -> tuple[Coupling, np.ndarray]:

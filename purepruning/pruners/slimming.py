@@ -111,11 +111,16 @@ def slim_penalty(params: Params, layers: Config | Layers, *, scale: float = 1e-4
     table, leaves = watched("slim_penalty", layers), flatten(params).leaves
     scale = scalar(scale, "slim_penalty: scale", zero=True, like=next(iter(leaves.values()), 0))
     _refuse_others("slim_penalty", table)
-    total: Any = 0.0
-    for layer in table:
-        x = _weight("slim_penalty", layer, leaves)
+    scales = [_weight("slim_penalty", layer, leaves) for layer in table]
+    for layer, x in zip(table, scales, strict=True):
         if not has_values(x):
             raise TypeError(f"slim_penalty: {layer.weight!r} has no values in params, only a shape")
+    return by_numpy(_penalty, scales, scale)
+
+
+def _penalty(scales: list[Any], scale: Any) -> Any:
+    total: Any = 0.0
+    for x in scales:
         xp = namespace(x)
         x = xp.astype(x, xp.float32)
         # |x|, but with derivative 0 at 0 in every framework.

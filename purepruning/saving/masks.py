@@ -19,12 +19,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import is_array, is_torch, namespace
+from purepruning.arrays import is_array, is_torch, jax_array, namespace
 from purepruning.masks import by_path, to_numpy
 from purepruning.saving.files import (
     BROKEN,
@@ -121,7 +120,7 @@ def load_masks(path: str | os.PathLike[str], params: Params) -> Masks:
 
 def _like(mask: np.ndarray, leaf: Any) -> Any:
     if not is_torch(leaf):
-        return jnp.asarray(mask)
+        return jax_array(mask)
     return namespace(leaf).asarray(mask, device=leaf.device)
 
 

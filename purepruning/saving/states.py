@@ -28,7 +28,15 @@ import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import framework_of, is_array, is_concrete, is_torch, namespace, stand_in
+from purepruning.arrays import (
+    framework_of,
+    is_array,
+    is_concrete,
+    is_torch,
+    jax_array,
+    namespace,
+    stand_in,
+)
 from purepruning.config.config import Config, check_config, known_counts
 from purepruning.masks import to_numpy
 from purepruning.saving.files import (
@@ -275,7 +283,7 @@ def _read(name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> An
     if row["dtype"] != "key":
         x = np.frombuffer(x.tobytes(), jnp.dtype(row["dtype"])).reshape(row["shape"])
     if _is_key(like):
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=row["key"])
+        return jax.random.wrap_key_data(jax_array(x), impl=row["key"])
     if is_torch(like):
         xp = namespace(like)
         if x.dtype.kind not in "biufc":
@@ -285,7 +293,7 @@ def _read(name: str, row: dict, tensors: dict[str, np.ndarray], like: Any) -> An
     if isinstance(like, np.ndarray | np.generic):
         return x.copy()
     sharding = getattr(like, "sharding", None)
-    return jnp.asarray(x) if sharding is None else jax.device_put(x, sharding)
+    return jax_array(x) if sharding is None else jax.device_put(x, sharding)
 
 
 def _description(config: Config) -> dict[str, Any]:

@@ -151,13 +151,17 @@ class Schedule:
 
 def advance(state: ScheduleState) -> ScheduleState:
     """Returns the state one step on."""
-    xp = namespace(state.step)
-    return state._replace(step=xp.asarray(xp.clip(state.step, 0, LAST_STEP - 1) + 1))
+    return state._replace(step=by_numpy(_next, state.step))
+
+
+def _next(step: Any) -> Any:
+    xp = namespace(step)
+    return xp.asarray(xp.clip(step, 0, LAST_STEP - 1) + 1)
 
 
 def due(state: ScheduleState) -> Any:
     """Returns whether to prune at the state's step."""
-    return (state.times == state.step).any()
+    return by_numpy(lambda times, step: (times == step).any(), state.times, state.step)
 
 
 def counts(state: ScheduleState) -> dict[str, Any]:

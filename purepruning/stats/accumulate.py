@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from purepruning.arguments import instance, shown
-from purepruning.arrays import has_values, is_array, is_torch, namespace
+from purepruning.arrays import by_numpy, has_values, is_array, is_torch, namespace
 
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 
@@ -50,6 +50,7 @@ def count(total: WideCount, n: Any) -> WideCount:
         raise TypeError(
             f"accumulate.count: n must be an integer of at most 2**31 - 1, got {shown(n)}"
         )
+    n = int(n) if whole else n
     _check("count", WideCount, WideCount(n, total.low))
     return merge_counts(total, WideCount(n >> _BITS, n & ((1 << _BITS) - 1)))
 
@@ -57,13 +58,21 @@ def count(total: WideCount, n: Any) -> WideCount:
 def merge_counts(a: WideCount, b: WideCount) -> WideCount:
     """Returns the count of both."""
     _check("merge_counts", WideCount, a, b)
-    low = a.low + b.low
-    return WideCount(a.high + b.high + (low >> _BITS), low & ((1 << _BITS) - 1))
+
+    def merged(a: WideCount, b: WideCount) -> WideCount:
+        low = a.low + b.low
+        return WideCount(a.high + b.high + (low >> _BITS), low & ((1 << _BITS) - 1))
+
+    return by_numpy(merged, a, b)
 
 
 def add(total: CompensatedSum, x: Any) -> CompensatedSum:
     """Returns the sum with float32 ``x`` added."""
     _check("add", CompensatedSum, total, CompensatedSum(x, x))
+    return by_numpy(_added, total, x)
+
+
+def _added(total: CompensatedSum, x: Any) -> CompensatedSum:
     high, error = _two_sum(total.high, x)
     return _settled(high, error + total.low)
 
@@ -71,8 +80,12 @@ def add(total: CompensatedSum, x: Any) -> CompensatedSum:
 def merge_sums(a: CompensatedSum, b: CompensatedSum) -> CompensatedSum:
     """Returns the sum of both."""
     _check("merge_sums", CompensatedSum, a, b)
-    high, error = _two_sum(a.high, b.high)
-    return _settled(high, error + (a.low + b.low))
+
+    def merged(a: CompensatedSum, b: CompensatedSum) -> CompensatedSum:
+        high, error = _two_sum(a.high, b.high)
+        return _settled(high, error + (a.low + b.low))
+
+    return by_numpy(merged, a, b)
 
 
 def value(total: WideCount | CompensatedSum) -> Any:
@@ -86,6 +99,10 @@ def value(total: WideCount | CompensatedSum) -> Any:
     0.3
     """
     _check("value", (WideCount, CompensatedSum), total)
+    return by_numpy(_value, total)
+
+
+def _value(total: WideCount | CompensatedSum) -> Any:
     if isinstance(total, CompensatedSum):
         return total.high + total.low
     xp = namespace(total.high)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from purepruning.arguments import instance, missing, one_of, shown
 from purepruning.arrays import (
+    by_numpy,
     compiled,
     erfc,
     has_values,
@@ -274,14 +275,21 @@ def _add(where: str, new: ActivationStats, layer: Layer, x: Any, activation: Act
         x = y
     axes = tuple(a % x.ndim for a in layer.output_axes or ())
     batch = compiled(x, _totals, "axes", "activation")(x, axes=axes, activation=named)
-    zero, total, magnitude, square = (xp.reshape(t, channels(where, layer)) for t in batch)
     rest = [n for a, n in enumerate(x.shape) if a not in axes]
-    new.samples[name] = count(new.samples[name], rest[0] if rest else 1)
-    new.positions[name] = count(new.positions[name], math.prod(rest))
-    new.zeros[name] = count(new.zeros[name], zero)
-    new.sums[name] = add(new.sums[name], total)
-    new.magnitudes[name] = add(new.magnitudes[name], magnitude)
-    new.squares[name] = add(new.squares[name], square)
+    seen = (rest[0] if rest else 1, math.prod(rest))
+
+    def added(old: list[Any], batch: tuple[Any, ...]) -> list[Any]:
+        own = [namespace(t).reshape(t, channels(where, layer)) for t in batch]
+        steps: list[tuple[Any, Any]] = [
+            *((count, n) for n in (*seen, own[0])),
+            *((add, x) for x in own[1:]),
+        ]
+        return [step(total, x) for total, (step, x) in zip(old, steps, strict=True)]
+
+    fields: list[dict[str, Any]] = list(new)
+    totals = by_numpy(added, [field[name] for field in fields], batch)
+    for field, total in zip(fields, totals, strict=True):
+        field[name] = total
 
 
 def _copy(stats: ActivationStats) -> ActivationStats:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from purepruning.arguments import function, instance, missing, scalar, shown
 from purepruning.arrays import (
+    by_numpy,
     compiled,
     has_values,
     is_array,
@@ -78,7 +79,11 @@ def init(params: Params, config: Config) -> State:
     where = "admm.init"
     weights = _weights(where, params, config)
     _refuse_non_finite(where, config, weights)
-    z = {path: _float(stop_gradient(w), copy=True) for path, w in weights.items()}
+    return by_numpy(_start, {path: stop_gradient(w) for path, w in weights.items()})
+
+
+def _start(weights: dict[str, Any]) -> State:
+    z = {path: _float(w, copy=True) for path, w in weights.items()}
     return State(z, {path: namespace(x).zeros_like(x) for path, x in z.items()})
 
 
@@ -119,14 +124,17 @@ def penalty(params: Params, state: State, config: Config, rho: Any = 1e-4) -> Ar
     weights = _weights(where, params, config)
     _check_state(where, state, config, weights)
     rhos = _rho_of(where, rho, config, next(iter(weights.values()), 0))
-    total: Any = 0.0
-    for layer in config.layers:
-        w = weights[layer.weight]
-        z, u = (stop_gradient(part[layer.weight]) for part in state)
-        gap = _float(w) - z + u
-        xp = namespace(w)
-        total = total + _like(rhos[layer.name], gap) * 0.5 * xp.sum(gap * gap)
-    return total
+
+    def of_all(weights: dict[str, Any], state: State, rhos: dict[str, Any]) -> Any:
+        total: Any = 0.0
+        for layer in config.layers:
+            w = weights[layer.weight]
+            z, u = (stop_gradient(part[layer.weight]) for part in state)
+            gap = _float(w) - z + u
+            total = total + _like(rhos[layer.name], gap) * 0.5 * namespace(w).sum(gap * gap)
+        return total
+
+    return by_numpy(of_all, weights, State(*state), rhos)
 
 
 def step(
@@ -175,18 +183,28 @@ def step(
     _check_state(where, state, config, weights)
     rhos = _rho_of(where, rho, config, next(iter(weights.values()), 0))
     weights = {path: stop_gradient(w) for path, w in weights.items()}
-    targets = {path: _float(w) + stop_gradient(state.u[path]) for path, w in weights.items()}
+    u = {path: stop_gradient(state.u[path]) for path in weights}
+    targets = by_numpy(_targets, weights, u)
     _refuse_non_finite(where, config, targets)
     keep = _masks_of(where, params, targets, stats, config, pruner)
-    new = State({}, {})
-    primal, dual = {}, {}
-    for layer in config.layers:
-        path = layer.weight
-        w, v = _float(weights[path]), targets[path]
-        split = compiled(v, _split)(keep[path], v, w, stop_gradient(state.z[path]))
-        new.z[path], new.u[path], apart, moved = split
-        primal[layer.name], dual[layer.name] = apart, _like(rhos[layer.name], moved) * moved
-    return new, Residuals(_together(primal), _together(dual), primal, dual)
+
+    def split(keep: Any, targets: Any, weights: Any, z: Any, rhos: Any) -> tuple[State, Residuals]:
+        new = State({}, {})
+        primal, dual = {}, {}
+        for layer in config.layers:
+            path = layer.weight
+            v = targets[path]
+            parts = compiled(v, _split)(keep[path], v, _float(weights[path]), z[path])
+            new.z[path], new.u[path], apart, moved = parts
+            primal[layer.name], dual[layer.name] = apart, _like(rhos[layer.name], moved) * moved
+        return new, Residuals(_together(primal), _together(dual), primal, dual)
+
+    z = {path: stop_gradient(state.z[path]) for path in weights}
+    return by_numpy(split, keep, targets, weights, z, rhos)
+
+
+def _targets(weights: dict[str, Any], u: dict[str, Any]) -> dict[str, Any]:
+    return {path: _float(w) + u[path] for path, w in weights.items()}
 
 
 def masks(
@@ -276,15 +294,16 @@ def _masks_of(
 
 def _refuse_non_finite(where: str, config: Config, arrays: Mapping[str, Any]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
-    flags = {
-        layer.name: compiled(arrays[layer.weight], _is_finite)(arrays[layer.weight])
-        for layer in config.layers
-    }
+    flags = {layer.name: by_numpy(_finite, arrays[layer.weight]) for layer in config.layers}
     bad = [name for name, flag in flags.items() if is_concrete(flag) and not bool(flag)]
     if bad:
         raise ValueError(
             f"{where}: weights of layer {', '.join(map(repr, bad))} are NaN or infinite"
         )
+
+
+def _finite(x: Any) -> Any:
+    return compiled(x, _is_finite)(x)
 
 
 def _is_finite(x: Any) -> Any:

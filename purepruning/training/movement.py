@@ -25,6 +25,7 @@ caller chooses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -168,15 +169,23 @@ def apply(
     seen = {path: zero_pruned(tree.leaves[path], mask) for path, mask in found.items()}
     for layer in config.layers:
         weight = tree.leaves[layer.weight]
-        xp = namespace(weight)
-        # Zero in value, one in derivative, spread over the weights of each unit. The product is of
-        # float32, so that the sums that gradients are made of are.
-        through = _through(array_like(weight, scores[layer.name]))
-        if _in_units(config):
-            through = spread(xp, through, grid(layer, config.granularity))
-        through = through * xp.astype(stop_gradient(weight), xp.float32)
-        seen[layer.weight] = seen[layer.weight] + xp.astype(through, weight.dtype)
+        score = array_like(weight, scores[layer.name])
+        g = grid(layer, config.granularity) if _in_units(config) else None
+        attached = functools.partial(_attached, g=g)
+        seen[layer.weight] = by_numpy(attached, seen[layer.weight], weight, score)
     return tree.rebuild({**tree.leaves, **seen})
+
+
+def _attached(seen: Any, weight: Any, score: Any, *, g: Grid | None) -> Any:
+    """Returns what the model sees of a weight, with the derivative of its scores."""
+    xp = namespace(weight)
+    # Zero in value, one in derivative, spread over the weights of each unit. The product is of
+    # float32, so that the sums that gradients are made of are.
+    through = _through(score)
+    if g is not None:
+        through = spread(xp, through, g)
+    through = through * xp.astype(stop_gradient(weight), xp.float32)
+    return seen + xp.astype(through, weight.dtype)
 
 
 def penalty(scores: Mapping[str, Any]) -> Array:
@@ -199,7 +208,6 @@ def penalty(scores: Mapping[str, Any]) -> Array:
         raise ValueError("movement.penalty: there are no scores")
     if len({is_torch(score) for score in scores.values()}) > 1:
         raise TypeError("movement.penalty: scores are of two frameworks, JAX and torch")
-    total: Any = 0.0
     for name, score in scores.items():
         if not is_array(score) or not has_values(score):
             raise TypeError(
@@ -210,6 +218,14 @@ def penalty(scores: Mapping[str, Any]) -> Array:
             raise TypeError(
                 f"movement.penalty: scores of layer {name!r} must be floating, got {score.dtype}"
             )
+    return by_numpy(_mean, dict(scores))
+
+
+def _mean(scores: dict[str, Any]) -> Any:
+    """Returns the mean over layers of the mean of the sigmoids of their scores."""
+    total: Any = 0.0
+    for score in scores.values():
+        xp = namespace(score)
         # 1 / (1 + exp(-s)), which does not overflow.
         total = total + xp.mean(0.5 + 0.5 * xp.tanh(0.5 * xp.astype(score, xp.float32)))
     return total / len(scores)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from purepruning.arguments import adapter_of, function, instance, missing, shown
-from purepruning.arrays import by_numpy, chosen, copied, is_array, is_concrete
+from purepruning.arrays import by_numpy, chosen, copied, is_array, is_concrete, jax_array
 from purepruning.config.config import Config, Pruner, check_config
 from purepruning.masks import (
     by_path,
@@ -110,7 +110,7 @@ def keep_pruned(
         leaves = flatten(params).leaves
         # optax.tree_utils.tree_map_params asks for a state of no parameters.
         keep = _masks_for(masks, params) if leaves else by_path(masks, masks)
-        copies = {path: copied(jnp.asarray(mask)) for path, mask in keep.items()}
+        copies = {path: copied(jax_array(mask)) for path, mask in keep.items()}
         return KeepPrunedState(copies, () if inner is None else inner.init(params))
 
     def update(
@@ -305,7 +305,7 @@ def prune_on_schedule(
     def init(params: Any) -> PruneOnScheduleState:
         state = schedule.init(config) if isinstance(schedule, Schedule) else schedule
         kept = keep_pruned(_places(config, params, masks), inner).init(params)
-        return PruneOnScheduleState(jax.tree.map(jnp.array, state), kept)
+        return PruneOnScheduleState(jax.tree.map(lambda x: copied(jax_array(x)), state), kept)
 
     def update(
         updates: Any,

@@ -133,7 +133,7 @@ def surface(*, slow: bool = True) -> tuple[Call, ...]:
     parts = [_pruners, _statistics, _of_masks, _schedules, _lottery, _admm, _movement, _files]
     found = [call for part in [*parts, _layers] for side in sides() for call in part(side)]
     some = [_numbers, _rules, _search, _counts, _transforms, _plans]
-    some += [_structure, _torch, _jax] if slow else []
+    some += [structure_calls, _torch, _jax] if slow else []
     return tuple(found + [call for part in some for call in part(sides()[0])])
 
 
@@ -878,7 +878,7 @@ def _whole(x: Any, least: float = -np.inf) -> bool:
     return bool(some) and all(type(n) is int and n >= least for n in x)
 
 
-def _structure(s: Side) -> Iterator[Call]:
+def structure_calls(s: Side) -> Iterator[Call]:
     x, good = jnp.ones((2, 4)), (world.apply, s.params)
     fn = Kind(("fn", "function"), lambda x: "either" if callable(x) else "refuse")
     of = _kinds(s, fn=fn, params=kinds.arrays("a.w", refuse=("other framework",)))
