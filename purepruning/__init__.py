@@ -27,14 +27,17 @@ from purepruning.layers import Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
+from purepruning.pruners.alps import alps
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
+from purepruning.pruners.obc import obc, obc_errors
 from purepruning.pruners.random import random_pruning
 from purepruning.pruners.ria import ria
 from purepruning.pruners.scores import prune_scores
 from purepruning.pruners.slimming import slim, slim_penalty
+from purepruning.pruners.sparse_gpt import sparse_gpt
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.pruners.wanda import wanda
 from purepruning.pruners.zeros import masks_from_zeros
@@ -78,6 +81,11 @@ __all__ = [
     "taylor_fo",
     "wanda",
     "ria",
+    # Those that change the weights that stay: (params, stats, config) -> (params, masks).
+    "sparse_gpt",
+    "obc",
+    "obc_errors",
+    "alps",
     "prune_scores",
     "masks_from_zeros",
     # An own criterion: a module of what it is written with.

@@ -428,3 +428,60 @@ def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
     old = tuple(sharding.spec) if sharding is not None else ()
     new = [None if axes is None or axis in axes else names for axis, names in enumerate(old)]
     return x if list(old) == new else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*new))
+
+
+# Loops over parts of arrays that the loop owns: in place where operations run at once.
+def repeat(like: Any, n: int, body: Callable[[Any, Any], Any], state: Any, done: Any = None) -> Any:
+    """Returns ``state`` after ``state = body(i, state)`` for i from 0 up to n.
+
+    A loop of XLA in JAX, of Python elsewhere. With ``done``, ``(state) -> bool``, ``state`` stays
+    as it is from when that holds.
+    """
+    if namespace(like) is jnp:
+        if done is None:
+            return jax.lax.fori_loop(0, n, body, state)
+        return jax.lax.while_loop(
+            lambda x: (x[0] < n) & ~done(x[1]), lambda x: (x[0] + 1, body(*x)), (0, state)
+        )[1]
+    for i in range(n):
+        over = None if done is None else done(state)
+        if over is not None and is_concrete(over) and bool(over):
+            break
+        new = body(i, state)
+        if over is not None and not is_concrete(over):  # under torch's vmap, some go on
+            choose = functools.partial(namespace(over).where, over)
+            new = jax.tree.map(choose, state, new)
+        state = new
+    return state
+
+
+def rows_at(x: Any, start: Any, size: int) -> Any:
+    """Returns ``size`` entries of the last axis but one from ``start`` on, which may be traced."""
+    if namespace(x) is jnp:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2)
+    return x[..., start : start + size, :]
+
+
+def put_rows(x: Any, start: Any, values: Any) -> Any:
+    """Returns ``x``, which is overwritten, with ``values`` there, along the last axis but one."""
+    if namespace(x) is jnp:
+        return jax.lax.dynamic_update_slice_in_dim(x, values, start, axis=x.ndim - 2)
+    x[..., start : start + values.shape[-2], :] = values
+    return x
+
+
+def in_batches(function: Callable[[Any], Any], x: Any, size: int) -> Any:
+    """Returns ``function`` of so many entries of the first axis at a time, as one tree."""
+    n = x.shape[0]
+    if n <= size:
+        return function(x)
+    if namespace(x) is jnp and not is_concrete(x):
+        whole = n - n % size
+        parts = jnp.reshape(x[:whole], (-1, size, *x.shape[1:]))
+        found = jax.tree.map(
+            lambda y: jnp.reshape(y, (whole, *y.shape[2:])), jax.lax.map(function, parts)
+        )
+        pieces = [found, function(x[whole:])] if whole < n else [found]
+    else:
+        pieces = [function(x[start : start + size]) for start in range(0, n, size)]
+    return jax.tree.map(lambda *some: namespace(x).concat(some, axis=0), *pieces)

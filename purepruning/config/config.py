@@ -260,6 +260,9 @@ class Config:
 #: What prunes: ``(params, stats, config) -> masks``.
 Pruner: TypeAlias = Callable[[Params, Stats, Config], Masks]
 
+#: What prunes, and repairs the weights that stay: ``(params, stats, config) -> (params, masks)``.
+RepairingPruner: TypeAlias = Callable[[Params, Stats, Config], tuple[Params, Masks]]
+
 
 def check_config(where: str, config: Any) -> None:
     """Raises for what is no config, or one that was put together wrongly; all entries pass here.

@@ -44,19 +44,19 @@ def _nm_mask(source: Source, *, score: Score, in_axes: tuple[int, ...], nm: NM) 
 
     axis = len(before) + 1
     if is_numpy(source.weight):
-        choose = functools.partial(_highest_of_groups, axis=0, nm=nm)
+        choose = functools.partial(highest_of_groups, axis=0, nm=nm)
         mask, nan = kth_host.by_groups(piece, grouped, axis, choose)
     else:
         # An explicit mesh allows no reshape that merges axes of which one lies over devices.
         alone = len(in_axes) == 1 and nm.of <= PAIRS
         keys = replicated(piece.keys(xp)[0], in_axes if alone else None)
-        mask, nan = _highest_of_groups(grouped(keys), axis, nm), xp.any(keys == HIGHEST)
+        mask, nan = highest_of_groups(grouped(keys), axis, nm), xp.any(keys == HIGHEST)
     mask = xp.reshape(mask, moved)
     mask = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
     return spread_mask(mask, source.weight), nan
 
 
-def _highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
+def highest_of_groups(groups: Any, axis: int, nm: NM) -> Any:
     """Returns which of the ``nm.of`` keys along ``axis`` are among the ``nm.keep`` highest."""
     choose = _highest_of_pairs if nm.of <= PAIRS else _highest_of_rows
     return choose(namespace(groups), groups, axis, nm)

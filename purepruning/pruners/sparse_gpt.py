@@ -1,0 +1,163 @@
+"""SparseGPT: columns from left to right, what goes is made up for by the columns behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from purepruning.arrays import iota, matmul, namespace, put_rows, repeat, rows_at
+from purepruning.config.config import Config
+from purepruning.pruners.reconstruction import Pattern, reconstruct, share, upper_factor
+from purepruning.stats.inputs import InputStats
+from purepruning.types import Masks, Params
+
+#: Columns that are ranked together, as in the paper, and columns that are updated one by one.
+COLUMNS, FEW = 128, 16
+
+
+def sparse_gpt(
+    params: Params, stats: InputStats, config: Config, *, damping: Any = 0.01
+) -> tuple[Params, Masks]:
+    r"""Returns parameters and masks by which the outputs of every layer change little.
+
+    Columns j are gone through from left to right. With $U$ upper triangular,
+    $(H + \lambda I)^{-1} = U^\top U$, and W as the columns before have left it,
+
+    $$s_{ij} = \frac{w_{ij}^2}{U_{jj}^2}, \qquad
+      W_{:,j:} \leftarrow W_{:,j:} - \frac{W_{:,j} - \hat W_{:,j}}{U_{jj}} U_{j,j:}.$$
+
+    In every 128 columns, or their nearest multiple of a block's, the weights or blocks of lowest
+    score go, so many that the count of the layer is met exactly; of N:M as soon as the columns of
+    its group come up. $\lambda$ is the ``damping`` times the mean of the diagonal of
+    $H = \sum_t x_t x_t^\top$ (``"grams"`` of :mod:`purepruning.stats.inputs`).
+
+    $U$ is the inverse of the factor of $H + \lambda I = R R^\top$, and never formed: what the
+    columns before a block have changed is added to it by one product with $R$.
+
+    Frantar and Alistarh 2023, arXiv:2301.00774. Its code prunes one weight too many of every 128
+    columns.
+
+    Args:
+        params, stats, config: see :func:`purepruning.pruners.reconstruction.reconstruct`, for
+            errors too.
+        damping: 0.01 in the paper's code.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> from purepruning.stats import inputs
+    >>> params = {"fc": jnp.array([[1.0, 3.0]])}
+    >>> layer = pp.make_layer(params, "fc", "Linear", out_axes=0, in_axes=1)
+    >>> stats = inputs.init(params, [layer], keep=["grams"])
+    >>> stats = inputs.update(stats, {"fc": jnp.array([[1.0, 1.0], [1.0, 1.1]])}, [layer])
+    >>> new, masks = sparse_gpt(params, stats, pp.resolve(0.5, [layer]))
+    >>> masks["fc"].tolist(), new["fc"].round(1).tolist()
+    ([[False, True]], [[0.0, 3.9]])
+    """
+    return reconstruct("sparse_gpt", _solve, params, stats, config, damping)
+
+
+def _solve(w: Any, h: Any, counts: Any, pattern: Pattern) -> tuple[Any, Any]:
+    """Returns weights and what stays of them, ``(members, columns, out)``."""
+    xp = namespace(w)
+    width = pattern.width
+    few = -(-FEW // width) * width
+    wide = min(-(-COLUMNS // few), -(-w.shape[1] // few)) * few
+    n = w.shape[1]
+    blocks = -(-n // wide)
+    r, w = _padded(upper_factor(h), w, blocks * wide)
+    # Of the framework, and under vmap of the batch, of all that goes into it.
+    nothing = w * 0 + r[:, :, :1] * 0 + xp.astype(counts * 0, xp.float32)[:, None, None]
+
+    def block(b: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        gone, new, keep = state
+        start = b * wide
+        own = rows_at(w, start, wide)
+        factor = rows_at(xp.matrix_transpose(rows_at(r, start, wide)), start, wide)
+        inverse = xp.matrix_transpose(_inverse_of_lower(factor))
+        now = own + matmul(xp, xp.matrix_transpose(inverse), _changed(r, gone, start, wide))
+        column = iota(xp, wide, w) + start
+        stays = None
+        if pattern.nm is None:
+            scores = (now * xp.linalg.diagonal(factor)[..., None]) ** 2
+            scores = xp.where(column[None, :, None] < n, scores, float("inf"))
+            stop = (b + 1) * wide
+            stop = min(stop, n) if isinstance(stop, int) else xp.clip(stop, max=n)
+            stays = pattern.keep(scores, share(counts, start, stop, n))
+        now, stays = _within(now, inverse, stays, pattern, few)
+        return (
+            put_rows(gone, start, own - now),
+            put_rows(new, start, now),
+            put_rows(keep, start, stays),
+        )
+
+    _, new, keep = repeat(w, blocks, block, (nothing, nothing + 0, nothing > 0))
+    return new[:, :n], keep[:, :n]
+
+
+def _padded(r: Any, w: Any, n: int) -> tuple[Any, Any]:
+    """Returns a factor and weights of n columns, those that are more without effect."""
+    xp, more = namespace(w), n - w.shape[1]
+    if not more:
+        return r, w
+    zeros = xp.zeros_like(w[:, :1]) + w[:, :1] * 0
+    w = xp.concat([w, xp.broadcast_to(zeros, (w.shape[0], more, w.shape[2]))], axis=1)
+    side = xp.broadcast_to(xp.zeros_like(r[:, :, :1]), (*r.shape[:2], more))
+    r = xp.concat([r, side], axis=2)
+    index = iota(xp, n, w)
+    eye = xp.astype(index[-more:, None] == index[None, :], xp.float32)
+    return xp.concat([r, xp.broadcast_to(eye[None], (r.shape[0], more, n))], axis=1), w
+
+
+def _changed(r: Any, gone: Any, start: Any, wide: int) -> Any:
+    r"""Returns what the columns before have changed: their part of $R^\top (W - \hat W)$."""
+    xp = namespace(r)
+    if isinstance(start, int):
+        r, gone = r[:, :start], gone[:, :start]
+    ours = rows_at(xp.matrix_transpose(r), start, wide)
+    return matmul(xp, ours, gone)
+
+
+def _inverse_of_lower(factor: Any) -> Any:
+    """Returns the inverse of a block's factor, of which the transpose is given."""
+    return namespace(factor).linalg.inv(factor)
+
+
+def _within(now: Any, inverse: Any, stays: Any, pattern: Pattern, few: int) -> tuple[Any, Any]:
+    """Returns the columns of a block, pruned one after the other, and what stays of them."""
+    xp, wide = namespace(now), now.shape[1]
+    width = 1 if pattern.nm is None else pattern.width
+    index = iota(xp, wide, now)
+    keep = now > float("inf") if stays is None else stays
+
+    def group(g: Any, state: Any) -> Any:
+        now, keep, errors, start, u = state
+        at = g * width
+        if pattern.nm is not None:
+            some = rows_at(now, start + at, width)
+            diagonal = xp.linalg.diagonal(rows_at(xp.matrix_transpose(u), start, few))
+            scores = (some / rows_at(diagonal[..., None], at, width)) ** 2
+            keep = put_rows(keep, start + at, pattern.keep(scores, None))
+        for i in range(width):
+            j = start + at + i
+            row = rows_at(u, at + i, 1)
+            old = rows_at(now, j, 1)
+            pivot = rows_at(xp.matrix_transpose(row), j, 1)
+            error = xp.where(rows_at(keep, j, 1), 0.0, old / pivot)
+            part = rows_at(xp.matrix_transpose(row), start, few)
+            # A column that is done is what stays of it, and not changed any more.
+            later = rows_at(index[:, None], start, few) > j
+            rest = rows_at(now, start, few) - xp.where(later[None], part, 0.0) * error
+            now = put_rows(now, start, rest)
+            now = put_rows(now, j, xp.where(rows_at(keep, j, 1), old, 0.0))
+            errors = put_rows(errors, at + i, error)
+        return now, keep, errors, start, u
+
+    def part(p: Any, state: Any) -> Any:
+        now, keep = state
+        start = p * few
+        u = rows_at(inverse, start, few)
+        errors = rows_at(now, start, few) * 0
+        now, keep, errors, _, _ = repeat(now, few // width, group, (now, keep, errors, start, u))
+        behind = xp.where((index >= start + few)[None, None], u, 0.0)
+        return now - matmul(xp, xp.matrix_transpose(behind), errors), keep
+
+    return repeat(now, wide // few, part, (now, keep))
