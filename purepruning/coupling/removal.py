@@ -57,11 +57,12 @@ class Removal:
 
     def shape(self, value: Value) -> tuple[Any, ...]:
         """Returns the shape of what is left of a value."""
-        sizes = []
-        for n, axis in zip(value.shape, value.axes, strict=True):
-            kept = self.kept(axis)
-            sizes.append(n if kept is None else len(kept))
-        return tuple(sizes)
+        return self.sizes(value.shape, value.axes)
+
+    def sizes(self, shape: Sequence[Any], axes: Sequence[Axis]) -> tuple[Any, ...]:
+        """Returns how many positions of each axis are left."""
+        kept = [self.kept(axis) for axis in axes]
+        return tuple(n if k is None else len(k) for n, k in zip(shape, kept, strict=True))
 
 
 def axis_before(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:

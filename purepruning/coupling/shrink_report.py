@@ -47,6 +47,8 @@ class ShrinkReport:
         dynamic: whether the batch size is open, as it is for all but some graphs.
         names: for torch, the path of the leaf that every name of the state dict stands for; of
             tied weights there is one.
+        replaced: for torch, the norms of a result of the model's own class that divide by as many
+            positions as there were, in modules of their own.
     """
 
     plan: Plan
@@ -62,6 +64,7 @@ class ShrinkReport:
     deviation: float | None = None
     dynamic: bool = True
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"ShrinkReport(params={self.params}, macs={self.macs}, kind={self.kind!r})"
@@ -83,6 +86,8 @@ class ShrinkReport:
         details = [self.reason] if self.reason else []
         details += [] if self.deviation is None else [f"agrees to {self.deviation:.0e}"]
         details += [] if self.dynamic else ["for one batch size only"]
+        count = len(self.replaced)
+        details += [f"{count} norms keep their divisors"] if count else []
         end = f" ({'; '.join(details)})" if details else ""
         lines.append(f"result: {_KINDS[self.kind]}{end}")
         return "\n".join(lines)

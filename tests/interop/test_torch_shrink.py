@@ -109,7 +109,10 @@ def norm_net(norm, width=12):
 def test_a_layer_norm_with_the_original_divisor_sees_the_zeros():
     model, inputs = norm_net(nn.LayerNorm(12))
     masks, small, report = shrunk(model, inputs)
-    assert (report.kind, report.norms, report.statistics) == ("graph", "original", 1)
+    assert (report.kind, report.norms, report.statistics) == ("module", "original", 1)
+    assert report.replaced == ("norm",)
+    assert isinstance(small.norm, nn.LayerNorm)
+    assert small.norm.normalized_shape == (6,)
     check_law(model, inputs, masks, small, report.plan)
 
 
@@ -502,3 +505,117 @@ def test_outputs_may_shrink_with_the_parameters(kind, request):
 def test_outputs_that_fit_no_result(outputs):
     with pytest.raises((TypeError, ValueError), match="outputs must"):
         ppt.couple(Features(), *image(), outputs=outputs)
+
+
+# Norms that keep their divisors in the model's own class.
+
+
+class Rooted(nn.Module):
+    """A norm of a user's own class."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Swapped(nn.LayerNorm):
+    """A layer norm of channels that come second."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm(12),
+    "layer of two axes": lambda: nn.LayerNorm((5, 12)),
+    "layer without parameters": lambda: nn.LayerNorm(12, elementwise_affine=False),
+    "rms": lambda: nn.RMSNorm(12),
+    "own": lambda: Rooted(12),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_that_keeps_its_divisor_is_in_the_models_own_class(name, dtype, tmp_path):
+    model, inputs = norm_net(NORMS[name]())
+    model, inputs = cast(model, inputs, dtype)
+    masks, small, report = shrunk(model, inputs)
+    assert (report.kind, report.replaced) == ("module", ("norm",))
+    assert type(small.norm).__name__ == type(model.norm).__name__
+    assert isinstance(small.norm, type(model.norm))
+    assert list(small.state_dict()) == list(model.state_dict())
+    inside = torch.float32 if name == "own" and dtype == torch.float64 else dtype
+    tolerance = 8 * torch.finfo(inside).eps
+    assert distance(masked(model, masks)(*inputs), small(*inputs)) <= tolerance
+    torch.save(small.norm, tmp_path / "norm.pt")
+    again = torch.load(tmp_path / "norm.pt", weights_only=False)
+    x = small.stem(*inputs)
+    assert torch.equal(again(x), small.norm(x))
+    assert torch.equal(copy.deepcopy(small)(*inputs), small(*inputs))
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(3, 12), nn.GroupNorm(12, 12), Swapped(12)])
+def test_a_norm_of_channels_that_keeps_its_divisor(norm):
+    model = Net(
+        lambda net, x: net.head(net.norm(net.stem(x))),
+        stem=conv(3, 12),
+        norm=norm,
+        head=conv(12, 4),
+    )
+    model, inputs = cast(model, image(), torch.float64)
+    masks, small, report = shrunk(fill(model, 0), inputs)
+    assert report.kind == "module"
+    assert small.stem.out_channels < 12
+    check_law(model, inputs, masks, small, report.plan)
+
+
+def test_fused_encoder_layers_do_not_pass_over_the_divisor():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = Net(
+        lambda net, x: net.head(net.layer(net.stem(x))),
+        stem=nn.Linear(6, 16), layer=layer, head=nn.Linear(16, 3),
+    )  # fmt: skip
+    model, inputs = fill(model, 0).eval(), tokens()
+    coupling = ppt.couple(model, *inputs)
+    stem = next(f for f in coupling.families if "stem.weight" in {m.path for m in f.axes})
+    masks = coupling.masks(stem.units[::2].tolist(), state_of(model))
+    found = ppt.shrink(model, masks, coupling, *inputs)
+    with torch.no_grad():
+        assert distance(masked(model, masks)(*inputs), found.model(*inputs)) <= 1e-5
+
+
+def test_masks_of_parameters_that_are_not_cut_stay_in_the_own_class():
+    model, inputs = built("chain_bn")
+    coupling = ppt.couple(model, *inputs)
+    masks = coupling.masks(half(coupling), state_of(model))
+    masks["head.bias"] = torch.arange(4) > 1
+    found = ppt.shrink(model, masks, coupling, *inputs)
+    assert found.report.kind == "module"
+    assert not found.model.head.bias[:2].any()
+    check_law(model, inputs, masks, found.model, found.report.plan)
+
+
+def test_tables_that_are_in_no_state_dict_are_cut_in_the_own_class():
+    """Rotary frequencies belong to positions of heads."""
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 16), nn.Linear(6, 16)
+            self.register_buffer("scale", torch.linspace(1, 2, 16), persistent=False)
+
+        def forward(self, x):
+            return (self.q(x) * self.scale) @ (self.k(x) * self.scale).mT
+
+    model, inputs = cast(Rotary(), tokens(), torch.float64)
+    masks, small, report = shrunk(fill(model, 0), inputs)
+    assert report.kind == "module"
+    kept = masks["q.bias"]
+    assert torch.equal(small.scale, model.scale[kept])
+    assert model.scale.shape == (16,)
+    check_law(model, inputs, masks, small, report.plan)

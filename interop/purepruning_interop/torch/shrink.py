@@ -30,9 +30,10 @@ from purepruning_interop.torch.couple import analyse
 from purepruning_interop.torch.emit.graph_module import OpenSize
 from purepruning_interop.torch.emit.table import emit
 from purepruning_interop.torch.program import Var, check, leaf_names
-from purepruning_interop.torch.surgery import cut_modules
+from purepruning_interop.torch.surgery import cut_modules, with_divisors
 from purepruning_interop.torch.tracing.export import Refused
-from purepruning_interop.torch.verify import Reference
+from purepruning_interop.torch.uses import Uses, uses_of
+from purepruning_interop.torch.verify import Reference, with_state
 
 
 def shrink(
@@ -184,6 +185,7 @@ def _shrunk(
         result.deviation,
         result.dynamic,
         leaf_names(model),
+        result.replaced,
     )
 
     def fn(params: Mapping[str, torch.Tensor], *inputs: Any, **kwargs: Any) -> Any:
@@ -232,6 +234,7 @@ class _Built(NamedTuple):
     reason: str
     deviation: float | None
     dynamic: bool
+    replaced: tuple[str, ...] = ()
 
 
 def _build(
@@ -246,20 +249,23 @@ def _build(
     plan = plan_of(coupling, removed)
     names = leaf_names(model)
     state = _cut_state(model, plan, masked, names)
+    outputs = None if coupling.outputs is True else _cut_outputs(model, coupling, removed, given)
+    reference = Reference(model, masked, complete, names, given, outputs)
+    found = analyse(model, *given, coupling.outputs)
+    check_same(coupling, found.coupling)
+    uses = uses_of(found, removed)
     own: torch.nn.Module | None = None
     try:
-        own = cut_modules(model, plan, state, names, coupling)
+        own = cut_modules(model, plan, state, names, coupling, uses)
         own.train(model.training)
         for mine, theirs in zip(own.modules(), model.modules(), strict=True):
             mine.training = theirs.training
     except Exception as error:
         why = f"its own class cannot be cut: {type(error).__name__}: {error}"
-    outputs = None if coupling.outputs is True else _cut_outputs(model, coupling, removed, given)
-    reference = Reference(model, masked, complete, names, given, outputs)
     if own is not None:
-        deviation, why = reference.compare(own, plan)
+        deviation, why, replaced = _own_class(own, plan, reference, uses, norms)
         if deviation is not None:
-            return _Built(own, plan, "module", "", deviation, True)
+            return _Built(own, plan, "module", "", deviation, True, replaced)
     graph, dynamic = _graph(model, coupling, removed, plan, state, names, given, norms)
     graph.train(model.training)
     if norms == "kept":
@@ -276,6 +282,23 @@ def _build(
             f"model does: {trouble}. That is a bug of this library"
         )
     return _Built(graph, plan, "graph", why, deviation, dynamic)
+
+
+def _own_class(
+    own: torch.nn.Module, plan: Plan, reference: Reference, uses: Uses, norms: str
+) -> tuple[float | None, str, tuple[str, ...]]:
+    """Returns how far the cut model is off, or why it cannot be, and which norms were replaced.
+
+    With ``norms="kept"`` it is compared with other norms than it has, which keep the divisor: what
+    agrees but for those is what averages over what is kept.
+    """
+    divided, replaced = own, tuple(uses.means)
+    if norms == "kept" and replaced:
+        divided, replaced = with_state(own, {}, leaf_names(own)), ()
+    if reason := with_divisors(divided, uses.means):
+        return None, reason, ()
+    deviation, why = reference.compare(divided, plan)
+    return deviation, why, replaced
 
 
 def _cut_outputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.plan import Plan
+from purepruning_interop.torch.norms import with_divisor
+from purepruning_interop.torch.uses import Uses
 
 #: Attributes by which classes remember what they are made of, for modules torch does not define.
 _HEADS = frozenset(
@@ -98,6 +100,7 @@ def cut_modules(
     state: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
     coupling: Coupling,
+    uses: Uses,
 ) -> nn.Module:
     """Returns a copy of the model with cut parameters and corrected attributes.
 
@@ -107,20 +110,57 @@ def cut_modules(
         state: the cut parameters and buffers, by path.
         names: every name of the state dict, and the path of its leaf.
         coupling: for the numbers of heads.
+        uses: what modules have to know.
     """
-    small = _copied(model, {path: t for path, t in state.items() if path in plan.cuts}, names)
+    small = _copied(model, state, names, uses.tables)
     for name, module in small.named_modules():
-        _correct(name, module, plan, names)
-    _correct_others(small, plan, names, coupling)
+        _correct(name, module, plan, names, uses)
+    _correct_others(small, plan, names, coupling, uses)
     return small
 
 
+def with_divisors(model: nn.Module, means: Mapping[str, tuple[int, int]]) -> str:
+    """Replaces norms of a cut model by such as divide by as many positions as there were.
+
+    Args:
+        model: the cut model; the root stays.
+        means: by the name of the module that takes it, the number of positions of a mean before and
+            after.
+
+    Returns why it cannot be done, or an empty string.
+    """
+    for name, (before, after) in means.items():
+        old = model.get_submodule(name)
+        new = with_divisor(old, before, after) if name else None
+        if new is None:
+            return f"a mean over what is pruned in {name or 'its forward'} ({type(old).__name__})"
+        for module in model.modules():
+            for key, child in module._modules.items():
+                if child is old:
+                    module._modules[key] = new
+                    if isinstance(module, nn.TransformerEncoderLayer):
+                        module.activation_relu_or_gelu = 0  # no fused kernel, which has own norms
+    return ""
+
+
 def _copied(
-    model: nn.Module, state: Mapping[str, torch.Tensor], names: Mapping[str, str]
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    tables: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> nn.Module:
-    """Returns a deep copy in which cut tensors take the place of the whole ones, aliases too."""
+    """Returns a deep copy in which other tensors take the place of the whole ones, aliases too."""
     full = model.state_dict(keep_vars=True)
     memo: dict[int, Any] = {}
+    cut = {(x.data_ptr(), x.shape): small for x, small in tables}
+    for module in model.modules():
+        for x in (*vars(module).values(), *module._buffers.values()):
+            if not isinstance(x, torch.Tensor):
+                continue
+            if (found := cut.get((x.data_ptr(), x.shape))) is not None:
+                memo[id(x)] = found
+            elif not x.is_leaf:  # of which torch makes no copies: results of operations
+                memo[id(x)] = x.detach().clone()
     for name, path in names.items():
         if path in state:
             memo[id(full[name])] = state[path]
@@ -129,39 +169,36 @@ def _copied(
 
 def _sizes(name: str, plan: Plan, names: Mapping[str, str], key: str) -> tuple[int, ...] | None:
     """Returns the shape of a module's parameter, if it is cut."""
-    path = names.get(f"{name}.{key}" if name else key)
-    raw = names.get(f"{name}.parametrizations.{key}.original" if name else "")
-    path = path if path is not None else raw
+    under = f"{name}." if name else ""
+    raw = f"parametrizations.{key}.original"
+    held = (key, f"{key}_orig", f"{key}_v", raw, f"{raw}1")  # whole, pruned, or with its norm apart
+    path = next((names[under + k] for k in held if under + k in names), None)
     return plan.shape(path) if path is not None and path in plan.cuts else None
 
 
-def _correct(name: str, module: nn.Module, plan: Plan, names: Mapping[str, str]) -> None:
+def _correct(
+    name: str, module: nn.Module, plan: Plan, names: Mapping[str, str], uses: Uses
+) -> None:
     """Corrects what a class of torch's remembers about its parameters."""
     weight = _sizes(name, plan, names, "weight")
     match module:
         case nn.Linear() if weight:
             module.out_features, module.in_features = weight
-        case nn.modules.conv._ConvTransposeNd() if weight:
-            groups = module.groups
-            own = weight[0] if groups == module.in_channels else groups
-            module.groups, module.in_channels = own, weight[0]
-            module.out_channels = weight[1] * module.groups
         case nn.modules.conv._ConvNd() if weight:
-            if module.groups > 1 and weight[1] == 1 and module.in_channels == module.groups:
-                each = module.out_channels // module.groups
-                module.groups = weight[0] // each  # a kernel of its own for every channel
-            elif module.groups > 1 and weight[1] * module.groups == module.in_channels:
-                each = module.out_channels // module.groups
-                module.groups = max(weight[0] // each, 1)  # whole groups went
-            module.in_channels, module.out_channels = weight[1] * module.groups, weight[0]
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            if module.groups > 1:
+                module.groups = uses.channels.get(name, module.groups * weight[1]) // weight[1]
+            sides = (weight[1] * module.groups, weight[0])
+            module.in_channels, module.out_channels = sides[::-1] if transposed else sides
         case nn.modules.batchnorm._NormBase():
             size = weight or _sizes(name, plan, names, "running_mean")
             if size:
                 module.num_features = size[0]
         case nn.LayerNorm() | nn.RMSNorm() if weight:
             module.normalized_shape = tuple(weight)
-        case nn.GroupNorm() if weight:
-            module.num_channels = weight[0]
+        case nn.GroupNorm():
+            module.num_channels = weight[0] if weight else module.num_channels
+            module.num_groups = uses.groups.get(name, module.num_groups)
         case nn.Embedding() | nn.EmbeddingBag() if weight:
             module.num_embeddings, module.embedding_dim = weight
         case nn.PReLU() if weight:
@@ -175,17 +212,20 @@ def _correct(name: str, module: nn.Module, plan: Plan, names: Mapping[str, str])
             hidden = _sizes(name, plan, names, "weight_hh")
             module.input_size = weight_ih[1]
             module.hidden_size = hidden[1] if hidden else module.hidden_size
+        case _ if type(module).__name__ == "Conv1D" and weight:  # of transformers: (in, out)
+            vars(module).update(nx=weight[0], nf=weight[1])
         case _:
             pass
 
 
 def _correct_others(
-    model: nn.Module, plan: Plan, names: Mapping[str, str], coupling: Coupling
+    model: nn.Module, plan: Plan, names: Mapping[str, str], coupling: Coupling, uses: Uses
 ) -> None:
     """Corrects heads, head sizes and widths that other classes remember.
 
-    An attribute is corrected where its name says what it is and exactly one new value is possible;
-    whether it was right is for a run of the model to show.
+    An attribute is corrected where the module calls operations with its value, and that becomes
+    another one; else where its name says what it is and exactly one new value is possible. Whether
+    it was right is for a run of the model to show.
     """
     removed = set(plan.removed)
     for name, module in model.named_modules():
@@ -225,11 +265,24 @@ def _correct_others(
                 if key in _WIDTHS
                 else {}
             )
-            possible = table.get(value, set())
+            said = uses.sizes.get(name, {}).get(value, set())
+            possible = said if len(said) == 1 and _is_width(key) else table.get(value, set())
             if len(possible) == 1 and possible != {value}:
                 setattr(module, key, min(possible))
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             _correct_attention(module)
+
+
+def _is_width(name: str) -> bool:
+    """Whether an attribute may be a width, or a number of heads or groups, by its name."""
+    return not any(part in name for part in _NO_WIDTHS)
+
+
+#: Parts of names of numbers that may equal a width, and are none.
+_NO_WIDTHS = (
+    "kernel", "patch", "image", "img", "window", "vocab", "chunk", "stride", "pad", "dilation",
+    "layer", "max", "min", "idx", "index", "len", "seq", "num_labels", "token", "resolution",
+)  # fmt: skip
 
 
 def _correct_attention(module: nn.MultiheadAttention) -> None:

@@ -29,7 +29,8 @@ from purepruning_interop.torch.precision import (
 #: How far two models of one function may always differ in float64, relative to the largest output.
 EXACT = 1e-10
 
-#: And how far in any precision, in units of what a change of every last digit does.
+#: And how far in any precision, in units of what a change of every last digit does; but never by
+#: more than the root of that digit.
 ROUNDINGS = 16
 
 
@@ -72,9 +73,13 @@ class Reference:
         self._others: dict[str, torch.Tensor] | None = None
         self._known: dict[Any, Outputs | None] = {}
 
-    def _coarse(self) -> bool:
-        """Whether the model has parameters of half precision."""
-        return any(widen(x.dtype, IN_FLOAT32) is not x.dtype for x in self.state.values())
+    def _digit(self, reading: Reading) -> float:
+        """Returns the last digit of the coarsest parameter, as it is read."""
+        dtypes = [x.dtype for x in self.state.values() if x.is_floating_point()]
+        return max(
+            (torch.finfo(widen(d, reading)).eps for d in dtypes),
+            default=torch.finfo(torch.float64).eps,
+        )
 
     def steady(self) -> bool:
         """Whether the masked model gives the same twice, and numbers."""
@@ -104,8 +109,11 @@ class Reference:
                 line = str(error).strip().splitlines()
                 reason = line[0] if line else type(error).__name__
                 return None, f"its forward does not run with smaller layers: {reason}"
-            if math.isinf(distance(expected, found)):
+            off = distance(expected, found)
+            if math.isinf(off):
                 return None, "its forward gives other shapes, or numbers where there were none"
+            if off > self._digit(AS_IT_IS) ** 0.5 and off > self._rounding(right, AS_IT_IS, False):
+                return None, f"its forward gives something else ({off:.0e} off) in its own dtype"
         off = math.inf
         for reading in (IN_FLOAT64, IN_FLOAT32, AS_IT_IS):
             judged = self._judge(small, right, reading)
@@ -114,8 +122,8 @@ class Reference:
             off, allowed = judged
             if off <= allowed:
                 return off, ""
-            if reading is IN_FLOAT32 and self._coarse():  # half precision cannot tell what this can
-                break
+            if reading is IN_FLOAT32 and self._digit(AS_IT_IS) > self._digit(reading):
+                break  # half precision cannot tell what this can
         return None, f"its forward gives something else ({off:.0e} off)"
 
     def _judge(
@@ -137,12 +145,18 @@ class Reference:
                 off = math.inf
             allowed = EXACT if reading is IN_FLOAT64 else 1e-300
             if allowed < off < math.inf:
-                noisy = right.outputs(reading, drawn, noisy=True)
-                if noisy is not None:
-                    allowed = max(allowed, ROUNDINGS * distance(expected, noisy))
+                most = self._digit(reading) ** 0.5
+                allowed = max(allowed, min(self._rounding(right, reading, drawn), most))
             if worst is None or off / allowed > worst[0] / worst[1]:
                 worst = off, allowed
         return worst
+
+    def _rounding(self, right: _Right, reading: Reading, drawn: bool) -> float:
+        """Returns how far rounding may move outputs."""
+        expected, noisy = (right.outputs(reading, drawn, noisy=n) for n in (False, True))
+        if expected is None or noisy is None:
+            return 0.0
+        return ROUNDINGS * distance(expected, noisy)
 
     def values(self) -> dict[str, torch.Tensor]:
         """Returns other values for all parameters, such that signals keep their size."""
