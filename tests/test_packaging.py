@@ -41,8 +41,10 @@ ALSO = {
     "saving/plans.py": {"safetensors"},
     "saving/states.py": {"safetensors"},
     "training/transforms.py": {"optax"},
+    "search/ddpg.py": {"optax"},
     "search/driver.py": {"rich"},
     "search/knapsack.py": {"scipy"},
+    "search/sensitivity.py": {"matplotlib"},
     "summary.py": {"rich"},
 }
 
