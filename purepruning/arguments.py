@@ -109,8 +109,8 @@ def missing(message: str, name: object, known: Iterable[str], *, limit: int = 5)
 def fraction(value: Any, where: str) -> float:
     """Returns a number in [0, 1]; ``where`` names it in messages.
 
-    A number of lower precision stands for the simplest fraction within its noise: float32
-    0.39999998 is 2/5, and 0.6666666 is 2/3.
+    A number of lower precision stands for the simplest decimal or fraction within its noise:
+    float32 0.39999998 is 0.4, 0.0453 is 0.0453, and 0.6666666 is 2/3.
     """
     dtype = getattr(value, "dtype", None)
     if not is_number(value):
@@ -124,8 +124,8 @@ def fraction(value: Any, where: str) -> float:
         raise ValueError(f"{where} must lie in [0, 1], got {shown(value)}")
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
         near = Fraction(float(value))
-        noise = near * 2 * Fraction(float(jnp.finfo(dtype).eps))
-        return float(_simplest(near - noise, min(near + noise, Fraction(1))))
+        noise = near * Fraction(float(jnp.finfo(dtype).eps))
+        return float(_meant(near, max(near - noise, Fraction(0)), min(near + noise, Fraction(1))))
     return float(value)
 
 
@@ -137,6 +137,21 @@ def is_number(value: Any) -> bool:
     if not isinstance(dtype, np.dtype) or np.shape(value):
         return False
     return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
+
+
+def _meant(near: Fraction, low: Fraction, high: Fraction) -> Fraction:
+    """Returns what ``near`` was before it was rounded into ``[low, high]``.
+
+    A decimal or a fraction, whichever is written with much less: there are 10**d decimals of d
+    places, and about q**2 fractions of denominators up to q. Where neither is, the larger one, so
+    that rounding costs no unit.
+    """
+    places = next(d for d in range(60) if low <= round(near, d) <= high)
+    decimal, simplest = round(near, places), _simplest(low, high)
+    decimals, fractions = 10**places, simplest.denominator**2
+    if max(decimals, fractions) < 16 * min(decimals, fractions):
+        return max(decimal, simplest)
+    return decimal if decimals < fractions else simplest
 
 
 def _simplest(low: Fraction, high: Fraction) -> Fraction:
