@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import is_concrete, is_torch
+from purepruning.arrays import is_concrete, is_dense, is_torch
 
 
 def shown(value: Any) -> str:
@@ -30,6 +30,8 @@ def shown(value: Any) -> str:
         return f"an empty {type(value).__name__}"
     if isinstance(value, np.generic) or (isinstance(value, list | tuple) and _is_short(value)):
         return repr(value)[:60]
+    if is_torch(value) and not is_dense(value):
+        return f"a tensor of layout {value.layout}, which is not dense; call its to_dense() first"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
     return type(value).__name__

@@ -73,13 +73,18 @@ def is_numpy(x: Any) -> bool:
 
 
 def is_array(x: Any) -> bool:
-    """Whether ``x`` is an array of numbers, a tensor, or a shape in the place of one."""
+    """Whether ``x`` is an array of numbers, a dense tensor, or a shape in the place of one."""
     if is_torch(x):
-        return True
+        return is_dense(x)
     if is_numpy(x):
         return x.dtype.kind == "b" or jnp.issubdtype(x.dtype, jnp.number)  # no objects, no strings
     known = isinstance(x, jax.Array | jax.ShapeDtypeStruct | jax.core.ShapedArray)
     return known and not jnp.issubdtype(x.dtype, jax.dtypes.extended)  # no random keys
+
+
+def is_dense(x: Any) -> bool:
+    """Whether a torch tensor holds every number, at a place of its own."""
+    return str(x.layout) == "torch.strided"
 
 
 def has_values(x: Any) -> bool:

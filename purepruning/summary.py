@@ -61,7 +61,8 @@ class Summary:
 
     Attributes:
         layers: one row per layer of the table.
-        masked_kept: weights kept, of the parameters that have a mask (biases included).
+        masked_kept: weights kept, of the parameters that have a mask (biases included, of which a
+            mask of single weights keeps all).
         masked: all weights of the parameters that have a mask.
         kept: weights kept, of all parameters.
         total: all weights of all parameters.
@@ -72,6 +73,21 @@ class Summary:
     masked: int
     kept: int
     total: int
+
+    @property
+    def layers_kept(self) -> int:
+        """Weights kept, of the layers whose weight has a mask; biases not included."""
+        return sum(row.weights_kept for row in self.layers if row.masked)
+
+    @property
+    def layers_masked(self) -> int:
+        """All weights of the layers whose weight has a mask; biases not included."""
+        return sum(row.weights for row in self.layers if row.masked)
+
+    @property
+    def layers_density(self) -> float:
+        """Fraction kept of the layers whose weight has a mask: 0.2 where 80 % were asked for."""
+        return _share(self.layers_kept, self.layers_masked)
 
     @property
     def masked_density(self) -> float:
@@ -90,7 +106,17 @@ class Summary:
 
     def to_json(self) -> str:
         """Returns the summary as a JSON object; an infinite compression is null."""
-        sums = ("masked_kept", "masked", "masked_density", "kept", "total", "density")
+        sums = (
+            "layers_kept",
+            "layers_masked",
+            "layers_density",
+            "masked_kept",
+            "masked",
+            "masked_density",
+            "kept",
+            "total",
+            "density",
+        )
         compression = self.compression if self.kept else None
         return json.dumps(
             {
@@ -133,7 +159,9 @@ class Summary:
 
     def _sums(self) -> list[str]:
         return [
-            f"pruned parameters: {self.masked_kept:,} of {self.masked:,} weights kept "
+            f"pruned layers:     {self.layers_kept:,} of {self.layers_masked:,} weights kept "
+            f"({_percent(self.layers_density)})",
+            f"masked parameters: {self.masked_kept:,} of {self.masked:,} weights kept "
             f"({_percent(self.masked_density)})",
             f"all parameters:    {self.kept:,} of {self.total:,} weights kept "
             f"({_percent(self.density)}), compression {self.compression:.2f}x",
@@ -161,7 +189,8 @@ def summarize(params: Params, masks: Masks, layers: Layers) -> Summary:
     ------------------------------------------------
     w      Linear  3x4         3/4     9/12    75.0%
     <BLANKLINE>
-    pruned parameters: 9 of 12 weights kept (75.0%)
+    pruned layers:     9 of 12 weights kept (75.0%)
+    masked parameters: 9 of 12 weights kept (75.0%)
     all parameters:    13 of 16 weights kept (81.2%), compression 1.23x
     """
     leaves = flatten(params).leaves

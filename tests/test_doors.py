@@ -121,9 +121,25 @@ def test_scores_of_one_framework_are_not_for_parameters_of_the_other():
         pp.prune_units(jnp.asarray(scores), other.params, other.coupled)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_sparse_tensors(convert):
+    side = sides()[1]
+    params = {**side.params, "a.w": convert(side.params["a.w"])}
+    for call in (
+        lambda: pp.level(params, None, side.config),
+        lambda: pp.l1_norm(params, None, side.channels),
+        lambda: pp.l1_norm(params, None, side.coupled),
+        lambda: pp.apply_masks(params, side.masks),
+        lambda: pp.prune_scores(params, side.params, side.config),
+    ):
+        with raises(TypeError, "'a", "not dense", "to_dense()"):
+            call()
+
+
 def test_parameters_that_a_coupling_needs():
     for side in sides():
-        flat = {path: x for path, x in side.of(world.values()).items()}
+        flat = side.of(world.values())
         params = {k: v for k, v in flat.items() if k not in ("b", "b.w")}
         with raises(KeyError, "params have no 'b.w'"):
             pp.group_norm(params, None, side.coupled)

@@ -66,12 +66,30 @@ def test_layers(summary):
 
 
 def test_sums_count_biases_and_unmasked_parameters(summary):
+    # Without the bias, 12 + 24 + 12 = 48, of which 6 + 18 + 10 = 34 stay.
+    assert (summary.layers_kept, summary.layers_masked) == (34, 48)
+    assert summary.layers_density == 34 / 48
     # Masked: 12 + 4 + 24 + 12 = 52, of which 6 + 2 + 18 + 10 = 36 stay; 5 more have no mask.
     assert (summary.masked_kept, summary.masked) == (36, 52)
     assert (summary.kept, summary.total) == (41, 57)
     assert summary.masked_density == 36 / 52
     assert summary.density == 41 / 57
     assert summary.compression == 57 / 41
+
+
+@pytest.mark.parametrize(
+    ("granularity", "density"), [("element", 0.2), (pp.NM(2, 4), 0.5), ("output_channel", 0.25)]
+)
+def test_the_density_is_what_was_asked_for(granularity, density):
+    params = {"w": jnp.arange(160.0).reshape(40, 4), "b": jnp.ones(4)}
+    layer = pp.make_layer(params, "w", "Linear", out_axes=1, in_axes=0, bias="b")
+    rule = {"op_types": ["Linear"]} | (
+        {} if isinstance(granularity, pp.NM) else {"sparsity": 1 - density}
+    )
+    config = pp.resolve([rule], [layer], granularity=granularity)
+    pruner = pp.l1_norm if granularity == "output_channel" else pp.level
+    summary = summarize(params, pruner(params, None, config), [layer])
+    assert summary.layers_density == density
 
 
 def test_counts_are_python_ints(summary):
@@ -101,6 +119,7 @@ def test_text(summary):
         "stack": ["Linear", "2x2x3", "5/6", "10/12", "83.3%"],
         "free[red]": ["Custom", "5", "5/5", "dense"],
     }
+    assert "pruned layers:     34 of 48 weights kept (70.8%)" in text
     assert "36 of 52 weights kept (69.2%)" in text
     assert "41 of 57 weights kept (71.9%), compression 1.39x" in text
 

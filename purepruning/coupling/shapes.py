@@ -110,8 +110,11 @@ def resized(flow: Flow, value: Value, axis: int, size: Any) -> Value:
     )
 
 
-def part(flow: Flow, value: Value, axis: int, start: int, size: int, step: int = 1) -> Value:
-    """Returns a strided part of an axis."""
+def part(flow: Flow, value: Value, axis: int, start: int, size: Any, step: int = 1) -> Value:
+    """Returns a strided part of an axis, which stays whole if ``size`` is not known."""
+    if value.axes[axis] is not None and not isinstance(size, int | np.integer):
+        flow.keep(value, "a part of it is taken whose size depends on data", [axis])
+        return resized(flow, value, axis, size)
     if value.axes[axis] is None:
         return resized(flow, value, axis, size)
     return take(flow, value, axis, start + step * np.arange(size))

@@ -67,9 +67,9 @@ _ELSEWHERE = {
     "movement": "is trained like parameters: use pp.movement",
     "simulatedannealing": "is a search: use pp.search.annealing",
     "autocompress": "is a search around ADMM: use pp.search.annealing and pp.admm",
-    "amc": "is not in this version: use pp.search to divide a budget among layers",
-    "netadapt": "is not in this version: use pp.search to divide a budget among layers",
-    "sensitivity": "is not in this version: use pp.search to divide a budget among layers",
+    "amc": "is not in this version: divide a budget among layers with pp.search.netadapt",
+    "netadapt": "is a search: use pp.search.netadapt",
+    "sensitivity": "is not in this version: divide a budget among layers with pp.search.netadapt",
     "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
     "which attention loses whole heads",
 }

@@ -239,7 +239,7 @@ def _kind(name: str, leaf: Any) -> dict[str, Any]:
     elif not _can_be_stored(leaf, kind["dtype"]):
         raise TypeError(
             f"the state's leaf {_shown(name)} has dtype {leaf.dtype}, which a file does not hold; "
-            "convert it to numbers of at most 64 bits, dense and in this machine's byte order"
+            "convert it to numbers of at most 64 bits, in this machine's byte order"
         )
     return kind
 
@@ -251,9 +251,8 @@ def _can_be_stored(leaf: Any, dtype: str) -> bool:
     except TypeError:
         return False
     number = found == np.bool_ or jnp.issubdtype(found, jnp.number)
-    dense = not is_torch(leaf) or str(leaf.layout) == "torch.strided"
     widths = {"f": 8, "c": 16}
-    return bool(number) and dense and found.isnative and found.itemsize <= widths.get(found.kind, 8)
+    return bool(number) and found.isnative and found.itemsize <= widths.get(found.kind, 8)
 
 
 def _to_numpy(name: str, leaf: Any) -> np.ndarray:

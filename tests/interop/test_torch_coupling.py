@@ -325,6 +325,33 @@ def test_counts_are_those_of_a_hand_calculation():
     assert found.params == sum(p.numel() for p in model.parameters())
 
 
+class CutByData(nn.Module):
+    """Takes as many of the channels of one layer as an input says."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.hidden = nn.Linear(4, 6), nn.Linear(4, 5)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x, n):
+        taken = self.cut(x)[:, : n.item()].sum(1, keepdim=True)
+        return taken + self.out(self.hidden(x).relu())
+
+
+def test_a_part_whose_size_depends_on_data_keeps_what_it_is_taken_from():
+    model, x, n = CutByData(), torch.randn(2, 4), torch.tensor(3)
+    coupling = ppt.couple(model, x, n)
+    assert "size depends on data" in frozen_reason(coupling)["cut.weight", 0]
+    rules = [{"sparsity": 0.5, "op_types": ["Linear"]}]
+    config = pp.resolve(rules, ppt.layers(model), coupling=coupling)
+    masks = pp.l1_norm(dict(model.named_parameters()), None, config)
+    small = ppt.shrink(model, masks, coupling, x, n)
+    assert small.model.hidden.weight.shape == (3, 4)
+    for n in (torch.tensor(3), torch.tensor(5)):
+        masked = ppt.masked_call(model, small.report.masks, x, n)
+        torch.testing.assert_close(small.model(x, n), masked)
+
+
 def test_what_torch_cannot_take_apart_is_refused():
     """It writes into tensors that it passes by keyword."""
     model = nn.Sequential(conv(3, 8), nn.CrossMapLRN2d(3), conv(8, 4))

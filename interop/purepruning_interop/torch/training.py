@@ -202,6 +202,11 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     """
     inner = optimizer
     while not (isinstance(inner, torch.optim.Optimizer) and "param_groups" in vars(inner)):
+        if type(optimizer).__module__.startswith("optax"):
+            raise TypeError(
+                "keep_pruned: optimizer is an Optax transform; use purepruning.keep_pruned(masks, "
+                "optimizer) for it"
+            )
         if not hasattr(inner, "optimizer"):
             raise TypeError(
                 "keep_pruned: optimizer must be a torch.optim.Optimizer, or hold one as its "
