@@ -30,6 +30,7 @@ from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.alps import alps
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.geometric_median import fpgm
+from purepruning.pruners.grasp import grasp, hessian_gradient
 from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.obc import obc, obc_errors
@@ -37,7 +38,9 @@ from purepruning.pruners.random import random_pruning
 from purepruning.pruners.ria import ria
 from purepruning.pruners.scores import prune_scores
 from purepruning.pruners.slimming import slim, slim_penalty
+from purepruning.pruners.snip import snip
 from purepruning.pruners.sparse_gpt import sparse_gpt
+from purepruning.pruners.synflow import synaptic_flow, synflow
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.pruners.wanda import wanda
 from purepruning.pruners.zeros import masks_from_zeros
@@ -52,6 +55,7 @@ from purepruning.selection.prune import prune
 from purepruning.summary import summarize
 from purepruning.training import admm, movement
 from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
+from purepruning.training.iterative import iterative
 from purepruning.training.lottery import lottery
 from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
@@ -79,6 +83,14 @@ __all__ = [
     "apoz_rank",
     "mean_activation_rank",
     "taylor_fo",
+    # At initialisation, and in rounds.
+    "snip",
+    "grasp",
+    "hessian_gradient",
+    "synflow",
+    "synaptic_flow",
+    "iterative",
+    # With inputs of calibration data.
     "wanda",
     "ria",
     # Those that change the weights that stay: (params, stats, config) -> (params, masks).

@@ -490,3 +490,19 @@ def in_batches(function: Callable[[Any], Any], x: Any, size: int) -> Any:
     else:
         pieces = [function(x[start : start + size]) for start in range(0, n, size)]
     return jax.tree.map(lambda *some: namespace(x).concat(some, axis=0), *pieces)
+
+
+def grad(params: Any) -> Callable[..., Any]:
+    """Returns ``grad`` of the framework that ``params`` are of."""
+    torch = any(map(is_torch, jax.tree.leaves(params)))
+    return sys.modules["torch"].func.grad if torch else jax.grad
+
+
+def along(slope: Callable[[Any], Any], params: Any, direction: Any) -> Any:
+    """Returns the derivative of a gradient, whose matrix is symmetric, along a direction.
+
+    Forward over reverse in JAX; in torch, whose forward mode warns of what it is made of, reverse.
+    """
+    if any(map(is_torch, jax.tree.leaves(params))):
+        return sys.modules["torch"].func.vjp(slope, params)[1](direction)[0]
+    return jax.jvp(slope, (params,), (direction,))[1]

@@ -135,6 +135,11 @@ ROWS = (
     Row(pp.taylor_fo, TILES, "global", stats=slopes, channels=None),
     # The sign of the gradients goes with the position, so permuted channels have other sums.
     Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
+    Row(pp.snip, scope="global", stats=slopes),
+    Row(pp.snip, CHANNEL, stats=slopes, channels=None),
+    # Scores are signed: what is pruned already, of score 0, is not the least.
+    Row(pp.grasp, stats=slopes, channels=None, idempotent=False),
+    Row(pp.synflow, NM(1, 2), stats=slopes),
     Row(pp.wanda, stats=norms),
     Row(pp.wanda, NM(1, 2), stats=norms),
     Row(pp.wanda, CHANNEL, "global", stats=norms),

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arguments import flag, instance
-from purepruning.arrays import namespace
-from purepruning.config.config import Config, check_config
-from purepruning.exact_sum import exact_sum
-from purepruning.granularity import Grid, fold
-from purepruning.layers import Layer
+from purepruning.arguments import flag
+from purepruning.config.config import Config
+from purepruning.pruners.of_gradients import of_layer, of_units, totals_of
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
 from purepruning.stats import gradients
 from purepruning.stats.accumulate import CompensatedSum, value
-from purepruning.stats.checks import check_totals, match, placed, refuse_empty
-from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
 
@@ -61,42 +56,9 @@ def taylor_fo(
     >>> taylor_fo(params, stats, config)["fc"].tolist()
     [[True, False]]
     """
-    return prune(_TAYLOR, params, _checked(params, stats, config, grouped), config)
-
-
-def _checked(params: Any, stats: Any, config: Config, grouped: bool) -> dict[str, CompensatedSum]:
-    """Returns the total that scores are made of, of the layers that are pruned."""
-    check_config("taylor_fo", config)
-    expected = "the statistics of stats.gradients"
-    instance(stats, gradients.GradientStats, "taylor_fo: stats", expected)
-    check_totals("taylor_fo", stats)
     flag(grouped, "taylor_fo: grouped")
-    kind = "grouped" if grouped else "squares"
-    totals = getattr(stats, kind)
-    if config.layers and not totals:
-        if not any(stats[1:]):
-            raise ValueError("taylor_fo: the statistics were made for no layers")
-        raise ValueError(
-            f"taylor_fo: the statistics do not hold {kind!r}; make them with "
-            f"gradients.init(..., keep=[{kind!r}])"
-        )
-    shapes = {}
-    for layer in config.layers:
-        shapes[layer.name] = gradients.shape(layer, config.granularity)
-        of_elements = tuple(getattr(getattr(totals.get(layer.name), "high", None), "shape", ()))
-        if not grouped and of_elements == layer.shape:
-            shapes[layer.name] = layer.shape
-    match("taylor_fo", totals, shapes)
-    refuse_empty("taylor_fo", {layer.name: stats.steps for layer in config.layers})
-    leaves = flatten(params).leaves
-    return {
-        layer.name: placed("taylor_fo", layer.name, totals[layer.name], leaves.get(layer.weight))
-        for layer in config.layers
-    }
-
-
-def _of(totals: dict[str, CompensatedSum], layer: Layer) -> CompensatedSum:
-    return totals[layer.name]
+    kind: gradients.Kept = "grouped" if grouped else "squares"
+    return prune(_TAYLOR, params, totals_of("taylor_fo", params, stats, config, kind), config)
 
 
 def _element(weight: Any, layer_stats: CompensatedSum) -> Piece:
@@ -107,11 +69,4 @@ def _total(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
     return value(CompensatedSum(*arrays))
 
 
-def _unit(weight: Any, layer_stats: CompensatedSum, g: Grid) -> Any:
-    total = value(layer_stats)
-    if tuple(total.shape) == tuple(weight.shape):
-        return fold(namespace(total), total, g, exact_sum)
-    return total
-
-
-_TAYLOR = Criterion("taylor_fo", element=_element, channel=_unit, block=_unit, of=_of)
+_TAYLOR = Criterion("taylor_fo", element=_element, channel=of_units, block=of_units, of=of_layer)

@@ -523,7 +523,7 @@ def layers(*others: tuple[str, Any, Fate], names: bool = False, config_too: bool
         return "refuse"
 
     def more(good: Any) -> Iterator[Wrong]:
-        rows = list(good)
+        rows = list(good) or [_LAYER]
         yield from (Wrong(*other) for other in others)
         yield Wrong("a row alone", rows[0], "refuse")
         yield Wrong("a row of another model", [*rows, _LAYER], "either")

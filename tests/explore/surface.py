@@ -309,6 +309,10 @@ def _statistics(s: Side) -> Iterator[Call]:
     of |= {"stats": of_slopes, "a": of_slopes, "b": of_slopes, "keep": _one_of("keep", ["cubes"])}
     of |= {"grads": kinds.arrays("a.w", words=("gradient",)), "grouped": flag()}
     yield row("taylor_fo", s.params, slopes, s.channels, False, of=of, label=at)
+    yield row("snip", s.params, slopes, s.channels, of=of, label=at)
+    yield row("grasp", s.params, slopes, s.channels, of=of, label=at)
+    yield row("synflow", s.params, slopes, s.channels, of=of, label=at)
+    yield from _at_initialization(s, at)
     of |= {"config": _config(s, counts=False)}
     yield row("stats.gradients.init", s.params, s.channels, ["squares"], of=of, label=at)
     of |= {"params": kinds.params("a.w")}
@@ -316,6 +320,22 @@ def _statistics(s: Side) -> Iterator[Call]:
     yield row("stats.gradients.merge", slopes, slopes, of=of, label=at)
     yield from _inputs(s, at)
     yield from _accumulate(s, at)
+
+
+def _at_initialization(s: Side, at: str) -> Iterator[Call]:
+    of = _kinds(s, config=_config(s, counts=False), rescale=flag(), regrow=flag())
+    of |= {"loss": kinds.function(called=False, words=("loss",)), "params": _GOOD}
+    of |= {"outputs": kinds.function(called=False, words=("outputs",))}
+    of |= {"rounds": kinds.integer(1, 2**20), "curve": choice("exponential", "linear")}
+
+    def total(p: Any) -> Any:
+        return sum((x * x).sum() for x in (p.values() if s.is_torch else jax.tree.leaves(p)))
+
+    yield row("hessian_gradient", total, s.params, of=of, label=at)
+    of |= {"params": kinds.params("a.w")}
+    yield row("synaptic_flow", total, s.params, s.config, False, of=of, label=at)
+    of |= {"config": _config(s, model=False)}
+    yield row("iterative", pp.level, s.config, 3, "linear", True, of=of, label=at)
 
 
 def _inputs(s: Side, at: str) -> Iterator[Call]:
