@@ -77,6 +77,20 @@ def reduce_whole(flow: Flow, value: Value, axes: Sequence[int], what: str) -> Va
     return dataclasses.replace(found, at_removed=at_removed, summed=None)
 
 
+def reduce_extreme(flow: Flow, value: Value, axes: Sequence[int], what: str, sign: int) -> Value:
+    """Returns a maximum (``sign`` 1) or minimum (-1) over some axes.
+
+    Removed zeros change no maximum of what is nowhere below zero, as in the scale of a quantised
+    weight; any other must see all positions.
+    """
+    if value.sign != sign or not all(is_zero(value.at_removed[a]) for a in axes):
+        return reduce_whole(flow, value, axes, what)
+    rest = [a for a in range(value.ndim) if a not in set(axes)]
+    found = shapes.select_axes(flow, value, rest)
+    at_removed = tuple(d if is_zero(d) else UNKNOWN for d in found.at_removed)
+    return dataclasses.replace(found, at_removed=at_removed, summed=None, sign=sign)
+
+
 def running_sum(flow: Flow, value: Value, axis: int, where: Any) -> Value:
     """Returns cumulative sums along an axis: exact where removed positions hold zero."""
     x = flow.atoms.resolve(value.axes[axis])

@@ -161,6 +161,8 @@ def _evaluate(name: str, xs: tuple[float, ...], function: Function) -> float:
         return 0.0
     if name == "div" and xs[0] == 0.0 and xs[1] != 0.0:
         return 0.0
+    if name == "select_n" and math.isfinite(xs[0]) and 0 <= xs[0] < len(xs) - 1:
+        return xs[1 + int(xs[0])]  # whatever the others are
     if name == "select_n" and all(_same(x, xs[1]) for x in xs[1:]) and math.isfinite(xs[1]):
         return xs[1]
     if any(math.isnan(x) for x in xs):

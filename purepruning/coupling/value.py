@@ -33,6 +33,7 @@ class Value:
             array depends on an input.
         leaf: ``(path, permutation)`` if it is a parameter, its axes at most reordered.
         summed: for a sum over axes that may shrink: what it ran over, see :class:`Summed`.
+        sign: 1 where no number is below zero, -1 where none is above, 0 where that is not known.
     """
 
     shape: tuple[Any, ...]
@@ -42,6 +43,7 @@ class Value:
     origins: tuple[frozenset[tuple[str, int]], ...] | None = None
     leaf: tuple[str, tuple[int, ...]] | None = None
     summed: Summed | None = None
+    sign: int = 0
 
     @property
     def ndim(self) -> int:

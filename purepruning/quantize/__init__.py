@@ -31,6 +31,7 @@ After pruning: ``apply_masks(qat.weights(params, state, config), masks)``; quant
 """
 
 from purepruning.quantize import bnn, dorefa, lsq, naive, observers, ptq, qat
+from purepruning.quantize.batch_norm import fold_batch_norm
 from purepruning.quantize.config import QuantizationConfig, Target, resolve_quantization
 from purepruning.quantize.fake import Scale, affine, fake_quantize, symmetric
 
@@ -44,6 +45,7 @@ __all__ = [
     "lsq",
     # Ranges of activations.
     "observers",
+    "fold_batch_norm",
     # What they are made of.
     "fake_quantize",
     "affine",

@@ -90,7 +90,9 @@ def fake_quantize(x: Array, scale: Any, zero_point: Any, low: int, high: int) ->
     whole = xp.round(constant * (1 / scale)) + stop_gradient(zero_point)
     clipped = xp.clip(whole, low, high)
     through = xp.where(whole == clipped, wide - constant, 0.0)  # zero, with a derivative of one
-    return xp.astype((clipped - zero_point) * scale + through, x.dtype)
+    # A zero is one anyway; said so, it is seen where the coupling of channels is read off.
+    value = xp.where(constant == 0, 0.0, (clipped - zero_point) * scale)
+    return xp.astype(value + through, x.dtype)
 
 
 def to_integers(x: Array, scale: Any, zero_point: Any, low: int, high: int) -> Any:

@@ -79,7 +79,8 @@ def activations(
     """Returns functions for an adapter's ``replace``, which fake-quantise inputs and outputs.
 
     In training by the average range with this batch in it; they find the batch's range, for
-    :func:`update`. In evaluation by the state's; what was never observed is left as it is.
+    :func:`update`. In evaluation by the state's, and they find nothing; what was never observed is
+    left as it is.
     Before its ``quant_start_step`` a value is left as it is, though observed.
     """
     _check_state("qat.activations", state)
@@ -90,8 +91,10 @@ def activations(
         average = state.averages[target.site]
 
         def quantize(value: Any) -> tuple[Any, Any]:
-            seen = observers.range_of(arrays_at("qat.activations", target, value))
-            now = observers.after(average, seen) if training else average
+            arrays, seen, now = arrays_at("qat.activations", target, value), None, average
+            if training:
+                seen = observers.range_of(arrays)
+                now = observers.after(average, seen)
             scale = scale_of(target, *observers.bounds(now))
 
             def quantized(x: Any) -> Any:

@@ -22,11 +22,13 @@ def weight_scale(weight: Any, target: Target) -> Scale:
     """
     xp = namespace(weight)
     wide = stop_gradient(xp.astype(weight, xp.float32))
+    # Ranges contain zero; taken first, that shows that pruned zeros change no range.
+    below, above = xp.clip(wide, None, 0.0), xp.clip(wide, 0.0, None)
     axes = grouped(target)[1]
-    if not axes:
-        return scale_of(target, wide, wide)
-    smallest = xp.min(wide, axis=axes, keepdims=True)
-    return scale_of(target, smallest, xp.max(wide, axis=axes, keepdims=True))
+    if axes:
+        below = xp.min(below, axis=axes, keepdims=True)
+        above = xp.max(above, axis=axes, keepdims=True)
+    return scale_of(target, below, above)
 
 
 def quantized_weight(weight: Any, target: Target) -> Any:

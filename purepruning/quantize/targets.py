@@ -111,6 +111,7 @@ def check_seen(where: str, seen: Any, config: QuantizationConfig) -> None:
 
 def refuse_start(where: str, config: QuantizationConfig) -> None:
     """Raises where a quantizer without steps is given rules with a start step."""
+    check_quantization(where, config)
     for target in config.targets:
         if target.start_step > 1:
             raise ValueError(

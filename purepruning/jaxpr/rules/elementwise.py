@@ -43,10 +43,20 @@ def _elementwise(state: Walk, op: Op, operands: list[Value]) -> list[Value]:
         value = dataclasses.replace(value, known=known, leaf=leaf, summed=source.summed)
     elif op.name in ("div", "mul") and len(operands) == 2:
         _note_mean(state, op, operands)
+    if op.name == "abs" or (op.name in _SIGNS and any(_is_zero(v.known) for v in operands)):
+        value = dataclasses.replace(value, sign=_SIGNS[op.name])
     if value.ndim == 0 and op.name in _NUMBERS and all(v.known is not None for v in operands):
         numbers = [np.asarray(v.known) for v in operands]
         value = dataclasses.replace(value, known=_NUMBERS[op.name](*numbers).astype(result))
     return [value]
+
+
+#: The sign of a magnitude, and of the larger or smaller of a number and zero.
+_SIGNS = {"abs": 1, "max": 1, "min": -1}
+
+
+def _is_zero(known: Any) -> bool:
+    return known is not None and bool(np.all(np.asarray(known) == 0))
 
 
 #: What is computed of numbers that are known, such as a divisor of N - 1.

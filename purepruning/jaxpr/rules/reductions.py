@@ -24,6 +24,14 @@ def _reduce_whole(what: str) -> Callable[..., list[Value] | None]:
     return rule
 
 
+def _extreme(what: str, sign: int) -> Callable[..., list[Value] | None]:
+    def rule(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+        axes = op.params["axes"]
+        return [reductions.reduce_extreme(state.flow, xs[0], axes, what, sign)]
+
+    return rule
+
+
 def _running_sum(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     return [reductions.running_sum(state.flow, xs[0], op.params["axis"], state.where)]
 
@@ -75,8 +83,8 @@ def _window(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 RULES: dict[str, Rule] = {
     "reduce_sum": _reduce_sum,
-    "reduce_max": _reduce_whole("a maximum over it"),
-    "reduce_min": _reduce_whole("a minimum over it"),
+    "reduce_max": _extreme("a maximum over it", 1),
+    "reduce_min": _extreme("a minimum over it", -1),
     "reduce_prod": _reduce_whole("a product over it"),
     "reduce_and": _reduce_whole("all over it"),
     "reduce_or": _reduce_whole("any over it"),

@@ -1,0 +1,228 @@
+"""Observers: what they see, that merging is associative, and data-parallel sums."""
+
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import purepruning as pp
+from purepruning.quantize import observers, ptq
+from purepruning.quantize.observers import Histogram, MovingAverage, Range
+from tests.messages import raises
+
+F = np.float32
+PARAMS = {"fc.w": np.zeros((2, 3), F)}
+LAYER = pp.make_layer(PARAMS, "fc.w", "Linear", name="fc", out_axes=0, in_axes=1)
+CONFIG = pp.resolve_quantization({"quant_types": ["input"], "quant_bits": 8}, [LAYER])
+SITE = "fc:input"
+RNG = np.random.default_rng(0)
+BATCHES = [(RNG.normal(size=50) * 3 ** RNG.normal()).astype(F) for _ in range(6)]
+KINDS = ("min_max", "moving_average", "histogram")
+FRAMEWORKS = {"numpy": np.asarray, "jax": jnp.asarray, "torch": torch.tensor}
+frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
+
+
+def observed(kind, batches, as_array=jnp.asarray):
+    params = {"fc.w": as_array(PARAMS["fc.w"])}
+    state = observers.init(params, CONFIG, kind)
+    for x in batches:
+        value, seen = observers.watch(state, CONFIG)[SITE](as_array(x))
+        np.testing.assert_array_equal(np.asarray(value), x)
+        state = observers.update(state, {SITE: seen}, CONFIG)
+    return state
+
+
+def leaves(state):
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+@frameworks
+def test_min_max(framework):
+    state = observed("min_max", BATCHES, FRAMEWORKS[framework])
+    whole = np.concatenate(BATCHES)
+    assert [float(x) for x in state[SITE]] == [whole.min(), whole.max()]
+    found = observers.ranges(state)[SITE]
+    assert [float(x) for x in found] == [whole.min(), whole.max()]
+
+
+@frameworks
+def test_moving_average_by_hand(framework):
+    state = observed("moving_average", BATCHES, FRAMEWORKS[framework])
+    low, high = BATCHES[0].min(), BATCHES[0].max()
+    for x in BATCHES[1:]:
+        low, high = 0.99 * low + 0.01 * x.min(), 0.99 * high + 0.01 * x.max()
+    found = observers.ranges(state)[SITE]
+    np.testing.assert_allclose([float(x) for x in found], [low, high], rtol=1e-6)
+
+
+@frameworks
+def test_histogram_counts_on_a_fixed_grid(framework):
+    state = observed("histogram", BATCHES, FRAMEWORKS[framework])
+    whole = np.sort(np.concatenate(BATCHES))
+    low, high = (float(x) for x in observers.ranges(state)[SITE])
+    assert whole[0] * (1 + 1 / 32) <= low <= whole[0]
+    assert whole[-1] <= high <= whole[-1] * (1 + 1 / 32)
+    low, high = (float(x) for x in observers.ranges(state, coverage=0.9)[SITE])
+    for bound, number in ((-low, -whole[15]), (high, whole[-16])):  # 5 % of 300 on either side
+        assert number <= bound * (1 + 1e-6)
+        assert bound <= number * (1 + 2 / 32)
+
+
+def test_histograms_have_the_same_bins_everywhere():
+    """At the edges of bins too, and for numbers beyond the grid."""
+    edges = np.float32([0, 2.0**-32, 2.0**-33, 1, 1 + 1 / 32, 2, 2.0**31, 2.0**40])
+    x = np.concatenate([edges, -edges, np.nextafter(edges, F(0)), [F(-0.0)]]).astype(F)
+    found = [leaves(observed("histogram", [x], as_array)) for as_array in FRAMEWORKS.values()]
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert sum(map(np.sum, found[0])) == len(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_is_associative_and_commutative(kind):
+    a, b, c = (observed(kind, BATCHES[i : i + 2]) for i in (0, 2, 4))
+    results = [
+        observers.merge(observers.merge(x, y), z) for x, y, z in itertools.permutations((a, b, c))
+    ]
+    results += [
+        observers.merge(a, observers.merge(b, c)),
+        observers.merge(c, observers.merge(a, b)),
+    ]
+    for found in results[1:]:
+        for x, y in zip(leaves(results[0]), leaves(found), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-7)
+    if kind != "moving_average":
+        for x, y in zip(leaves(results[0]), leaves(observed(kind, BATCHES)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    empty = observed(kind, [])
+    for x, y in zip(leaves(observers.merge(a, empty)), leaves(a), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_merged_averages_are_the_mean_of_all_replicas_and_go_on():
+    a, b, c = (observed("moving_average", BATCHES[i : i + 2])[SITE] for i in (0, 2, 4))
+    merged = observers.merge_one(observers.merge_one(a, b), c)
+    assert float(merged.weight) == 3
+    found = observers.bounds(merged)
+    np.testing.assert_allclose(found.high, (a.high + b.high + c.high) / 3, rtol=1e-6)
+    after = observers.bounds(observers.after(merged, Range(F(-2), F(5))))
+    np.testing.assert_allclose(after.high, 0.99 * found.high + 0.01 * 5, rtol=1e-6)
+    np.testing.assert_allclose(after.low, 0.99 * found.low - 0.01 * 2, rtol=1e-6)
+
+
+def test_what_was_never_seen_has_no_range():
+    for kind in KINDS:
+        found = observers.ranges(observed(kind, []))[SITE]
+        assert [float(x) for x in found] == [0, 0]
+
+
+def test_nan_is_not_hidden():
+    for kind in ("min_max", "moving_average"):
+        found = observers.ranges(observed(kind, [np.array([1, np.nan], F)]))[SITE]
+        assert all(np.isnan(float(x)) for x in found)
+
+
+def test_calls_of_one_layer_and_steps_of_a_loop_are_one_batch():
+    state = observed("moving_average", [])
+    seen = [
+        Range(jnp.float32(-1), jnp.float32(2)),
+        Range(jnp.array([-3.0, 0]), jnp.array([1.0, 5])),
+    ]
+    state = observers.update(state, {SITE: seen}, CONFIG)
+    assert [float(x) for x in state[SITE]] == [-3, 5, 1]
+
+
+def test_mistakes_are_named():
+    state = observed("min_max", BATCHES)
+    with raises(KeyError, "observers.update", "'fc:input'", "'fd:input'"):
+        observers.update(state, {"fd:input": None}, CONFIG)
+    with raises(ValueError, "coverage", "kind='histogram'"):
+        observers.ranges(state, coverage=0.9)
+    with raises(ValueError, "coverage", "[0, 1]"):
+        observers.ranges(state, coverage=1.5)
+    with raises(ValueError, "observers.merge", "different sites or kinds"):
+        observers.merge(state, observed("histogram", []))
+    with raises(ValueError, "kind", "'min_max'"):
+        observers.init(PARAMS, CONFIG, "max")
+    with raises(TypeError, "'fc:input'", "no array of floats"):
+        observers.watch(state, CONFIG)[SITE](jnp.arange(3))
+    with raises(KeyError, "ptq.activations", "'fc:input'"):
+        ptq.activations({}, CONFIG)
+
+
+@frameworks
+def test_ptq_uses_the_known_range(framework):
+    as_array = FRAMEWORKS[framework]
+    ranges = {SITE: Range(as_array(F(-1)), as_array(F(1.55)))}  # a scale of 0.01, zero at 100
+    x = np.array([-3, -0.501, 0.014, 0.017, 2], F)
+    y, found = ptq.activations(ranges, CONFIG)[SITE](as_array(x))
+    np.testing.assert_allclose(np.asarray(y), [-1, -0.5, 0.01, 0.02, 1.55], rtol=1e-5)
+    assert found is None
+
+
+PARALLEL = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import purepruning as pp
+from purepruning.quantize import observers
+params = {"w": jnp.zeros((2, 3))}
+layer = pp.make_layer(params, "w", "Linear", name="fc", out_axes=0, in_axes=1)
+config = pp.resolve_quantization({"quant_types": ["input"], "quant_bits": 8}, [layer])
+x = jax.random.normal(jax.random.key(0), (8, 40))
+mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def one(x, kind):
+    state = observers.init(params, config, kind)
+    _, seen = observers.watch(state, config)["fc:input"](x)
+    return observers.update(state, {"fc:input": seen}, config)
+
+for kind in ("histogram", "moving_average"):
+    merged = jax.jit(jax.shard_map(
+        lambda x: jax.lax.psum(one(x[0], kind), "d"), mesh=mesh, in_specs=P("d"), out_specs=P(),
+        check_vma=False,
+    ))(x)
+    wanted = one(x[0], kind)
+    for row in x[1:]:
+        wanted = observers.merge(wanted, one(row, kind))
+    for a, b in zip(*(jax.tree.leaves(observers.ranges(s)) for s in (merged, wanted))):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+def extremes(x):
+    found = one(x[0], "min_max")["fc:input"]
+    return jax.lax.pmin(found.low, "d"), jax.lax.pmax(found.high, "d")
+
+low, high = jax.jit(jax.shard_map(
+    extremes, mesh=mesh, in_specs=P("d"), out_specs=P(), check_vma=False))(x)
+assert (float(low), float(high)) == (float(x.min()), float(x.max()))
+print("merged")
+"""
+
+
+@pytest.mark.full
+def test_states_of_eight_devices_merge_by_psum():
+    code = "import os\nos.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'\n"
+    found = subprocess.run(
+        [sys.executable, "-c", code + textwrap.dedent(PARALLEL)], capture_output=True, text=True
+    )
+    assert found.stdout == "merged\n", found.stderr
+
+
+@pytest.mark.parametrize("kind", ["histogram", "moving_average"])
+def test_states_of_torch_processes_merge_by_a_sum(kind):
+    """What ``all_reduce`` computes, leaf by leaf."""
+    states = [observed(kind, BATCHES[i : i + 2], torch.tensor) for i in (0, 2, 4)]
+    flat = [jax.tree.flatten(state) for state in states]
+    summed = jax.tree.unflatten(
+        flat[0][1], [sum(xs) for xs in zip(*(f for f, _ in flat), strict=True)]
+    )
+    merged = observers.merge(observers.merge(states[0], states[1]), states[2])
+    for a, b in zip(observers.ranges(summed)[SITE], observers.ranges(merged)[SITE], strict=True):
+        np.testing.assert_allclose(float(a), float(b), rtol=1e-6)
+    assert isinstance(summed[SITE], (Histogram, MovingAverage))
