@@ -81,9 +81,10 @@ def reduce_extreme(flow: Flow, value: Value, axes: Sequence[int], what: str, sig
     """Returns a maximum (``sign`` 1) or minimum (-1) over some axes.
 
     Removed zeros change no maximum of what is nowhere below zero, as in the scale of a quantised
-    weight; any other must see all positions.
+    weight. Any other must see all positions, those of activations too: a softmax follows them.
     """
-    if value.sign != sign or not all(is_zero(value.at_removed[a]) for a in axes):
+    of_weights = value.origins is not None
+    if value.sign != sign or not of_weights or not all(is_zero(value.at_removed[a]) for a in axes):
         return reduce_whole(flow, value, axes, what)
     rest = [a for a in range(value.ndim) if a not in set(axes)]
     found = shapes.select_axes(flow, value, rest)

@@ -30,7 +30,7 @@ activations from ``observers``, after training). What they are made of: :func:`f
 After pruning: ``apply_masks(qat.weights(params, state, config), masks)``; quantise, then mask.
 """
 
-from purepruning.quantize import bnn, dorefa, lsq, naive, observers, ptq, qat
+from purepruning.quantize import bnn, dorefa, integers, lsq, naive, observers, ptq, qat
 from purepruning.quantize.batch_norm import fold_batch_norm
 from purepruning.quantize.config import QuantizationConfig, Target, resolve_quantization
 from purepruning.quantize.fake import Scale, affine, fake_quantize, symmetric
@@ -43,6 +43,8 @@ __all__ = [
     "dorefa",
     "bnn",
     "lsq",
+    # Weights as integers.
+    "integers",
     # Ranges of activations.
     "observers",
     "fold_batch_norm",

@@ -54,5 +54,5 @@ def fold_batch_norm(
     factor = scale / sqrt(variance + epsilon)
     shape = [1] * weight.ndim
     shape[out_axis] = channels
-    shifted = -mean if bias is None else bias - mean
+    shifted = (xp.zeros_like(mean) if bias is None else bias) - mean
     return weight * xp.reshape(factor, tuple(shape)), offset + shifted * factor

@@ -12,6 +12,7 @@ from typing import Any
 
 from purepruning.arrays import namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target
+from purepruning.quantize.integers import Levels, in_steps
 from purepruning.quantize.targets import (
     AtSite,
     each_weight,
@@ -46,6 +47,12 @@ def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
         return _sign(constant) + (weight - constant)
 
     return each_weight("bnn.weights", params, config, sign)
+
+
+def levels(config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    _check("bnn.levels", config)
+    return {target.site: in_steps(2.0, 1) for target in config.weights}
 
 
 def activations(config: QuantizationConfig) -> dict[str, AtSite]:

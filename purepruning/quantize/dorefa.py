@@ -14,6 +14,7 @@ from purepruning.arguments import whole_number
 from purepruning.arrays import iota, map_gradient, namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target
 from purepruning.quantize.fake import fake_quantize, round_through
+from purepruning.quantize.integers import Levels, in_steps
 from purepruning.quantize.targets import (
     AtSite,
     each_weight,
@@ -61,7 +62,13 @@ def _weight(weight: Any, target: Target) -> Any:
     largest = xp.max(squeezed * signs, axis=axes, keepdims=True)
     unit = squeezed / (2 * xp.where(largest > 0, largest, 1.0)) + 0.5
     n = 2**target.bits - 1
-    return xp.astype(2 * (round_through(unit * n) * (1 / n)) - 1, weight.dtype)
+    return xp.astype((round_through(unit * n) - n / 2) * (2 / n), weight.dtype)
+
+
+def levels(config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    refuse_granularity("dorefa.levels", config)
+    return {t.site: in_steps(2 / (2**t.bits - 1), t.bits) for t in config.weights}
 
 
 def activations(

@@ -20,6 +20,7 @@ from typing import Any
 from purepruning.arguments import missing
 from purepruning.arrays import by_numpy, namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target, group_size, grouped
+from purepruning.quantize.integers import Levels
 from purepruning.quantize.targets import (
     AtSite,
     arrays_at,
@@ -107,6 +108,12 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
         return quantize(weight, scales[target.site], *_range(target), group_size(target))
 
     return each_weight("lsq.weights", params, config, quantized, dict(scales))
+
+
+def levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    _check_scales("lsq.levels", scales, config.weights)
+    return {t.site: Levels(scales[t.site], 0.0, *_range(t)) for t in config.weights}
 
 
 def activations(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, AtSite]:

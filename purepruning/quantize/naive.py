@@ -12,6 +12,7 @@ from purepruning.arguments import one_of
 from purepruning.arrays import namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target, grouped
 from purepruning.quantize.fake import Scale, symmetric
+from purepruning.quantize.integers import Levels, weight_levels
 from purepruning.quantize.targets import each_weight, refuse_start
 from purepruning.types import Params
 
@@ -56,6 +57,16 @@ def weights(
         return xp.astype(whole * scale + (wide - constant), weight.dtype)
 
     return each_weight("naive.weights", params, config, quantized)
+
+
+def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    return weight_levels("naive.levels", params, config, _levels)
+
+
+def _levels(weight: Any, target: Target) -> Levels:
+    high = 2 ** (target.bits - 1) - 1
+    return Levels(*naive_scale(weight, target), -high, high)
 
 
 def naive_scale(weight: Any, target: Target) -> Scale:

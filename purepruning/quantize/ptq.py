@@ -15,8 +15,9 @@ from typing import Any
 
 from purepruning.quantize.config import QuantizationConfig, Target
 from purepruning.quantize.fake import fake_quantize
+from purepruning.quantize.integers import Levels, weight_levels
 from purepruning.quantize.observers import Range
-from purepruning.quantize.ranges import quantized_weight, scale_of
+from purepruning.quantize.ranges import quantized_weight, range_levels, scale_of
 from purepruning.quantize.targets import (
     AtSite,
     check_seen,
@@ -34,6 +35,17 @@ def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
     """
     refuse_start("ptq.weights", config)
     return each_weight("ptq.weights", params, config, quantized_weight)
+
+
+def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    return weight_levels("ptq.levels", params, config, range_levels)
+
+
+def activation_levels(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for inputs and outputs of these ranges."""
+    check_seen("ptq.activation_levels", ranges, config)
+    return {t.site: Levels(*scale_of(t, *ranges[t.site]), *t.range) for t in config.activations}
 
 
 def activations(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict[str, AtSite]:

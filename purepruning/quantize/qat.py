@@ -20,7 +20,8 @@ from purepruning.arrays import namespace, zeros
 from purepruning.quantize import observers
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.fake import fake_quantize
-from purepruning.quantize.ranges import quantized_weight, scale_of
+from purepruning.quantize.integers import Levels, weight_levels
+from purepruning.quantize.ranges import quantized_weight, range_levels, scale_of
 from purepruning.quantize.targets import AtSite, arrays_at, each_weight, map_arrays
 from purepruning.trees import flatten
 from purepruning.types import Params
@@ -71,6 +72,11 @@ def weights(params: Params, state: State, config: QuantizationConfig) -> Params:
         return _from_start(step, target, quantized_weight(weight, target), weight)
 
     return each_weight("qat.weights", params, config, quantized, state.step)
+
+
+def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
+    return weight_levels("qat.levels", params, config, range_levels)
 
 
 def activations(

@@ -7,6 +7,7 @@ from typing import Any
 from purepruning.arrays import namespace, stop_gradient
 from purepruning.quantize.config import Target, grouped
 from purepruning.quantize.fake import Scale, affine, fake_quantize, symmetric
+from purepruning.quantize.integers import Levels
 
 
 def scale_of(target: Target, smallest: Any, largest: Any) -> Scale:
@@ -29,6 +30,11 @@ def weight_scale(weight: Any, target: Target) -> Scale:
         below = xp.min(below, axis=axes, keepdims=True)
         above = xp.max(above, axis=axes, keepdims=True)
     return scale_of(target, below, above)
+
+
+def range_levels(weight: Any, target: Target) -> Levels:
+    """Returns how integers stand for a weight that is quantised by its own range."""
+    return Levels(*weight_scale(weight, target), *target.range)
 
 
 def quantized_weight(weight: Any, target: Target) -> Any:
