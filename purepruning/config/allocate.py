@@ -35,7 +35,7 @@ from purepruning.config.rules import (
 )
 from purepruning.config.unit_sets import Selected, UnitSets, global_config
 from purepruning.coupling.coupling import Coupling
-from purepruning.coupling.value import SOURCE
+from purepruning.coupling.value import COMPANION, SOURCE
 from purepruning.layers import Layer
 
 
@@ -194,8 +194,9 @@ def _protected(
     owners = {layer.weight: layer for layer in table}
     numbers = np.concatenate(coupling.groups[group])
     for layer in table:
-        fits = layer.name in excluded and layer.weight in coupling.leaves and layer.out_axes
-        if fits and np.isin(channel_units(coupling, layer), numbers).any():
+        if layer.name not in excluded or not _makes(coupling, layer):
+            continue
+        if np.isin(channel_units(coupling, layer), numbers).any():
             return (
                 f"layer {layer.name!r} makes them too, and rule {excluded[layer.name]} excludes it"
             )
@@ -214,6 +215,12 @@ def _protected(
             "units of another kind"
         )
     return None
+
+
+def _makes(coupling: Coupling, layer: Layer) -> bool:
+    """Whether a layer makes channels, and does not only scale them."""
+    leaf = coupling.leaves.get(layer.weight)
+    return leaf is not None and any(leaf.roles[a] != COMPANION for a in layer.out_axes)
 
 
 def _kept_whole(

@@ -46,6 +46,7 @@ class UnitSet:
         common: for every unit the place of the same unit in an earlier set, whose units this set
             loses first; None where there is none.
         allowed: the counts there are, ascending; the last is the most that may go.
+        together: whether all that makes the units loses them, so that they can be removed.
     """
 
     units: np.ndarray
@@ -53,6 +54,7 @@ class UnitSet:
     start: int
     common: np.ndarray | None
     allowed: np.ndarray
+    together: bool
 
     @property
     def places(self) -> np.ndarray:
@@ -89,7 +91,7 @@ class Allocation:
         sha = hashlib.sha256(self.coupling.digest.encode())
         arrays: list[Any] = [*self.layers]
         for s in self.sets:
-            arrays += [s.units, s.scores, s.start, s.common, s.allowed]
+            arrays += [s.units, s.scores, s.start, s.common, s.allowed, s.together]
         arrays += [x for name in self.layers for x in (name, self.channels[name])]
         arrays += [self.costs, self.budget.key if self.budget else None]
         for x in arrays:
@@ -114,6 +116,15 @@ class Allocation:
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ from process to process.
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def place_of(self) -> np.ndarray:
+        """For every unit its place in the set of all that makes it; 0 where there is none."""
+        found = np.zeros(self.coupling.n_units + 1, np.int64)
+        for s in self.sets:
+            if s.together:
+                found[s.units.reshape(-1)] = s.places
+        return found
 
     @property
     def n_places(self) -> int:

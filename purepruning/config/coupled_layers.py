@@ -66,10 +66,10 @@ def _filled(coupling: Coupling, layer: Layer) -> Layer:
         role: tuple(a for a, r in enumerate(leaf.roles) if r == role)
         for role in (SOURCE, SINK, STACK, TAP)
     }
-    if not by_role[SOURCE]:  # tied: read from both sides
-        made = tuple(a for a in by_role[SINK] if leaf.units[a] is not None) or by_role[SINK][-1:]
-        by_role[SOURCE] = made[-1:]
-        by_role[SINK] = tuple(a for a in by_role[SINK] if a not in made[-1:])
+    if not by_role[SINK]:  # tied: used from both sides
+        made = [a for a in by_role[SOURCE] if leaf.units[a] is not None] or by_role[SOURCE]
+        by_role[SINK] = tuple(a for a in by_role[SOURCE] if a != made[-1])
+        by_role[SOURCE] = (made[-1],)
     looked_up = any(
         f.path == layer.weight and f.reason == "looked up by index" for f in coupling.frozen
     )
@@ -86,4 +86,4 @@ def _filled(coupling: Coupling, layer: Layer) -> Layer:
 
 
 def _contracts(leaf: Coupled) -> bool:
-    return SINK in leaf.roles and (SOURCE in leaf.roles or leaf.roles.count(SINK) > 1)
+    return SOURCE in leaf.roles and (SINK in leaf.roles or leaf.roles.count(SOURCE) > 1)

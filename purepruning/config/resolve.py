@@ -113,7 +113,9 @@ def resolve(
         granularity: ``"element"`` (unless given), ``"output_channel"``, ``"input_channel"``, a
             :class:`Block` or :class:`NM`. With a coupling it is always ``"output_channel"``.
         bias: whether a bias is pruned where all weights of its output channel are (``"follow"``, as
-            in NNI from 2.0 on), or never (``"keep"``).
+            in NNI from 2.0 on), or never (``"keep"``). With a coupling, what else would keep a
+            pruned channel alive follows too: norms, and readers of what is not zero behind it; a
+            model trained under the masks then computes what :func:`purepruning.shrink` makes of it.
         coupling: what :func:`purepruning.couple` returned for the model.
         extra: ``"own"`` (unless given) or ``"none"``, in layer scope with a coupling.
         cost: ``"params"`` (unless given) or ``"macs"``: what the sparsity counts in global scope

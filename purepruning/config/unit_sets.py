@@ -150,7 +150,8 @@ class UnitSets:
             flat, [(self.start[x.layer.name], x.units) for x in members], self.n_channels
         )
         found = None if common is None or not common.any() else common
-        self.sets.append(UnitSet(chunks, scores, self.next, found, allowed))
+        together = common is None
+        self.sets.append(UnitSet(chunks, scores, self.next, found, allowed, together))
         if common is None:
             self.common[flat] = places
         else:

@@ -53,6 +53,7 @@ def build(
             tuple(None if x is None else numbers[x] for x in resolved[path]),
             by[path],
             tuple(roles[path, a] for a in range(len(leaves[path]))),
+            tuple((path, a) in flow.nonzero for a in range(len(leaves[path]))),
         )
         for path in paths
     }
@@ -237,7 +238,8 @@ def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[
 
 def _role(flow: Flow, path: str, axis: int, ndim: int) -> str:
     if (path, axis) in flow.sinks:
-        return SINK
+        # Tied weights make the channels too that they read elsewhere.
+        return SOURCE if (path, axis) in flow.sources else SINK
     if (path, axis) in flow.taps:
         return TAP
     if (path, axis) in flow.stacks:

@@ -43,6 +43,7 @@ class Flow:
         self.sources: set[tuple[str, int]] = set()
         self.taps: set[tuple[str, int]] = set()
         self.stacks: set[tuple[str, int]] = set()
+        self.nonzero: set[tuple[str, int]] = set()
         self.heads: list[np.ndarray] = []
         self.head_positions: list[np.ndarray] = []
         self.unknown: dict[str, int] = {}

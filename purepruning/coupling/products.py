@@ -85,9 +85,17 @@ def _check_contracted(flow: Flow, left: Value, a: int, right: Value, b: int) -> 
     n = len(x)
     one = np.broadcast_to(as_line(left.at_removed[a]), (n,))
     two = np.broadcast_to(as_line(right.at_removed[b]), (n,))
+    _note_nonzero(flow, left, a, two)
+    _note_nonzero(flow, right, b, one)
     lost = (one != 0.0) & (two != 0.0)
     if lost.any():
         flow.atoms.keep(x[lost], "contracted, and not zero where it is masked")
+
+
+def _note_nonzero(flow: Flow, value: Value, axis: int, other: AtRemoved) -> None:
+    """Notes where a parameter reads what is not zero once its makers are masked."""
+    if value.origins is not None and not is_zero(other):
+        flow.nonzero.update(value.origins[axis])
 
 
 def _note_roles(
@@ -96,7 +104,10 @@ def _note_roles(
     if value.origins is None:
         return
     for a, origin in enumerate(value.origins):
-        (flow.sinks if a in contracted else flow.sources).update(origin)
+        if a in contracted:
+            flow.sinks.update(origin)
+        elif other.origins is None:  # what two parameters make is a parameter
+            flow.sources.update(origin)
 
 
 def convolve(
@@ -144,6 +155,7 @@ def convolve(
         channels, per_group = right.axes[out], left.axes[feature]
         per_size = left.shape[feature]
     else:
+        _note_nonzero(flow, right, into, left.at_removed[feature])
         channels, per_group, per_size = _grouped(
             flow, left, feature, right, out, into, groups, once, transposed
         )

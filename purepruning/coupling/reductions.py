@@ -43,6 +43,8 @@ def reduce_sum(flow: Flow, value: Value, axes: Sequence[int], where: Any) -> Val
                 continue
         if (at_removed[~lost] != 0.0).any():
             corrected.append(a)
+        if value.origins is not None:  # of a kernel, which is normed by what it reads too
+            flow.nonzero.update(value.origins[a])
         summed.append(x)
     if corrected:
         flow.statistics[where] = tuple(value.axes[a] for a in corrected)

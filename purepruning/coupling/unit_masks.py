@@ -172,6 +172,7 @@ def _scaled_to_zero(
                 masked[module] = masked.get(module, wants) & wants
     layers = {module.partition(".")[0] for module in makers}
     by_tail = {module.partition(".")[2]: wants for module, wants in masked.items()}
+    by_tail.pop("", None)
     found, spared = never.copy(), never.copy()
     for module, units in scalers.items():
         top, _, tail = module.partition(".")

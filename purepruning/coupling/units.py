@@ -23,12 +23,15 @@ class Coupled:
         roles: for every axis ``"source"`` (its layer makes these channels), ``"sink"`` (it reads
             them) or ``"companion"`` (a scale, a bias, a statistic, a table); where nothing can go,
             also ``"tap"`` (of a kernel) and ``"stack"`` (the layers that a loop runs over).
+        nonzero: for every axis whether it reads channels that are not zero once what makes, scales
+            and shifts them is masked, as behind a sigmoid.
     """
 
     shape: tuple[int, ...]
     units: tuple[Axis, ...]
     by: tuple[int | None, ...]
     roles: tuple[str, ...]
+    nonzero: tuple[bool, ...]
 
     def kept(self, axis: int, removed: np.ndarray) -> np.ndarray | None:
         """Returns which positions of an axis stay, ``(n,)`` or ``(blocks, n)``; None for all."""

@@ -252,8 +252,8 @@ def prune_units(scores: Array, params: Params, config: Config) -> Masks:
         if is_concrete(ranked) and bool(xp.any(xp.isnan(ranked))):
             raise ValueError("prune_units: scores of units are NaN")
         keep = _kept(config, allocation, weights, before, grids)
-        masks = masks_of_units(ranked, keep, grids, counts, config)
-        return with_biases({x.weight: masks[x.name] for x in config.layers}, tree, config)
+        masks = masks_of_units(ranked, keep, grids, counts, config, tree.leaves)
+        return with_biases(masks, tree, config)
 
     weights = {path: stop_gradient(x) for path, x in weights.items()} if before else {}
     counts = checked_counts("prune_units", config)

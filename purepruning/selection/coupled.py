@@ -16,6 +16,8 @@ from purepruning.arrays import compiled, int32, is_concrete, is_torch, namespace
 from purepruning.config.allocation import Allocation, UnitSet
 from purepruning.config.budget import LIMB, carried, limbs
 from purepruning.config.config import Config
+from purepruning.coupling.units import Coupled
+from purepruning.coupling.value import SINK
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, spread
 from purepruning.selection.criterion import LOWEST_FINITE
@@ -29,8 +31,9 @@ def coupled_masks(
     grids: Mapping[str, Grid],
     counts: Mapping[str, Any],
     config: Config,
+    leaves: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the masks of a config with a coupling, by layer name.
+    """Returns the masks of a config with a coupling, by path.
 
     Args:
         scores: by layer name, the float32 scores of its channels, ``(stacked, channels)``; larger
@@ -39,6 +42,7 @@ def coupled_masks(
         grids: by layer name, how its weight divides.
         counts: by pool name.
         config: the config, for everything else.
+        leaves: the parameters by path.
 
     Raises:
         ValueError: the budget cannot be met, where values are known.
@@ -55,11 +59,16 @@ def coupled_masks(
         }
         keep = joined(marks, allocation, False)
     units = compiled(flat, _unit_scores, "allocation")(flat, allocation=allocation)
-    return masks_of_units(units, keep, grids, counts, config)
+    return masks_of_units(units, keep, grids, counts, config, leaves)
 
 
 def masks_of_units(
-    scores: Any, keep: Any, grids: Mapping[str, Grid], counts: Mapping[str, Any], config: Config
+    scores: Any,
+    keep: Any,
+    grids: Mapping[str, Grid],
+    counts: Mapping[str, Any],
+    config: Config,
+    leaves: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the same from the scores of the units, in the order of their places from 1.
 
@@ -85,10 +94,64 @@ def masks_of_units(
             "not enough"
         )
     mask = compiled(scores, _mask, "name", "g", "allocation")
-    return {
-        name: mask(removed, name=name, g=grids[name], allocation=allocation)
-        for name in allocation.layers
+    masks = {
+        layer.weight: mask(removed, name=layer.name, g=grids[layer.name], allocation=allocation)
+        for layer in config.layers
     }
+    return _with_coupled(masks, removed, config, leaves)
+
+
+def _with_coupled(
+    masks: dict[str, Any], removed: Any, config: Config, leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the masks with those of what keeps pruned channels alive.
+
+    That are the scales, shifts and statistics of norms, what makes the channels where only norms
+    are selected, and readers of what is not zero. A model that is masked by the result, or trained
+    under it, computes what is left when it is shrunk.
+    """
+    if config.bias != "follow":
+        return masks
+    allocation = config.allocation
+    assert allocation is not None
+    mask = compiled(removed, _leaf_mask, "path", "allocation")
+    for path, leaf in allocation.coupling.leaves.items():
+        if path in leaves and _axes_along(leaf, allocation):
+            part = mask(removed, path=path, allocation=allocation)
+            masks[path] = masks[path] & part if path in masks else part
+    return masks
+
+
+def _axes_along(leaf: Coupled, allocation: Allocation) -> list[int]:
+    """Returns the axes of a parameter that must be masked along with those that are pruned."""
+    return [
+        a
+        for a, units in enumerate(leaf.units)
+        if units is not None
+        and (leaf.roles[a] != SINK or leaf.nonzero[a])
+        and allocation.place_of[units].any()
+    ]
+
+
+def _leaf_mask(removed: Any, *, path: str, allocation: Allocation) -> Any:
+    """Returns the mask of a parameter that lies in units, broadcastable to it."""
+    xp, leaf = namespace(removed), allocation.coupling.leaves[path]
+    found = None
+    for axis in _axes_along(leaf, allocation):
+        places = allocation.place_of[leaf.units[axis]]
+        gone = xp.take(removed, int32(xp, places.reshape(-1), removed))
+        keep = ~xp.any(xp.reshape(gone, places.shape), axis=-1)
+        shape = [1] * len(leaf.shape)
+        shape[axis] = leaf.shape[axis]
+        by = leaf.by[axis]
+        if by is not None:  # of other positions for every block of another axis
+            shape[by] = leaf.shape[by]
+            rows = np.repeat(np.arange(len(keep)), leaf.shape[by] // len(keep))
+            keep = xp.take(keep, int32(xp, rows, removed), axis=0)
+            keep = keep if by < axis else xp.permute_dims(keep, (1, 0))
+        part = xp.reshape(keep, tuple(shape))
+        found = part if found is None else found & part
+    return found
 
 
 def joined(rows: Mapping[str, Any], allocation: Allocation, last: Any) -> Any:

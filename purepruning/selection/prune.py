@@ -86,7 +86,8 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
 
     def solve(sources: dict[str, Source], counts: dict[str, Any]) -> dict[str, Any]:
         check = all(is_concrete(source.weight) for source in sources.values())
-        how = _masks if config.allocation is None else functools.partial(_coupled_masks, config)
+        coupled = functools.partial(_coupled_masks, config, tree.leaves)
+        how = _masks if config.allocation is None else coupled
         masks, has_nan = how(sources, counts, plan, check)
         nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
         if nan:
@@ -204,7 +205,12 @@ def _masks(
 
 
 def _coupled_masks(
-    config: Config, sources: dict[str, Source], counts: dict[str, Any], plan: Problem, check: bool
+    config: Config,
+    leaves: Mapping[str, Any],
+    sources: dict[str, Source],
+    counts: dict[str, Any],
+    plan: Problem,
+    check: bool,
 ) -> Solved:
     from purepruning.selection.coupled import coupled_masks
 
@@ -216,8 +222,8 @@ def _coupled_masks(
         grids[name] = g
         if keep is not None:
             keeps[name] = keep
-    masks = coupled_masks(scores, keeps, grids, counts, config)
-    return {x.weight: masks[x.name] for x in config.layers}, has_nan if check else {}
+    masks = coupled_masks(scores, keeps, grids, counts, config, leaves)
+    return masks, has_nan if check else {}
 
 
 def _channel_scores(source: Source, *, score: Score, g: Grid) -> tuple[Any, Any, Any]:

@@ -212,3 +212,47 @@ def test_slim_on_the_norms_of_coupled_channels_ends_in_a_smaller_model():
     state = params | dict(model.named_buffers())
     masked = torch.func.functional_call(model, pp.apply_masks(state, report.masks), (x,))
     torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_an_excluded_embedding_that_is_tied_protects_its_width():
+    """It makes the residual stream, though it also reads it at the end."""
+    rng = np.random.default_rng(0)
+    shapes = {"words": (11, 8), "up": (8, 12), "down": (12, 8)}
+    params = {k: jnp.asarray(rng.standard_normal(n), jnp.float32) for k, n in shapes.items()}
+
+    def fn(p, tokens):
+        h = p["words"][tokens]
+        h = h + jax.nn.relu(h @ p["up"]) @ p["down"]
+        return h @ p["words"].T
+
+    tokens = jnp.array([1, 5, 3])
+    coupling = pp.couple(fn, params, tokens)
+    table = pp.coupled_layers(coupling)
+    rules = [{"sparsity": 0.5, "op_types": ["default"]}, {"exclude": True, "op_names": ["words"]}]
+    config = pp.resolve(rules, table, coupling=coupling)
+    assert [k.reason for k in config.kept_whole] == [
+        "layer 'words' makes them too, and rule 1 excludes it"
+    ]
+    masks = pp.l1_norm(params, None, config)
+    small = pp.shrink(fn, params, masks, coupling, tokens)
+    assert jax.tree.map(jnp.shape, small.params) == {
+        "words": (11, 8), "up": (8, 6), "down": (6, 8)
+    }  # fmt: skip
+    masked = fn(pp.apply_masks(params, masks), tokens)
+    np.testing.assert_allclose(small.fn(small.params, tokens), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_are_not_masked_keep_channels_that_some_of_their_makers_lose():
+    """A module without a dot in its path is no statistic of another one."""
+    shapes = {"one": {"w": (4, 8), "b": (8,)}, "two": {"w": (4, 8)}, "norm": {"scale": (8,)}}
+    params = {m: {k: jnp.ones(n) for k, n in leaves.items()} for m, leaves in shapes.items()}
+    params["out"] = {"w": jnp.ones((8, 3))}
+
+    def fn(p, x):
+        h = x @ p["one"]["w"] + p["one"]["b"][None] + x @ p["two"]["w"]
+        return h * p["norm"]["scale"][None] @ p["out"]["w"]
+
+    coupling = pp.couple(fn, params, jnp.ones((5, 4)))
+    keep = jnp.arange(8) > 2
+    with pytest.raises(ValueError, match="the masks disagree on 3 units"):
+        coupling.chosen({"one": {"w": keep[None], "b": keep}}, params)
