@@ -12,6 +12,7 @@ import numpy as np
 
 from purepruning.config.budget import Budget
 from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.value import SINK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,23 @@ class Allocation:
             if s.together:
                 found[s.units.reshape(-1)] = s.places
         return found
+
+    @functools.cached_property
+    def along(self) -> dict[str, tuple[int, ...]]:
+        """By path, the axes that must be masked along with those that are pruned.
+
+        All that lies in their units but what only reads zeros there.
+        """
+        return {
+            path: tuple(
+                a
+                for a, units in enumerate(leaf.units)
+                if units is not None
+                and (leaf.roles[a] != SINK or leaf.nonzero[a])
+                and self.place_of[units].any()
+            )
+            for path, leaf in self.coupling.leaves.items()
+        }
 
     @property
     def n_places(self) -> int:

@@ -16,8 +16,6 @@ from purepruning.arrays import compiled, int32, is_concrete, is_torch, namespace
 from purepruning.config.allocation import Allocation, UnitSet
 from purepruning.config.budget import LIMB, carried, limbs
 from purepruning.config.config import Config
-from purepruning.coupling.units import Coupled
-from purepruning.coupling.value import SINK
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, spread
 from purepruning.selection.criterion import LOWEST_FINITE
@@ -115,29 +113,18 @@ def _with_coupled(
     allocation = config.allocation
     assert allocation is not None
     mask = compiled(removed, _leaf_mask, "path", "allocation")
-    for path, leaf in allocation.coupling.leaves.items():
-        if path in leaves and _axes_along(leaf, allocation):
+    for path, axes in allocation.along.items():
+        if path in leaves and axes:
             part = mask(removed, path=path, allocation=allocation)
             masks[path] = masks[path] & part if path in masks else part
     return masks
-
-
-def _axes_along(leaf: Coupled, allocation: Allocation) -> list[int]:
-    """Returns the axes of a parameter that must be masked along with those that are pruned."""
-    return [
-        a
-        for a, units in enumerate(leaf.units)
-        if units is not None
-        and (leaf.roles[a] != SINK or leaf.nonzero[a])
-        and allocation.place_of[units].any()
-    ]
 
 
 def _leaf_mask(removed: Any, *, path: str, allocation: Allocation) -> Any:
     """Returns the mask of a parameter that lies in units, broadcastable to it."""
     xp, leaf = namespace(removed), allocation.coupling.leaves[path]
     found = None
-    for axis in _axes_along(leaf, allocation):
+    for axis in allocation.along[path]:
         places = allocation.place_of[leaf.units[axis]]
         gone = xp.take(removed, int32(xp, places.reshape(-1), removed))
         keep = ~xp.any(xp.reshape(gone, places.shape), axis=-1)
