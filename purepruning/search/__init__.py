@@ -17,6 +17,7 @@ from purepruning.search.evolution import evolution
 from purepruning.search.knapsack import allocate, exact_choice, knapsack
 from purepruning.search.netadapt import netadapt
 from purepruning.search.problem import Problem, choices, problem
+from purepruning.search.rounds import auto_compress, run_rounds, totals, useless_units
 from purepruning.search.sensitivity import curves, sensitivity, sensitivity_pruning
 from purepruning.search.shape import Search
 
@@ -54,4 +55,9 @@ __all__ = [
     "run_search",
     "scan_search",
     "Trial",
+    # Rounds.
+    "totals",
+    "run_rounds",
+    "auto_compress",
+    "useless_units",
 ]

@@ -133,7 +133,7 @@ def run_search(
     if max_batches is not None:
         whole_number(max_batches, "run_search: max_batches", 0)
     flag(progress, "run_search: progress")
-    files = None if folder is None else _Files(Path(folder))
+    files = None if folder is None else Files(Path(folder))
     history: list[dict[str, Any]] = []
     if files is not None:
         state, payload, history = files.resume(state, payload)
@@ -283,7 +283,7 @@ def _row(trial: Trial, answer: _Answer, problem: Problem | None) -> dict[str, An
     }
 
 
-class _Files:
+class Files:
     """The files of a run: rows of trials, and the state after them."""
 
     def __init__(self, folder: Path) -> None:
