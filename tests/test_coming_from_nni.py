@@ -96,10 +96,35 @@ def test_lottery_tickets(page):
     assert int(page["resumed"]["tickets"].schedule.step) == 5
 
 
-def test_annealing(page):
+def left(page, recipe, plan):
+    of = page[recipe].problem
+    found = of.measure(plan)
+    return {name: (found[name], limit) for name, limit in of.budgets.items()}
+
+
+def test_searches(page):
     counts = page["best"].counts
     total = 27 * int(counts["0"]) + 576 * int(counts["4"])
-    assert 0 <= (432 + 5760) // 2 - total < 27 or int(counts["0"]) == 15
+    assert 0 <= total - (432 + 5760) // 2 < 576
+    for recipe, plan in (
+        ("annealing", page["found"].best),
+        ("adapting", page["adapted"].best),
+        ("sensing", page["sensed"].best),
+        ("sensing", page["exact"].plan),
+        ("agent", page["learnt"].best),
+    ):
+        for amount, limit in left(page, recipe, plan).values():
+            assert amount <= limit
+    assert page["table"].startswith("layername,0.1,0.2")
+    assert page["squeezing"].options["rounds"] == 2
+    assert page["compressed"].history[-1]["left"]["params"] <= 0.5 * (432 + 16 + 32 + 5770)
+    assert len(page["learnt"].history) == 4
+
+
+def test_rounds(page):
+    state = page["rounds"].state
+    assert int((state["4.weight"] == 0).sum()) >= 4608
+    assert [round(row["sparsity"], 4) for row in page["rounds"].history] == [0.563, 0.7704, 0.8]
 
 
 def test_every_public_name_on_the_page_exists():
@@ -157,6 +182,61 @@ def test_every_name_of_nni(pruner, name):
         assert gradual.schedule.init(gradual.config).times.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_taylor_ranks_all_layers_together_in_global_mode():
+    rules = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
+    recipe = pp.from_nni("taylorfo", rules, LAYERS, mode="global")
+    assert (recipe.pruner, recipe.config.scope) == (pp.taylor_fo, "global")
+    with raises(ValueError, "'global'", "Taylor", "'apoz'"):
+        pp.from_nni("apoz", rules, LAYERS, mode="global")
+
+
+SEARCHES = {
+    "netadapt": ["netadapt", "net_adapt", "NetAdaptPruner"],
+    "sensitivity": ["sensitivity", "SensitivityPruner"],
+    "annealing": ["simulatedannealing", "simulated_annealing", "SimulatedAnnealingPruner"],
+    "auto_compress": ["autocompress", "auto_compress", "AutoCompressPruner"],
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, some in SEARCHES.items() for n in some])
+def test_every_search_of_nni(kind, name):
+    rules = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
+    recipe = pp.from_nni(name, rules, LAYERS)
+    assert dict(recipe.problem.budgets) == {"weights": 180}
+    assert recipe.pruner is (pp.level if kind == "annealing" else pp.l1_norm)
+    assert isinstance(recipe.search, pp.search.Search)
+    assert (recipe.options == {}) == (kind != "auto_compress")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "words"),
+    [
+        ("netadapt", "short_term_fine_tuner", "run_search"),
+        ("netadapt", "experiment_data_dir", "folder="),
+        ("sensitivity", "sparsity_proportion_calc", "search.allocate"),
+        ("sensitivity", "checkpoint_dir", "folder="),
+        ("sensitivity", "eval_args", "evaluate"),
+        ("sensitivity", "finetune_args", "stage"),
+        ("simulatedannealing", "evaluator", "evaluate"),
+        ("simulatedannealing", "cool_down_rat", "'cool_down_rate'"),
+        ("auto_compress", "trainer", "stage"),
+        ("level", "evaluator", "only searches"),
+    ],
+)
+def test_arguments_that_mean_something_else_are_refused(name, argument, words):
+    rules = [{"sparsity": 0.5, "op_types": ["Conv2d"]}]
+    with raises(TypeError, argument, words):
+        pp.from_nni(name, rules, LAYERS, **{argument: 0.5})
+
+
+def test_searches_take_one_sparsity():
+    rules = [{"op_types": ["Conv2d"]}]
+    with raises(ValueError, "netadapt", "one sparsity", "none"):
+        pp.from_nni("netadapt", rules, LAYERS)
+    with raises(ValueError, "amc", "coupling="):
+        pp.from_nni("amc", rules, LAYERS)
+
+
 @pytest.mark.parametrize("name", ["admm", "ADMMPruner"])
 def test_admm_by_name(name):
     rules = [{"sparsity": 0.8, "op_types": ["Conv2d"]}]
@@ -187,12 +267,6 @@ def test_lottery_tickets_by_name(name):
     [
         ("movement", "pp.movement"),
         ("MovementPruner", "pp.movement"),
-        ("simulatedannealing", "pp.search.annealing"),
-        ("SimulatedAnnealingPruner", "pp.search.annealing"),
-        ("auto_compress", "pp.admm"),
-        ("amc", "pp.search"),
-        ("NetAdaptPruner", "pp.search"),
-        ("sensitivity", "pp.search"),
         ("TransformerHeadPruner", "coupling="),
         ("QAT_Quantizer", "quantizer"),
         ("naive", "quantizer"),

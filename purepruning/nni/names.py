@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 from purepruning.arguments import missing, one_of
 from purepruning.config.config import Config, Pruner
@@ -14,6 +14,7 @@ from purepruning.coupling.coupling import Coupling
 from purepruning.granularity import Granularity
 from purepruning.layers import Layers, checked_table
 from purepruning.nni.config_list import translate
+from purepruning.nni.searches import NAMES, SearchRecipe, search_recipe
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
@@ -65,11 +66,6 @@ _BASES |= {
 # What NNI calls a pruner and is something else here, and its quantizers.
 _ELSEWHERE = {
     "movement": "is trained like parameters: use pp.movement",
-    "simulatedannealing": "is a search: use pp.search.annealing",
-    "autocompress": "is a search around ADMM: use pp.search.annealing and pp.admm",
-    "amc": "is not in this version: divide a budget among layers with pp.search.netadapt",
-    "netadapt": "is a search: use pp.search.netadapt",
-    "sensitivity": "is not in this version: divide a budget among layers with pp.search.netadapt",
     "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
     "which attention loses whole heads",
 }
@@ -93,18 +89,34 @@ class Recipe(NamedTuple):
     config: Config
 
 
+_Search = Literal["netadapt", "sensitivity", "simulatedannealing", "auto_compress", "amc"]
+
+
+@overload
+def from_nni(
+    name: _Search, config_list: Iterable[Rule], layers: Layers, **arguments: Any
+) -> SearchRecipe: ...
+
+
+@overload
+def from_nni(
+    name: str, config_list: Iterable[Rule], layers: Layers, **arguments: Any
+) -> Recipe: ...
+
+
 def from_nni(
     name: str,
     config_list: Iterable[Rule],
     layers: Layers,
     *,
-    pruning_algorithm: str = "level",
+    pruning_algorithm: str | None = None,
     total_iteration: int | None = None,
     steps_per_epoch: int = 1,
-    mode: Literal["normal", "dependency_aware"] | None = None,
+    mode: Literal["normal", "dependency_aware", "global"] | None = None,
     coupling: Coupling | None = None,
     extra: Literal["own", "none"] | None = None,
-) -> Recipe:
+    **arguments: Any,
+) -> Recipe | SearchRecipe:
     """Returns pruner, schedule and config for what one of NNI's pruners is told.
 
     ``name`` is a pruner as its documents, its classes or auptimizer call it, in any case:
@@ -117,6 +129,12 @@ def from_nni(
     - ``"lottery_ticket"``: to step i belongs the count after round i, of ``total_iteration`` or the
       rules' ``prune_iterations``; at step 0 nothing is pruned. :func:`purepruning.lottery` does
       the rounds.
+
+    ``"netadapt"``, ``"sensitivity"``, ``"simulatedannealing"``, ``"auto_compress"`` and ``"amc"``
+    are searches. They take NNI's arguments by its names, and those that mean something else here
+    are refused with what to do instead; what is returned is a
+    :class:`purepruning.nni.searches.SearchRecipe`, whose budget is what is left at the rules'
+    sparsity: of the whole model's parameters with a coupling, of the selected weights without.
 
     Level and ADMM prune single weights, the others output channels; Slim ranks the channels of all
     layers together. Those that need statistics take them as ever, when they prune; ADMM takes what
@@ -132,16 +150,21 @@ def from_nni(
         name: NNI's name.
         config_list: the rules.
         layers: the layer table.
-        pruning_algorithm: name of the pruner that a schedule prunes by.
+        pruning_algorithm: name of the pruner that a schedule (unless given, ``"level"``) or a
+            search prunes by.
         total_iteration: number of steps of a schedule, where the rules do not say.
         steps_per_epoch: as in :func:`purepruning.agp`.
-        mode: ``"dependency_aware"`` prunes coupled channels together, for the pruners of output
+        mode: ``"global"``, of Taylor pruning, ranks the channels of all layers together.
+            ``"dependency_aware"`` prunes coupled channels together, for the pruners of output
             channels but Slim; ``"normal"`` does not. Unless given, it does if there is a coupling.
         coupling, extra: for that mode, as in :func:`purepruning.resolve`. NNI's documents describe
             ``extra="own"``; from 2.9 on its code does ``extra="none"``.
 
+        **arguments: of a search, by NNI's names.
+
     Raises:
-        KeyError: there is no such pruner; the message names what does a search's work here.
+        KeyError: there is no such pruner; the message names what does its work here.
+        TypeError: an argument of a search that there is not, or that means something else here.
         ValueError, TypeError: a mistake in the rules, as in :func:`purepruning.resolve`.
 
     >>> import jax.numpy as jnp
@@ -154,10 +177,24 @@ def from_nni(
     [[False, False, True, True]]
     """
     plain = _plain("name", name)
+    if plain in NAMES:
+        return _search(name, plain, config_list, layers, coupling, pruning_algorithm, arguments)
+    if arguments:
+        raise TypeError(
+            f"from_nni: {name!r} takes no argument {next(iter(arguments))!r}; only searches take "
+            "NNI's further arguments"
+        )
     base = _base("name", name) if plain not in _SCHEDULED else None
     if base is None:
-        base = _base("pruning_algorithm", pruning_algorithm)
-    one_of("mode", mode, (None, "normal", "dependency_aware"))
+        base = _base("pruning_algorithm", pruning_algorithm or "level")
+    one_of("mode", mode, (None, "normal", "dependency_aware", "global"))
+    if mode == "global":
+        if base.pruner is not taylor_fo or coupling is not None:
+            raise ValueError(
+                f"mode 'global' is of Taylor pruning without a coupling, and not of {name!r}; for "
+                "others give resolve scope='global'"
+            )
+        base = base._replace(scope="global")
     table = checked_table(layers)
     said = translate(config_list, table)
     base = _Base(
@@ -200,6 +237,35 @@ def from_nni(
     else:
         schedule = one_shot()
     return Recipe(base.pruner, schedule, config)
+
+
+def _search(
+    name: str,
+    plain: str,
+    config_list: Iterable[Rule],
+    layers: Layers,
+    coupling: Coupling | None,
+    pruning_algorithm: str | None,
+    arguments: Mapping[str, Any],
+) -> SearchRecipe:
+    """Returns the recipe of a search; a ``pruning_algorithm`` is what it prunes by."""
+    table = checked_table(layers)
+    if pruning_algorithm is not None:
+        arguments = {"pruning_algorithm": pruning_algorithm, **arguments}
+
+    def pruner_of(given: str) -> tuple[Pruner, Granularity]:
+        base = _base("base_algo", given)
+        return base.pruner, base.granularity
+
+    return search_recipe(
+        name,
+        plain,
+        translate(config_list, table).rules,
+        table,
+        pruner_of=pruner_of,
+        coupling=coupling,
+        arguments=arguments,
+    )
 
 
 def _base(argument: str, name: str) -> _Base:
