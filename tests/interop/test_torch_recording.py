@@ -1,20 +1,27 @@
 """A module is read by recording one call; what is out of the ordinary is left to export."""
 
 import copy
+import dataclasses
+import functools
 import random
+import sys
 from collections import OrderedDict, deque
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
+from torch.utils import _pytree as pytree
 
 from purepruning.coupling.shrink_report import check_same
 from purepruning_interop import torch as ppt
 from purepruning_interop.torch.couple import analyse
 from purepruning_interop.torch.program import base_name
+from purepruning_interop.torch.results import plain
 from purepruning_interop.torch.rules.table import known_operators
 from purepruning_interop.torch.tracing.record import record
 from tests.coupling.torch_patterns import Net, conv, image
@@ -145,7 +152,8 @@ def counts_calls(net, x):
 def test_what_a_forward_leaves_behind_is_undone(forward, seen):
     model = two_layers(forward)
     model.seen = seen
-    assert recorded(model, torch.ones(2, 4)) is None
+    exported = forward is not counts_calls  # what that leaves behind is no tensor without values
+    assert (recorded(model, torch.ones(2, 4)) is None) == exported
     assert model.seen is seen
     assert not seen
     assert ppt.couple(model, torch.ones(2, 4)).n_units == 8
@@ -235,7 +243,7 @@ def test_containers_and_objects_come_back(seen):
 def test_a_hook_that_removes_itself_comes_back():
     model = two_layers(lambda net, x: net.b(net.a(x)))
     handle = model.a.register_forward_pre_hook(lambda *_: handle.remove())
-    assert recorded(model, torch.ones(2, 4)) is None
+    assert recorded(model, torch.ones(2, 4)) is not None
     assert len(model.a._forward_pre_hooks) == 1
 
 
@@ -340,12 +348,146 @@ def test_an_argument_that_is_given_twice_is_one_tensor():
     assert operations(recorded(model, x, x)) == ["linear", "linear"]
 
 
-def test_tensors_in_objects_that_nobody_knows_are_left_to_export():
-    x = torch.ones(2, 4)
+def test_arguments_in_objects_that_nobody_knows_are_left_to_export():
     given = two_layers(lambda net, x: net.b(net.a(x.x)))
-    returned = two_layers(lambda net, x: SimpleNamespace(y=net.b(net.a(x))))
-    assert recorded(given, SimpleNamespace(x=x)) is None
-    assert recorded(returned, x) is None
+    assert recorded(given, SimpleNamespace(x=torch.ones(2, 4))) is None
+
+
+@dataclasses.dataclass
+class Output:
+    y: torch.Tensor
+    past: Any = None
+
+
+class KeyCache:
+    """As those of transformers: torch cannot flatten it."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+
+def in_an_object(net, x):
+    return SimpleNamespace(y=net.b(net.a(x)))
+
+
+def in_a_dataclass(net, x):
+    return Output(net.b(net.a(x)))
+
+
+def beside_a_cache(net, x):
+    h = net.a(x)
+    return Output(net.b(h), KeyCache([h]))
+
+
+def in_a_tuple_with_a_cache(net, x):
+    h = net.a(x)
+    return net.b(h), KeyCache([h]), 7
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["own class", "graph"])
+@pytest.mark.parametrize(
+    "forward", [in_an_object, in_a_dataclass, beside_a_cache, in_a_tuple_with_a_cache]
+)
+def test_results_of_any_kind_pass_and_stay_whole(forward, graph, monkeypatch):
+    """What a cache holds is no result: it shrinks with its keys."""
+    model, x = two_layers(forward), torch.randn(2, 4)
+    coupling = ppt.couple(model, x)
+    assert [[m.path for m in f.axes] for f in coupling.families] == [
+        ["a.bias", "a.weight", "b.weight"]
+    ]
+    masks = coupling.masks([1, 2, 3, 4], dict(model.named_parameters()))
+    if graph:
+        shrink = sys.modules[ppt.shrink.__module__]
+        monkeypatch.setattr(shrink, "cut_modules", lambda *_: 1 / 0)
+    found = ppt.shrink(model, masks, coupling, x)
+    assert found.report.kind == ("graph" if graph else "module")
+    assert found.report.deviation < 1e-10
+    y = pytree.tree_leaves(plain(found.model(x)))[0]
+    assert y.shape == (2, 2)
+    assert "forward" not in vars(model)
+
+
+@functools.cache
+def table(length):
+    return torch.arange(length * 8.0).view(length, 8).sin()
+
+
+@functools.cache
+def scaled_table(length):
+    return table(length) * 2
+
+
+def keeps_a_table(net, x):
+    if x.shape[0] not in net.seen:
+        net.seen[x.shape[0]] = torch.ones(x.shape[0], x.shape[0]).tril()
+    return net.b(net.seen[x.shape[0]] @ (net.a(x) + scaled_table(x.shape[0])))
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["own class", "graph"])
+def test_what_functions_and_modules_keep_has_values(graph, monkeypatch):
+    model, x = two_layers(keeps_a_table), torch.randn(3, 4)
+    table.cache_clear()
+    scaled_table.cache_clear()
+    model.seen = {}
+    coupling = ppt.couple(model, x)
+    assert model.seen == {}
+    model(x).sum().backward()
+    masks = coupling.masks([1, 2, 3, 4], dict(model.named_parameters()))
+    if graph:
+        shrink = sys.modules[ppt.shrink.__module__]
+        monkeypatch.setattr(shrink, "cut_modules", lambda *_: 1 / 0)
+    table.cache_clear()
+    scaled_table.cache_clear()
+    ppt.shrink(model, masks, coupling, x)
+    assert type(table(3)) is torch.Tensor
+    assert torch.equal(table(3), torch.arange(24.0).view(3, 8).sin())
+    model(x).sum().backward()
+
+
+def written_in_parts(net, x):
+    h = net.a(x)
+    made = torch.zeros(x.shape[0], 8)
+    made[:, :3] = h[:, :3]
+    made[:, 3:] = h[:, 3:]
+    count = torch.zeros(2)
+    count[1] = 3
+    if count.sum().item() > 2 and made.shape[0] == 2:
+        made = made * 2
+    return net.b(made)
+
+
+def test_constants_have_values_until_something_unknown_is_written_to_them():
+    model = two_layers(written_in_parts)
+    assert recorded(model, torch.ones(2, 4)) is not None
+    coupling = ppt.couple(model, torch.ones(2, 4))
+    assert coupling.n_units == 8
+    asks = two_layers(lambda net, x: net.b(net.a(x)) if zeros_with(x).sum() > 0 else x)
+    assert recorded(asks, torch.ones(2, 4)) is None
+
+
+def zeros_with(x):
+    made = torch.zeros(4)
+    made[:] = x[0]
+    return made
+
+
+def test_couple_leaves_random_numbers_and_flags_as_they_were():
+    drawn = np.random.mtrand._rand  # what functions of numpy.random draw from
+    model = two_layers(lambda net, x: net.b(net.a(x) * drawn.rand()) + torch.rand(2))
+    before = drawn.get_state()[1].copy(), torch.get_rng_state()
+    flags = torch.backends.mha.get_fastpath_enabled(), torch.compiler.is_compiling()
+    ppt.couple(model, torch.ones(2, 4))
+    assert np.array_equal(drawn.get_state()[1], before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    with pytest.raises(ValueError, match="cannot read"):
+        ppt.couple(two_layers(lambda net, x: net.b(x)), torch.ones(2, 4))
+    assert flags == (torch.backends.mha.get_fastpath_enabled(), torch.compiler.is_compiling())
+
+
+def test_lists_index_as_tensors_do():
+    model = two_layers(lambda net, x: net.b(net.a(x)[:, [7, 0, 1, 2, 3, 4, 5, 6]]))
+    assert recorded(model, torch.ones(2, 4)) is not None
+    assert ppt.couple(model, torch.ones(2, 4)).n_units == 8
 
 
 def test_a_sparse_buffer_is_left_to_export():

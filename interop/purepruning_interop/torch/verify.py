@@ -25,6 +25,7 @@ from purepruning_interop.torch.precision import (
     plain_kernels,
     widen,
 )
+from purepruning_interop.torch.results import plain
 
 #: How far two models of one function may always differ in float64, relative to the largest output.
 EXACT = 1e-10
@@ -298,7 +299,7 @@ def _random(given: Any) -> Any:
 
 
 def _floats(outputs: Any, cuts: Sequence[Cuts] | None) -> Outputs:
-    leaves = pytree.tree_leaves(outputs)
+    leaves = pytree.tree_leaves(plain(outputs))
     found = []
     for x, cut in zip(leaves, cuts or [()] * len(leaves), strict=True):
         if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.dtype == torch.bool):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import linecache
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from purepruning_interop.torch.program import base_name, leaf_names
+from purepruning_interop.torch.results import plain
 from purepruning_interop.torch.tracing.read_graph import (
     REGIONS,
     Source,
@@ -56,16 +59,36 @@ def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
 ) -> Any:
     shapes = _open_batch(model, args, kwargs) if dynamic else None
-    try:
-        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
-    except Exception as error:
-        if dynamic:
-            raise Refused(f"no dynamic export: {error}") from error
-        refused = _refusal(model, error)
+    with _plain_results(model):
+        try:
+            return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+        except Exception as error:
+            if dynamic:
+                raise Refused(f"no dynamic export: {error}") from error
+            refused = _refusal(model, error)
     try:  # another tracer, which is as sound: it reads the byte code
         return torch.export.export(model, args, kwargs, strict=True)
     except Exception:
         raise refused from None
+
+
+@contextlib.contextmanager
+def _plain_results(model: torch.nn.Module) -> Iterator[None]:
+    """Lets a module return what torch can flatten, and puts it back as it was."""
+    forward, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(forward)
+    def returning(*args: Any, **kwargs: Any) -> Any:
+        return plain(forward(*args, **kwargs))
+
+    vars(model)["forward"] = returning
+    try:
+        yield
+    finally:
+        if own:
+            vars(model)["forward"] = forward
+        else:
+            del vars(model)["forward"]
 
 
 def _open_batch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

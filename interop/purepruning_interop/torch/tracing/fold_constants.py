@@ -15,7 +15,7 @@ from purepruning_interop.torch.program import Op, Program, Sym, Var, numel
 LIMIT = 1 << 20
 
 
-_NOT_CONSTANT = frozenset(
+NOT_CONSTANT = frozenset(
     [
         "rand",
         "randn",
@@ -83,7 +83,7 @@ def _real(tensor: torch.Tensor) -> bool:
 def _constant(op: Op, tensors: Mapping[int, torch.Tensor]) -> bool:
     return (
         op.symbol is None
-        and op.name not in _NOT_CONSTANT
+        and op.name not in NOT_CONSTANT
         and all(v.number in tensors for v in op.tensors)
     )
 

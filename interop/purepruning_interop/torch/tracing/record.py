@@ -8,11 +8,9 @@ out of the ordinary is left to export: nothing is guessed.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 import operator
-import types
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -21,10 +19,13 @@ from torch._decomp import decomposition_table
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from purepruning_interop.torch.program import leaf_names, mutates
+from purepruning_interop.torch.program import base_name, leaf_names, mutates
+from purepruning_interop.torch.results import plain
+from purepruning_interop.torch.tracing.fold_constants import LIMIT, NOT_CONSTANT
 from purepruning_interop.torch.tracing.read_graph import Source, hidden_writes, readable
+from purepruning_interop.torch.tracing.undo import undone
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -48,22 +49,19 @@ def record(
     if any(type(x) not in _PLAIN or x.layout is not torch.strided for x in tensors):
         return None
     gradients = torch.is_grad_enabled()  # a module may ask
-    kept: dict[int, tuple[Any, list[Any]]] = {}
-    _keep(model, kept)
     recorder = _Recorder(model, known, given[0].device if given else torch.device("cpu"))
-    try:
-        with torch.inference_mode(), torch.set_grad_enabled(gradients):
-            args, kwargs = recorder.give((args, kwargs))
-            with _scopes(model, recorder), _Questions(recorder), recorder:
-                found = model(*args, **kwargs)
-        recorder.take(found)
-    except Exception:  # whatever it is: export says what, if it is an error
-        return None
-    finally:
-        changed = [(x, before) for x, before in kept.values() if not _same(_items(x), before)]
-        for x, before in changed:
-            _restore(x, before)
-    if changed or recorder.failed or hidden_writes(recorder.graph):
+    with undone(model) as left:
+        try:
+            with torch.inference_mode(), torch.set_grad_enabled(gradients), _as_exported():
+                args, kwargs = recorder.give((args, kwargs))
+                with _scopes(model, recorder), _Questions(recorder), recorder:
+                    found = model(*args, **kwargs)
+            recorder.take(found)
+        except Exception:  # whatever it is: export says what, if it is an error
+            return None
+        if any(_without_values(x) for x in left()):
+            return None
+    if recorder.failed or hidden_writes(recorder.graph):
         return None
     return recorder.source()
 
@@ -92,6 +90,8 @@ class _Recorder(TorchDispatchMode):
         self.out_spec: Any = None
         self.alive: list[Any] = []  # so that no two tensors share an id
         self.empty: dict[int, torch.Tensor] = {}
+        self.made: set[int] = set()  # memory of what has values and was made here
+        self.forgotten: set[int] = set()  # and of that to which something unknown was written
         self.shapes: dict[Any, tuple[Any, ...]] = {}
         names = leaf_names(model)
         state = model.state_dict(keep_vars=True)
@@ -108,7 +108,7 @@ class _Recorder(TorchDispatchMode):
 
     def take(self, found: Any) -> None:
         """Makes the results the output."""
-        leaves, self.out_spec = pytree.tree_flatten(found)
+        leaves, self.out_spec = pytree.tree_flatten(plain(found))
         self.results = [self.lookup(x) if _is_tensor(x) else x for x in leaves]
         self.graph.output(tuple(self.results))
 
@@ -162,11 +162,13 @@ class _Recorder(TorchDispatchMode):
             raise
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is _aten.detach_.default:  # of what torch.tensor makes
+            return args[0]
         if not readable(func, self.known) and (parts := _parts(func)) is not None:
             with self:
                 return parts(*args, **kwargs)
         written = _written(func, args, kwargs)
-        if not all(x.is_meta and id(x) not in self.paths for x in written):
+        if not all(self.may_write(x) for x in written):
             raise _Unusual(f"{func} writes to a tensor of the model")
         result = self.call(func, args, kwargs)
         values = result if isinstance(result, (list, tuple)) else (result,)
@@ -193,8 +195,49 @@ class _Recorder(TorchDispatchMode):
                 self.nodes[id(x)] = part
         return result
 
+    def may_write(self, x: torch.Tensor) -> bool:
+        """Whether a tensor that is written to was made here."""
+        return id(x) not in self.paths and (x.is_meta or _memory(x) in self.made)
+
+    def knows(self, x: torch.Tensor) -> bool:
+        """Whether a tensor has values that depend on constants alone."""
+        if x.is_meta or (id(x) in self.paths and x.is_floating_point()):
+            return False
+        return type(x) in _PLAIN and _memory(x) not in self.forgotten
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the results of an operation on constants, with values, or None.
+
+        What a model keeps for its next call, such as a table of positions, is then right; and it
+        may ask for the values.
+        """
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = base_name(func) not in NOT_CONSTANT and all(self.knows(x) for x in tensors)
+        if not known:
+            for x in _written(func, args, kwargs):
+                if not x.is_meta:
+                    self.forgotten.add(_memory(x))
+            return None
+        if not tensors:  # made from sizes
+            args, kwargs = _on(torch.device("meta"), func, args, kwargs)
+            empty = func(*args, **kwargs)
+            if not isinstance(empty, torch.Tensor) or empty.numel() > LIMIT:
+                return None
+        elif max(x.numel() for x in tensors) > LIMIT:
+            return None
+        args, kwargs = _on(self.device, func, args, kwargs)
+        with torch.inference_mode(False):  # as the module would have made them
+            result = func(*args, **kwargs)
+        old = {_memory(x) for x in tensors}
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and _memory(x) not in old:
+                self.made.add(_memory(x))
+        return result
+
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns the results of an operation; what it does to shapes is asked for once."""
+        if (known := self.compute(func, args, kwargs)) is not None:
+            return known
         key = None
         if func in _RETURN_THE_FIRST and args[0].is_floating_point():
             return args[0]
@@ -238,7 +281,10 @@ class _Questions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls a function."""
         recorder = self.recorder
-        if func in _PAST_THE_OPERATIONS or (func in _OF_GRADIENTS and args[0].is_meta):
+        if func in _ASKS_FOR_VALUES and recorder.knows(args[0]):
+            return func(*args, **(kwargs or {}))
+        past = func in _PAST_THE_OPERATIONS and not isinstance(_asked(args, kwargs), torch.dtype)
+        if past or (func in _OF_GRADIENTS and args[0].is_meta):
             recorder.failed = True
             raise _Unusual(f"{func} is no operation")
         if torch.is_autocast_enabled(recorder.device.type):
@@ -246,6 +292,10 @@ class _Questions(TorchFunctionMode):
             raise _Unusual("types that depend on the device")
         if func in _PLACES and args[0].is_meta:
             return _PLACES[func](recorder.device)
+        if func is _Tensor.type and isinstance(_asked(args, kwargs), torch.dtype):
+            return args[0].to(_asked(args, kwargs))
+        if func in _INDEXING:
+            args = (args[0], _with_values(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
 
 
@@ -260,12 +310,33 @@ _PLACES: dict[Any, Any] = {
 }
 
 
+def _asked(args: Any, kwargs: Any) -> Any:
+    """Returns the second argument of ``Tensor.type``."""
+    return args[1] if len(args) > 1 else (kwargs or {}).get("dtype")
+
+
+_INDEXING = {_Tensor.__getitem__, _Tensor.__setitem__}
+
+
+def _with_values(index: Any) -> Any:
+    """Returns an index with tensors for lists, which torch would make tensors without values of."""
+    if isinstance(index, tuple):
+        return tuple(_with_values(part) for part in index)
+    if isinstance(index, list) and all(isinstance(n, (int, bool)) for n in index):
+        with _disable_current_modes():
+            return torch.tensor(index)
+    return index
+
+
 _OF_GRADIENTS = {
     _Tensor.requires_grad.__get__,
     _Tensor.grad_fn.__get__,
     _Tensor.is_leaf.__get__,
     _Tensor.is_inference,
 }
+
+
+_ASKS_FOR_VALUES = {_Tensor.tolist, _Tensor.numpy, _Tensor.__array__}
 
 
 _PAST_THE_OPERATIONS = {
@@ -287,13 +358,13 @@ _PAST_THE_OPERATIONS = {
 
 
 def _is_tensor(x: Any) -> bool:
-    """Whether a leaf of arguments or results is a tensor.
+    """Whether a leaf of the arguments is a tensor.
 
     Raises:
         _Unusual: it may hold tensors, and nobody knows where.
     """
     if not isinstance(x, (torch.Tensor, *_VALUES)):
-        raise _Unusual(f"{type(x)} among the arguments or the results")
+        raise _Unusual(f"{type(x)} among the arguments")
     return isinstance(x, torch.Tensor)
 
 
@@ -454,6 +525,18 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
+def _as_exported() -> Iterator[None]:
+    """Lets modules that ask know that nothing here has values, as ``torch.export`` does."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = {flag: getattr(torch.compiler, flag) for flag in flags}
+    vars(torch.compiler).update(dict.fromkeys(flags, True))
+    try:
+        yield
+    finally:
+        vars(torch.compiler).update(before)
+
+
+@contextlib.contextmanager
 def _scopes(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Tells the recorder which module is being called."""
     paths = {module: name for name, module in model.named_modules()}
@@ -477,44 +560,6 @@ def _scopes(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-# What the forward of a module may have changed about it.
-def _keep(value: Any, kept: dict[int, tuple[Any, list[Any]]], objects: bool = True) -> None:
-    """Takes down what is in a container, or the attributes of an object, and in those in it.
-
-    Not what objects hold that are held by objects that are no modules: that may be anything.
-    """
-    if not isinstance(value, _CONTAINERS):
-        inside = isinstance(value, torch.nn.Module)
-        if not (inside or objects) or isinstance(value, _WHOLE) or not hasattr(value, "__dict__"):
-            return
-        value, objects = vars(value), inside
-    if id(value) not in kept:
-        kept[id(value)] = value, _items(value)
-        for x in value.values() if isinstance(value, dict) else value:
-            _keep(x, kept, objects)
-
-
-_CONTAINERS = (dict, list, tuple, set, collections.deque)
-
-
-_WHOLE = (torch.Tensor, type, types.ModuleType, types.FunctionType)
-
-
-def _items(value: Any) -> list[Any]:
-    """Returns what is in a container: the keys and then the values, if it has both."""
-    return [*value, *value.values()] if isinstance(value, dict) else [*value]
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _restore(value: Any, before: list[Any]) -> None:
-    value.clear()
-    if isinstance(value, dict):
-        n = len(before) // 2
-        value.update(zip(before[:n], before[n:], strict=True))
-    elif isinstance(value, set):
-        value.update(before)
-    else:
-        value.extend(before)
+def _without_values(x: Any) -> bool:
+    """Whether something holds a tensor that exists only here."""
+    return any(isinstance(y, torch.Tensor) and y.is_meta for y in pytree.tree_leaves(x))

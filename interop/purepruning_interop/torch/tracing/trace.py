@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from purepruning_interop.torch.program import Program
 from purepruning_interop.torch.tracing.export import export
 from purepruning_interop.torch.tracing.read_graph import read
 from purepruning_interop.torch.tracing.record import record
+from purepruning_interop.torch.tracing.undo import cleared_caches, undone
 
 How = Literal["recorded", "exported", "open"]
 
@@ -41,8 +44,24 @@ def program_of(
     with _evaluating(model):
         source = record(model, args, kwargs, known) if how == "recorded" else None
         if source is None:
-            source = export(model, args, kwargs, known, how == "open")
+            with undone(model), cleared_caches(), _quiet():
+                source = export(model, args, kwargs, known, how == "open")
         return read(source, how == "open")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No pages of traced code from torch's loggers: what is refused is an error that says it."""
+    names = ("torch", "torch.export", "torch.fx", "torch._dynamo")
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    levels = [handler.level for handler in handlers]
+    try:
+        for handler in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -51,6 +70,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     drawn = random.getstate()
+    drawn_by_numpy = np.random.get_state()  # noqa: NPY002 -- what models draw from
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
@@ -59,6 +79,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)  # noqa: NPY002
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
