@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purepruning.selection import joined, kth_jax
+from purepruning.selection import joined, kth_jax, kth_jax_counters
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, ordered_bits
 from tests import oracle
 
@@ -22,9 +22,10 @@ def piece(scores):
     return Piece((jnp.asarray(scores, jnp.float32),), lambda arrays, index, layer_stats: arrays[0])
 
 
+SIZES_OF_CHUNKS = {"CHUNK": 64, "SMALL_CHUNK": 64, "SAMPLE": 256}
 #: No chunks, or chunks of 64 over pieces that all are small, or two small and three large ones.
 HOWS = {
-    "whole": {"_counter": kth_jax._whole},
+    "whole": {"in_chunks": lambda: False},
     "small": {},
     "both": {"GROUP": 2},
 }
@@ -46,7 +47,9 @@ def solver(how, shared):
     def traced(*args):
         small = {"whole": 0, "small": 10**6, "both": 64}[how]
         with (
-            mock.patch.multiple(kth_jax, CHUNK=64, SMALL_CHUNK=64, SAMPLE=256, **HOWS[how]),
+            mock.patch.multiple(
+                kth_jax_counters, CHUNK=64, SMALL_CHUNK=64, SAMPLE=256, **HOWS[how]
+            ),
             mock.patch.object(joined, "SMALL", small),
         ):
             return solve(*args)
@@ -123,7 +126,7 @@ def test_equal_scores_everywhere(how):
 @pytest.mark.parametrize("dense", [True, False])
 def test_few_counts_suffice(dense):
     """A count reads all weights, so there should be few; an unlucky sample makes it twenty."""
-    n = kth_jax.SMALL_CHUNK  # so that a count reads one chunk
+    n = kth_jax_counters.SMALL_CHUNK  # so that a count reads one chunk
     rng = np.random.default_rng(0)
     scores = np.abs(rng.normal(size=n)) if dense else rng.normal(size=n) ** 9
     reads = 0

@@ -22,7 +22,7 @@ import purepruning as pp
 from purepruning import NM, Block, Criterion, Layer
 from purepruning.arrays import namespace
 from purepruning.granularity import fold
-from purepruning.selection import joined, kth_host, kth_jax, kth_torch, prune
+from purepruning.selection import joined, kth_host, kth_jax_counters, kth_torch, prune
 from purepruning.selection import large as large_module
 from purepruning.selection.keys import Piece
 from purepruning.selection.problem import unstacked
@@ -57,7 +57,7 @@ def scoring():
 def large():
     with (
         mock.patch.multiple(large_module, SMALL=0),
-        mock.patch.multiple(kth_jax, CHUNK=64, SMALL_CHUNK=64, SAMPLE=300, GROUP=2),
+        mock.patch.multiple(kth_jax_counters, CHUNK=64, SMALL_CHUNK=64, SAMPLE=300, GROUP=2),
         mock.patch.multiple(joined, SMALL=64),
         mock.patch.multiple(kth_torch, CHUNK=50, SAMPLE=20),
     ):
