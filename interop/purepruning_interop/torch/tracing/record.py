@@ -9,7 +9,6 @@ out of the ordinary is left to export: nothing is guessed.
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -17,21 +16,24 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from purepruning_interop.torch.program import base_name, leaf_names, mutates
 from purepruning_interop.torch.results import plain
 from purepruning_interop.torch.tracing.fold_constants import LIMIT, NOT_CONSTANT
+from purepruning_interop.torch.tracing.questions import Questions
 from purepruning_interop.torch.tracing.read_graph import Source, hidden_writes, readable
+from purepruning_interop.torch.tracing.shapes import (
+    Unusual,
+    empty_tensor,
+    key_of,
+    obvious_shape,
+    shape_of,
+)
 from purepruning_interop.torch.tracing.undo import undone
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-class _Unusual(Exception):
-    """Something that export has to look at."""
 
 
 def record(
@@ -54,7 +56,7 @@ def record(
         try:
             with torch.inference_mode(), torch.set_grad_enabled(gradients), _as_exported():
                 args, kwargs = recorder.give((args, kwargs))
-                with _scopes(model, recorder), _Questions(recorder), recorder:
+                with _scopes(model, recorder), Questions(recorder), recorder:
                     found = model(*args, **kwargs)
             recorder.take(found)
         except Exception:  # whatever it is: export says what, if it is an error
@@ -101,7 +103,7 @@ class _Recorder(TorchDispatchMode):
     def give(self, given: Any) -> Any:
         """Returns the arguments without values, and makes placeholders of them."""
         leaves, spec = pytree.tree_flatten(given)
-        empty = {id(x): _empty(_shape(x)) for x in leaves if _is_tensor(x)}
+        empty = {id(x): empty_tensor(shape_of(x)) for x in leaves if _is_tensor(x)}
         leaves = [empty.get(id(x), x) for x in leaves]
         self.given = [self.placeholder(f"given_{i}", x) for i, x in enumerate(leaves)]
         return pytree.tree_unflatten(leaves, spec)
@@ -144,7 +146,7 @@ class _Recorder(TorchDispatchMode):
         """Returns a new placeholder of a tensor that is neither argument nor result."""
         path = self.paths.get(id(tensor))
         if path is None and (tensor.is_meta or _memory(tensor) in self.memory):
-            raise _Unusual("a tensor that no operation returned")
+            raise Unusual("a tensor that no operation returned")
         node = self.placeholder("leaf" if path else "constant", tensor)
         if path is None:
             self.constants[node] = tensor
@@ -169,12 +171,12 @@ class _Recorder(TorchDispatchMode):
                 return parts(*args, **kwargs)
         written = _written(func, args, kwargs)
         if not all(self.may_write(x) for x in written):
-            raise _Unusual(f"{func} writes to a tensor of the model")
+            raise Unusual(f"{func} writes to a tensor of the model")
         result = self.call(func, args, kwargs)
         values = result if isinstance(result, (list, tuple)) else (result,)
         if not any(isinstance(x, torch.Tensor) for x in values):
             if written:
-                raise _Unusual(f"{func} returns nothing")
+                raise Unusual(f"{func} returns nothing")
             return result
         self.alive.append(result)
         args, kwargs = _on(self.device, func, args, kwargs)
@@ -243,17 +245,17 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         if not any(a.alias_info is not None for a in func._schema.arguments):
             with contextlib.suppress(TypeError):  # arguments that have no hash
-                key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
-                shape = self.shapes.get(key) or _obvious(func, args)
+                key = (func, key_of(args), key_of(tuple(sorted(kwargs.items()))))
+                shape = self.shapes.get(key) or obvious_shape(func, args)
                 if shape is not None:
-                    return _empty(shape)
+                    return empty_tensor(shape)
         args, kwargs = _on(torch.device("meta"), func, args, kwargs)
         result = func(*self.without_values(args), **self.without_values(kwargs))
         if isinstance(result, torch.Tensor):
             if not result.is_meta:
                 return self.without_values(result)
             if key is not None:
-                self.shapes[key] = _shape(result)
+                self.shapes[key] = shape_of(result)
         return result
 
     def without_values(self, x: Any) -> Any:
@@ -266,105 +268,19 @@ class _Recorder(TorchDispatchMode):
             return x
         if id(x) not in self.empty:
             with torch.inference_mode(False):  # as parameters are
-                self.empty[id(x)] = _empty(_shape(x))
+                self.empty[id(x)] = empty_tensor(shape_of(x))
             self.alive.append(x)
         return self.empty[id(x)]
-
-
-class _Questions(TorchFunctionMode):
-    """Answers where tensors are; refuses what is asked or done past the operations."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls a function."""
-        recorder = self.recorder
-        if func in _ASKS_FOR_VALUES and recorder.knows(args[0]):
-            return func(*args, **(kwargs or {}))
-        past = func in _PAST_THE_OPERATIONS and not isinstance(_asked(args, kwargs), torch.dtype)
-        if past or (func in _OF_GRADIENTS and args[0].is_meta):
-            recorder.failed = True
-            raise _Unusual(f"{func} is no operation")
-        if torch.is_autocast_enabled(recorder.device.type):
-            recorder.failed = True
-            raise _Unusual("types that depend on the device")
-        if func in _PLACES and args[0].is_meta:
-            return _PLACES[func](recorder.device)
-        if func is _Tensor.type and isinstance(_asked(args, kwargs), torch.dtype):
-            return args[0].to(_asked(args, kwargs))
-        if func in _INDEXING:
-            args = (args[0], _with_values(args[1]), *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
-_Tensor: Any = torch.Tensor  # its attributes are descriptors, which type checkers do not know
-
-
-_PLACES: dict[Any, Any] = {
-    _Tensor.device.__get__: lambda device: device,
-    _Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
-    _Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
-    _Tensor.is_meta.__get__: lambda device: device.type == "meta",
-}
-
-
-def _asked(args: Any, kwargs: Any) -> Any:
-    """Returns the second argument of ``Tensor.type``."""
-    return args[1] if len(args) > 1 else (kwargs or {}).get("dtype")
-
-
-_INDEXING = {_Tensor.__getitem__, _Tensor.__setitem__}
-
-
-def _with_values(index: Any) -> Any:
-    """Returns an index with tensors for lists, which torch would make tensors without values of."""
-    if isinstance(index, tuple):
-        return tuple(_with_values(part) for part in index)
-    if isinstance(index, list) and all(isinstance(n, (int, bool)) for n in index):
-        with _disable_current_modes():
-            return torch.tensor(index)
-    return index
-
-
-_OF_GRADIENTS = {
-    _Tensor.requires_grad.__get__,
-    _Tensor.grad_fn.__get__,
-    _Tensor.is_leaf.__get__,
-    _Tensor.is_inference,
-}
-
-
-_ASKS_FOR_VALUES = {_Tensor.tolist, _Tensor.numpy, _Tensor.__array__}
-
-
-_PAST_THE_OPERATIONS = {
-    _Tensor._base.__get__,
-    _Tensor._is_view,
-    _Tensor.__array__,
-    _Tensor.__dlpack__,
-    _Tensor.data.__set__,
-    _Tensor.data_ptr,
-    _Tensor.grad.__set__,
-    _Tensor.numpy,
-    _Tensor.requires_grad.__set__,
-    _Tensor.requires_grad_,
-    _Tensor.storage,
-    _Tensor.tolist,
-    _Tensor.type,
-    _Tensor.untyped_storage,
-}
 
 
 def _is_tensor(x: Any) -> bool:
     """Whether a leaf of the arguments is a tensor.
 
     Raises:
-        _Unusual: it may hold tensors, and nobody knows where.
+        Unusual: it may hold tensors, and nobody knows where.
     """
     if not isinstance(x, (torch.Tensor, *_VALUES)):
-        raise _Unusual(f"{type(x)} among the arguments")
+        raise Unusual(f"{type(x)} among the arguments")
     return isinstance(x, torch.Tensor)
 
 
@@ -374,90 +290,7 @@ _VALUES = (
 )
 
 
-def _shape(x: torch.Tensor) -> tuple[Any, ...]:
-    if x.layout is not torch.strided:
-        raise _Unusual("a sparse tensor")
-    return tuple(x.shape), x.stride(), x.dtype
-
-
-def _empty(shape: tuple[Any, ...]) -> torch.Tensor:
-    size, stride, dtype = shape
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
-
-
-def _obvious(func: Any, args: Any) -> tuple[Any, ...] | None:
-    """Returns the shape of a result of the commonest layers.
-
-    Torch knows it as well, but from Python kernels that are slow, and that import its compiler.
-    """
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    if any(x.dtype is not tensors[0].dtype or not x.is_contiguous() for x in tensors):
-        return None
-    if not tensors or not tensors[0].is_floating_point():
-        return None
-    if func in _NORMS and not _NORMS[func](*args):
-        return None
-    if func in _LIKE_THE_FIRST:
-        return _shape(tensors[0])
-    if func not in _CONVOLUTIONS or tensors[0].ndim != tensors[1].ndim:
-        return None
-    x, kernel = tensors[0].shape, tensors[1].shape
-    defaults: tuple[Any, ...] = (None, None, None, [1], [0], [1], 1)
-    strides, paddings, dilations, groups = (*args, *defaults[len(args) :])[3:]
-    if x[1] != kernel[1] * groups or kernel[0] % groups:
-        return None
-    if not _fit(kernel[:1], args[2:3]):
-        raise _Unusual("a bias of other channels")  # which torch overlooks without values
-    sizes = [x[0], kernel[0]]
-    for i, (size, taps) in enumerate(zip(x[2:], kernel[2:], strict=True)):
-        stride, padding, dilation = (n[i % len(n)] for n in (strides, paddings, dilations))
-        sizes.append((size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1)
-    if min(sizes) < 1:
-        return None
-    steps = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
-    return tuple(sizes), steps, tensors[0].dtype
-
-
-def _fit(shape: Any, parameters: Any) -> bool:
-    """Whether the parameters that are there have a shape."""
-    return all(x is None or x.shape == shape for x in parameters)
-
-
-def _batch_norm_fits(x: Any, *rest: Any) -> bool:
-    return x.ndim > 1 and x.shape[0] > 0 and _fit(x.shape[1:2], rest[:4])
-
-
-def _layer_norm_fits(x: Any, shape: Any, *rest: Any) -> bool:
-    last = x.shape[-len(shape) :]
-    return len(shape) > 0 and list(last) == list(shape) and _fit(last, rest[:2])
-
-
-def _group_norm_fits(x: Any, groups: int, *rest: Any) -> bool:
-    return x.ndim > 1 and groups > 0 and x.shape[1] % groups == 0 and _fit(x.shape[1:2], rest[:2])
-
-
 _aten = torch.ops.aten
-
-
-_NORMS: dict[Any, Any] = {
-    _aten.batch_norm.default: _batch_norm_fits,
-    _aten.layer_norm.default: _layer_norm_fits,
-    _aten.group_norm.default: _group_norm_fits,
-}
-
-
-_LIKE_THE_FIRST = {
-    *_NORMS,
-    _aten.dropout.default,
-    _aten.gelu.default,
-    _aten.hardswish.default,
-    _aten.hardtanh.default,
-    _aten.relu.default,
-    _aten.relu6.default,
-    _aten.sigmoid.default,
-    _aten.silu.default,
-    _aten.tanh.default,
-}
 
 
 _RETURN_THE_FIRST = {
@@ -470,23 +303,6 @@ _RETURN_THE_FIRST = {
     _aten.silu_.default,
     _aten.tanh_.default,
 }
-
-
-_CONVOLUTIONS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default}
-
-
-def _key(x: Any) -> Any:
-    """Returns what the shape of a result depends on.
-
-    Raises:
-        TypeError: something has no hash.
-    """
-    if isinstance(x, (list, tuple)):
-        return tuple(_key(y) for y in x)
-    if isinstance(x, torch.Tensor):
-        return _shape(x)
-    hash(x)
-    return type(x), x
 
 
 def _on(device: torch.device, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
