@@ -5,6 +5,7 @@ The number of devices is left alone: a test that needs several starts a subproce
 """
 
 import os
+import tempfile
 
 import hypothesis
 import jax
@@ -36,6 +37,20 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "full: a case of a product that others cover, which runs with --full"
     )
+    if jax.config.jax_compilation_cache_dir is None:
+        _share_compiled(config)
+
+
+def _share_compiled(config):
+    """Keeps what is compiled for all of this process's tests: a third of it is asked for again.
+
+    Every worker has a folder of its own, since files are not written at once.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="purepruning-tests-")
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -42,10 +42,10 @@ def fill(tree: Tree, key: jax.Array, *, features: int = -1) -> Tree:
 
     def leaf(path, x):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x if isinstance(x, jax.Array | np.ndarray) else jnp.zeros(x.shape, x.dtype)
+            return x if isinstance(x, jax.Array | np.ndarray) else _array(0, x.dtype, x.shape)
         path = jax.tree_util.keystr(path, simple=True, separator="/").lower()
         rng = np.random.default_rng([*seed, zlib.crc32(path.encode())])
-        return jnp.asarray(_draw(rng, path, x.shape, features), x.dtype)
+        return _array(_draw(rng, path, x.shape, features), x.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -73,12 +73,18 @@ def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...], features:
 
 def normal(*shape: int) -> Callable[[jax.Array], jax.Array]:
     """An input of standard normal numbers."""
-    return lambda key: jnp.asarray(_generator(key).standard_normal(shape), jnp.float32)
+    return lambda key: _array(_generator(key).standard_normal(shape), np.float32)
 
 
 def tokens(*shape: int, below: int) -> Callable[[jax.Array], jax.Array]:
     """An input of token numbers."""
-    return lambda key: jnp.asarray(_generator(key).integers(below, size=shape), jnp.int32)
+    return lambda key: _array(_generator(key).integers(below, size=shape), np.int32)
+
+
+def _array(x: Any, dtype: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """An array of JAX; unlike ``jnp.asarray``, this compiles nothing."""
+    x = np.asarray(x, dtype)
+    return jax.device_put(x if shape is None else np.broadcast_to(x, shape))
 
 
 def draw_inputs(inputs: tuple[Callable[[jax.Array], jax.Array], ...], key: jax.Array) -> tuple:

@@ -24,17 +24,12 @@ from tests.messages import raises
 from tests.modes import MODES, as_jax, as_numpy, as_torch
 from tests.statistics import active, nothing, seed, slopes
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ANY = {"op_types": ["default"]}
 STORED = pp.Criterion(
     "stored", channel=lambda weight, own, g: own, of=lambda stats, layer: stats[layer.name]
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compiled():
-    """Linux lets a process map only so many regions, and every compiled function takes some."""
-    yield
-    jax.clear_caches()
 
 
 @functools.cache

@@ -112,7 +112,7 @@ class Side:
         """Returns an array of the framework, of float32 where it is of floats."""
         x = np.asarray(x)
         x = x.astype(np.float32) if x.dtype == np.float64 else x
-        return torch.tensor(x) if self.is_torch else jnp.asarray(x)
+        return torch.tensor(x) if self.is_torch else jax.device_put(x)
 
     def of(self, flat: dict[str, np.ndarray]) -> Any:
         """Returns parameters of the framework."""

@@ -20,6 +20,8 @@ from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch, moved
 from tests.statistics import active, as_total, slopes
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CHANNEL, INPUTS = "output_channel", "input_channel"
 FRAMEWORKS = pytest.mark.parametrize("framework", [as_jax, as_torch], ids=["jax", "torch"])
 

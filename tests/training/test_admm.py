@@ -20,6 +20,8 @@ from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 from tests.versions import enable_x64
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 FC = Layer("fc", "Linear", "fc.w", (3, 4), (0,), (1,))
 CONV = Layer("conv", "Conv2d", "conv.w", (2, 2, 1, 4), (3,), (2,), bias="conv.b")
 STACK = Layer("stack", "Linear", "stack.w", (2, 3, 2), (2,), (1,), stack_axes=(0,))

@@ -17,6 +17,8 @@ from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPES = {"a": (6, 10), "b": (10, 4), "bias": (4,), "free": (3,)}
 LAYERS = (
     Layer("a", "Linear", "a", (6, 10), (1,), (0,)),

@@ -18,6 +18,8 @@ from tests.fast import jit_once
 from tests.messages import raises
 from tests.modes import as_jax, as_numpy, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LAYERS = (
     Layer("conv", "Conv2d", "conv.w", (2, 2, 2, 4), (3,), (2,), bias="conv.b"),
     Layer("fc", "Linear", "fc.w", (6, 8), (0,), (1,), bias="fc.b"),

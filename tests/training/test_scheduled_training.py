@@ -18,7 +18,7 @@ from purepruning_interop import nnx as interop_nnx
 from tests.fast import jit_once, some_key
 from tests.messages import raises
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("unoptimized", "standard_promotion")
 
 SHAPES = {"a": (6, 10), "b": (10, 4), "bias": (4,)}
 LAYERS = (
@@ -33,13 +33,6 @@ UNEVEN = [
 SCHEDULE = pp.agp(begin_step=2, end_step=11, frequency=4)  # at 2, 6, 10, 11
 STEPS = 14
 momentum = functools.partial(optax.sgd, 3e-2, momentum=0.9)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compiled():
-    """Linux lets a process map only so many regions, and every compiled function takes some."""
-    yield
-    jax.clear_caches()
 
 
 def start(seed=0):
