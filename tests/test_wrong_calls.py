@@ -48,7 +48,7 @@ def public():
             f"{name}.{key}"
             for key, value in vars(module).items()
             if inspect.isfunction(value)
-            and value.__module__ == module.__name__
+            and value.__module__.startswith(module.__name__)
             and not key.startswith("_")
         }
     for name in ADAPTERS:
