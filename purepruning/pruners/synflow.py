@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from purepruning.arguments import flag, function
-from purepruning.arrays import grad, is_array, namespace
+from purepruning.arrays import by_numpy, grad, is_array, namespace
 from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import power_of_two_scale
 from purepruning.pruners.of_gradients import of_layer, totals_of
@@ -78,7 +78,7 @@ def synaptic_flow(
     tree = flatten(params)
     weights = weights_of("synaptic_flow", tree.leaves, config)
     floats = {path: x for path, x in tree.leaves.items() if _is_float(x)}
-    sizes = {path: namespace(x).abs(x) for path, x in floats.items()}
+    sizes = by_numpy(_magnitudes, floats)
     factors = {}
     for layer in config.layers if rescale else ():
         xp = namespace(weights[layer.weight])
@@ -95,9 +95,16 @@ def synaptic_flow(
     slopes = grad(params)(total_of)(sizes)
     for path, factor in factors.items():  # so that slope times weight is the score
         slopes[path] = slopes[path] * namespace(factor).astype(factor, slopes[path].dtype)
-    return tree.rebuild(
-        {path: namespace(x).where(x < 0, -slopes[path], slopes[path]) for path, x in floats.items()}
-    )
+    return tree.rebuild(by_numpy(_signed, floats, {path: slopes[path] for path in floats}))
+
+
+def _magnitudes(weights: dict[str, Any]) -> dict[str, Any]:
+    return {path: namespace(x).abs(x) for path, x in weights.items()}
+
+
+def _signed(weights: dict[str, Any], slopes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the slopes of weights from those of their magnitudes."""
+    return {p: namespace(x).where(x < 0, -slopes[p], slopes[p]) for p, x in weights.items()}
 
 
 def _is_float(x: Any) -> bool:
