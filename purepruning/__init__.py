@@ -42,6 +42,7 @@ from purepruning.pruners.snip import snip
 from purepruning.pruners.sparse_gpt import sparse_gpt
 from purepruning.pruners.synflow import synaptic_flow, synflow
 from purepruning.pruners.taylor import taylor_fo
+from purepruning.pruners.transposable import transposable
 from purepruning.pruners.wanda import wanda
 from purepruning.pruners.zeros import masks_from_zeros
 from purepruning.quantize.config import resolve_quantization
@@ -57,6 +58,7 @@ from purepruning.training import admm, movement
 from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
 from purepruning.training.iterative import iterative
 from purepruning.training.lottery import lottery
+from purepruning.training.sparse import rewire, sparse_training, sr_ste
 from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
 
@@ -159,6 +161,11 @@ __all__ = [
     # Training with masks.
     "keep_pruned",
     "prune_on_schedule",
+    # Sparse from the first step on.
+    "transposable",
+    "sparse_training",
+    "rewire",
+    "sr_ste",
     "get_masks",
     "set_masks",
 ]

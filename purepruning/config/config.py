@@ -338,6 +338,21 @@ def known_counts(where: str, pool: Pool, count: Any) -> np.ndarray:
     return np.asarray(to_numpy(count) if is_array(count) else count, np.int64)
 
 
+def single_count(where: str, pool: Pool, count: Any) -> int:
+    """Returns one count as an integer.
+
+    Raises:
+        TypeError, ValueError: as :func:`known_counts`; or there are several.
+    """
+    known = known_counts(where, pool, count)
+    if known.ndim:
+        raise ValueError(
+            f"{where}: the count of {pool.name!r} has shape {known.shape}; give one number, and "
+            "call this for each"
+        )
+    return int(known)
+
+
 def checked_count(pool: Pool, sparsity: float, where: str) -> int:
     """Returns the pool's count; raises if its layers cannot or must not lose that many."""
     count = count_of(sparsity, pool.size) if pool.total is None else pool.count_of(sparsity)

@@ -197,7 +197,9 @@ def _checked(
     grams = totals_of(name, params, stats, config, "grams")
     tree = flatten(params)
     weights = weights_of(name, tree.leaves, config)
-    damping = scalar(damping, f"{name}: damping", zero=True)
+    like = next(iter(weights.values()), None)
+    damping = scalar(damping, f"{name}: damping", zero=True, like=like)
+    damping = float(damping) if is_concrete(damping) else damping
     check_values(name, weights)
     patterns = {layer.name: _pattern(name, layer, config) for layer in config.layers}
     counts: dict[str, Any] = {}
@@ -209,7 +211,11 @@ def _checked(
 
 
 def _seems_finite(x: Any) -> bool:
-    return not is_concrete(x) or bool(namespace(x).all(namespace(x).isfinite(x)))
+    if not is_concrete(x):
+        return True
+    finite = namespace(x).all(namespace(x).isfinite(x))
+    # Inside a trace, what is computed of known values is not known either.
+    return not is_concrete(finite) or bool(finite)
 
 
 def _pattern(name: str, layer: Layer, config: Config) -> Pattern:

@@ -12,7 +12,7 @@ from purepruning.exact_sum import power_of_two_scale
 from purepruning.pruners.of_gradients import of_layer, totals_of
 from purepruning.pruners.snip import element, unit
 from purepruning.selection.criterion import Criterion
-from purepruning.selection.prune import prune, weights_of
+from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.stats.gradients import GradientStats
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
@@ -77,6 +77,7 @@ def synaptic_flow(
     check_config("synaptic_flow", config)
     tree = flatten(params)
     weights = weights_of("synaptic_flow", tree.leaves, config)
+    check_values("synaptic_flow", weights)
     floats = {path: x for path, x in tree.leaves.items() if _is_float(x)}
     sizes = by_numpy(_magnitudes, floats)
     factors = {}

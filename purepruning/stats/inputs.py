@@ -13,6 +13,7 @@ from purepruning.arrays import (
     compiled,
     has_values,
     is_array,
+    is_torch,
     matmul,
     namespace,
     stop_gradient,
@@ -114,6 +115,12 @@ def init(
         if layer.weight not in leaves:
             message = f"inputs.init: layer {layer.name!r}: params have no {layer.weight!r}"
             raise KeyError(missing(message, layer.weight, leaves))
+        weight = leaves[layer.weight]
+        if not is_array(weight) or tuple(weight.shape) != layer.shape:
+            raise ValueError(
+                f"inputs.init: layer {layer.name!r}: {layer.weight!r} must be an array of shape "
+                f"{layer.shape} in params, as in the layer table, got {shown(weight)}"
+            )
 
     def nothing(kind: Kept) -> dict[str, CompensatedSum]:
         if kind not in kinds:
@@ -171,7 +178,14 @@ def update(stats: InputStats, inputs: Mapping[str, Any], layers: Config | Layers
     keep = tuple(kind for kind in KEPT if getattr(stats, kind))
     for kind in keep:
         match(where, getattr(stats, kind), {name: s[kind] for name, s in shapes.items()})
+    match(where, stats.positions, dict.fromkeys(shapes, ()))
     given = {layer.name: _inputs(where, layer, inputs) for layer in table}
+    for name, arrays in given.items():
+        if any(is_torch(x) != is_torch(stats.positions[name].high) for x in arrays):
+            raise TypeError(
+                f"{where}: the input of layer {name!r} and its statistics are of two frameworks, "
+                "JAX and torch; make them by inputs.init of the parameters that the model runs with"
+            )
     refuse_non_finite(where, "the input", given)
     new = InputStats(*(dict(field) for field in stats))  # type: ignore[arg-type]
     for layer in table:

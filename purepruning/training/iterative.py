@@ -9,7 +9,7 @@ import numpy as np
 
 from purepruning.arguments import flag, function, one_of, whole_number
 from purepruning.arrays import int32, is_concrete, is_torch, namespace, zeros
-from purepruning.config.config import Config, Pruner, check_config, known_counts
+from purepruning.config.config import Config, Pruner, check_config, single_count
 from purepruning.granularity import NM
 from purepruning.masks import apply_masks, by_path, whole_mask
 from purepruning.trees import flatten
@@ -106,6 +106,8 @@ def iterative(
             "iterative needs counts that can be lower than the last: resolve without N:M and "
             "without a coupling"
         )
+    if config.masks:
+        raise ValueError("iterative begins with nothing pruned; give the config without masks")
     tables = _tables(config, rounds, curve)
 
     def init(params: Params) -> IterativeState:
@@ -136,7 +138,7 @@ def _tables(config: Config, rounds: int, curve: str) -> dict[str, np.ndarray]:
     done = np.arange(1, rounds + 1) / rounds
     tables = {}
     for pool in config.pools:
-        last = int(known_counts("iterative", pool, config.counts[pool.name]))
+        last = single_count("iterative", pool, config.counts[pool.name])
         left = 1 - last / pool.size
         sparsity = 1 - left**done if curve == "exponential" else (1 - left) * done
         table = np.minimum(pool.counts_of(sparsity), last)

@@ -134,7 +134,7 @@ def keep_pruned(
         except Exception as error:
             _check_inner(state.inner, inner, params, error)
             raise
-        inner_state = _zero_moments(inner_state, flatten(params).leaves, keep)
+        inner_state = zero_moments(inner_state, flatten(params).leaves, keep)
         return _to_zero(updates, params, keep), KeepPrunedState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -585,7 +585,7 @@ def _zero_pruned(tree: Any, keep: dict[str, Any]) -> Any:
     return flat.rebuild({**flat.leaves, **zeroed})
 
 
-def _zero_moments(state: Any, params: dict[str, Any], keep: dict[str, Any]) -> Any:
+def zero_moments(state: Any, params: dict[str, Any], keep: dict[str, Any]) -> Any:
     """Returns an optimizer's state with zeros where pruned, in what it holds of a parameter."""
     flat, zeroed = flatten(state), {}
     for path, leaf in flat.leaves.items():

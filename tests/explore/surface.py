@@ -130,7 +130,8 @@ def called(name: str, *good: Any) -> Any:
 
 def surface(*, slow: bool = True) -> tuple[Call, ...]:
     """Returns the whole table; ``slow`` says whether what traces models is part of it."""
-    parts = [_pruners, _statistics, _of_masks, _schedules, _lottery, _admm, _movement, _files]
+    parts = [_pruners, _sparse, _statistics, _of_masks, _schedules, _lottery, _admm, _movement]
+    parts.append(_files)
     found = [call for part in [*parts, _layers] for side in sides() for call in part(side)]
     some = [_numbers, _rules, _search, _counts, _transforms, _plans]
     some += [structure_calls, _torch, _jax] if slow else []
@@ -324,18 +325,22 @@ def _statistics(s: Side) -> Iterator[Call]:
 
 def _at_initialization(s: Side, at: str) -> Iterator[Call]:
     of = _kinds(s, config=_config(s, counts=False), rescale=flag(), regrow=flag())
-    of |= {"loss": kinds.function(called=False, words=("loss",)), "params": _GOOD}
-    of |= {"outputs": kinds.function(called=False, words=("outputs",))}
+    # What a function of the user's makes of parameters is its own matter.
+    of |= {"loss": _function("loss"), "params": _GOOD, "outputs": _function("outputs")}
     of |= {"rounds": kinds.integer(1, 2**20), "curve": choice("exponential", "linear")}
 
     def total(p: Any) -> Any:
         return sum((x * x).sum() for x in (p.values() if s.is_torch else jax.tree.leaves(p)))
 
     yield row("hessian_gradient", total, s.params, of=of, label=at)
-    of |= {"params": kinds.params("a.w")}
+    of |= {"params": kinds.params("a.w", uses="shapes")}
     yield row("synaptic_flow", total, s.params, s.config, False, of=of, label=at)
     of |= {"config": _config(s, model=False)}
     yield row("iterative", pp.level, s.config, 3, "linear", True, of=of, label=at)
+
+
+def _function(word: str) -> Kind:
+    return Kind((word,), lambda x: "good" if callable(x) else "refuse")
 
 
 def _inputs(s: Side, at: str) -> Iterator[Call]:
@@ -859,10 +864,42 @@ def _transforms(s: Side) -> Iterator[Call]:
         given, name = (s.grads, tx.init(s.params), s.params), f"prune_on_schedule, {label}"
         if label != "returns {}":
             yield row(tx.update, *given, of=of, label=name, works=False)
+    of = _options_of_sparse_training(s) | {"inner": no_optimizer}
+    options = (s.config, optax.sgd(0.1), s.masks, "random", 9, 0, 2, 0.3, "linear", 5)
+    yield row("sparse_training", *options, of=of)
     state = optax.chain(optax.sgd(0.1), keep_pruned(s.masks)).init(s.params)
     of = _kinds(s, opt_state=Kind(("state",), lambda x: "refuse"))
     yield row("get_masks", state, s.params, of=of | {"params": kinds.arrays("a.w", refuse=())})
     yield row("set_masks", state, s.masks, of=of)
+
+
+def _sparse(s: Side) -> Iterator[Call]:
+    at = f" [{s.name}]"
+    moves = Kind(("moves",), lambda x: "refuse", lambda good: [Wrong("empty", {}, "refuse")])
+    of = _kinds(s, moves=moves, masks=kinds.masks("a.w", missing="either", empty="either"))
+    slopes = kinds.arrays("a.w", words=("gradient",), refuse=kinds.NEVER)
+    # Without gradients, connections grow at random.
+    of |= {"grads": Kind(slopes.words, lambda x: "either" if x is None else "refuse", slopes.more)}
+    given = (s.params, s.grads, s.masks, s.config, {"a": 2, "b": 1}, 0)
+    yield row("rewire", *given, of=of, label=at)
+    of |= {"decay": real(0, np.inf, high_in=False)}
+    yield row("sr_ste", s.grads, s.params, s.masks, of=of, label=at)
+    of |= {"config": _config(s, counts=False)}
+    yield row("transposable", s.params, None, s.nm, of=of, label=at)
+
+
+def _options_of_sparse_training(s: Side) -> dict[str, Kind]:
+    return _kinds(
+        s,
+        config=_config(s, model=False),
+        grow=choice("gradient", "random", "none"),
+        decay=choice("cosine", "linear", "constant"),
+        begin_step=integer(0, 2**31 - 1),
+        end_step=integer(0, 2**31 - 1),
+        every=integer(1, 2**31 - 1),
+        drop_fraction=real(0, 1),
+        masks=_GOOD,  # looked at by init
+    )
 
 
 def _holds_nothing(x: Any) -> bool:
@@ -955,6 +992,15 @@ def _torch(s: Side) -> Iterator[Call]:
     yield row(f"{where}.masked_call", fresh, masks, x, None, of=of)
     sgd = Made(lambda: torch.optim.SGD(model.parameters(), lr=0.1))
     yield row(f"{where}.keep_pruned", model, masks, sgd, False, of=of, changes=True)
+    plain = pp.resolve(0.5, table)
+    options = {"grow": "random", "end_step": 9, "every": 2, "key": 5}
+    options["masks"] = pp.random_pruning(params, 5, plain)
+    moved = {**_options_of_sparse_training(s), **{n: of[n] for n in ("model", "optimizer")}}
+    # Its layers are those of the model: of another's the masks have none.
+    moved["config"] = _config(s)
+    moved["model"] = Kind(("model", "module"), of["model"].judge)  # or its parameters
+    given = (model, plain, sgd, options)
+    yield row(f"{where}.sparse_training", *given, of=moved, changes=True)
     yield row(f"{where}.shrink", fresh, masks, c, x, "original", "keep", of=of, slow=True)
     yield row(f"{where}.rebuild", fresh, report.plan, x, "original", of=of, slow=True)
     pruned = Made(world.torch_model_of_torch_prune)

@@ -15,6 +15,7 @@ from purepruning_interop.torch.couple import couple
 from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
 from purepruning_interop.torch.shrink import rebuild, shrink
+from purepruning_interop.torch.sparse import sparse_training
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
 from purepruning_interop.torch.unpickling import allow
 
@@ -28,6 +29,7 @@ __all__ = [
     "apply_",
     "keep_pruned",
     "masked_call",
+    "sparse_training",
     "masks_from_torch_prune",
     "couple",
     "count",
