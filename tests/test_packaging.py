@@ -41,6 +41,7 @@ ALSO = {
     "saving/plans.py": {"safetensors"},
     "saving/states.py": {"safetensors"},
     "training/transforms.py": {"optax"},
+    "training/sparse.py": {"optax"},
     "search/ddpg.py": {"optax"},
     "search/driver.py": {"rich"},
     "search/knapsack.py": {"scipy"},
