@@ -23,7 +23,7 @@ from purepruning.granularity import NM, Block
 from purepruning.jaxpr.count import count
 from purepruning.jaxpr.couple import couple
 from purepruning.jaxpr.shrink import rebuild, shrink
-from purepruning.layers import Layer, make_layer
+from purepruning.layers import Activation, Layer, make_layer
 from purepruning.masks import apply_masks, density, expand, invert, merge_masks
 from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
@@ -48,6 +48,7 @@ from purepruning.pruners.zeros import masks_from_zeros
 from purepruning.quantize.config import resolve_quantization
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
+from purepruning.saving.quantized import load_quantized, save_quantized
 from purepruning.saving.states import load_state, save_state
 from purepruning.schedules.curves import agp, cosine, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule, check_resumed, vmap_axes
@@ -65,6 +66,7 @@ from purepruning.trees import leaf_paths
 __all__ = [
     # Layers: what the weights of a model are.
     "Layer",
+    "Activation",
     "make_layer",
     "coupled_layers",
     "leaf_paths",
@@ -112,6 +114,8 @@ __all__ = [
     # Quantizers, after pruning or alone: modules of a few pure functions each.
     "resolve_quantization",
     "quantize",
+    "save_quantized",
+    "load_quantized",
     # Schedules: when to prune, and how much.
     "one_shot",
     "linear",

@@ -268,8 +268,7 @@ def test_lottery_tickets_by_name(name):
         ("movement", "pp.movement"),
         ("MovementPruner", "pp.movement"),
         ("TransformerHeadPruner", "coupling="),
-        ("QAT_Quantizer", "quantizer"),
-        ("naive", "quantizer"),
+        ("LsqPlusQuantizer", "use lsq"),
     ],
 )
 def test_names_of_what_is_something_else_here(name, what):
@@ -277,6 +276,29 @@ def test_names_of_what_is_something_else_here(name, what):
         pp.from_nni(name, [], LAYERS)
     with raises(KeyError, f"pruning_algorithm: {name!r}", what):
         pp.from_nni("agp", [], LAYERS, pruning_algorithm=name, total_iteration=2)
+
+
+@pytest.mark.parametrize(
+    ("names", "module"),
+    [
+        (("naive", "NaiveQuantizer"), pp.quantize.naive),
+        (("qat", "QAT_Quantizer", "QATQuantizer"), pp.quantize.qat),
+        (("dorefa", "DoReFaQuantizer"), pp.quantize.dorefa),
+        (("bnn", "BNNQuantizer"), pp.quantize.bnn),
+        (("lsq", "LsqQuantizer"), pp.quantize.lsq),
+        (("ptq", "PTQQuantizer", "observer", "ObserverQuantizer"), pp.quantize.ptq),
+    ],
+)
+def test_names_of_quantizers(names, module):
+    rules = [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"]}]
+    for name in names:
+        found = pp.from_nni(name, rules, LAYERS)
+        assert found.quantizer is module
+        assert found.config == pp.resolve_quantization(rules, LAYERS)
+        with raises(KeyError, "pruning_algorithm", repr(name), "quantizer"):
+            pp.from_nni("agp", [], LAYERS, pruning_algorithm=name, total_iteration=2)
+    with raises(ValueError, "activations are for quantizers", "'level'"):
+        pp.from_nni("level", [], LAYERS, activations=[pp.Activation("relu1", "ReLU")])
 
 
 def test_names_that_are_none():

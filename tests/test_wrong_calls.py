@@ -17,7 +17,7 @@ from tests.explore.wrong_calls import pairs, run, singles
 SINGLES, SEVERAL = 700, 300
 
 #: What is made by other functions, or written by users as data: no calls to get wrong.
-DATA = {"Config", "Coupling", "Criterion", "Plan"}
+DATA = {"Activation", "Config", "Coupling", "Criterion", "Plan"}
 MODULES = [
     "admm",
     "movement",

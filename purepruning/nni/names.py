@@ -12,7 +12,7 @@ from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
 from purepruning.coupling.coupling import Coupling
 from purepruning.granularity import Granularity
-from purepruning.layers import Layers, checked_table
+from purepruning.layers import Activation, Layers, checked_table
 from purepruning.nni.config_list import translate
 from purepruning.nni.searches import NAMES, SearchRecipe, search_recipe
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
@@ -20,6 +20,8 @@ from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.slimming import slim
 from purepruning.pruners.taylor import taylor_fo
+from purepruning.quantize import bnn, dorefa, lsq, naive, ptq, qat
+from purepruning.quantize.config import QuantizationConfig, resolve_quantization
 from purepruning.schedules.curves import agp, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule
 from purepruning.training import admm
@@ -63,13 +65,42 @@ _BASES |= {
 }
 
 
-# What NNI calls a pruner and is something else here, and its quantizers.
+# What NNI calls a pruner and is something else here, or is not here.
 _ELSEWHERE = {
     "movement": "is trained like parameters: use pp.movement",
     "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
     "which attention loses whole heads",
 }
-_QUANTIZERS = ("naive", "qat", "dorefa", "bnn", "lsq", "lsqplus", "ptq", "observer")
+_ELSEWHERE["lsqplus"] = "is not in this version: use lsq, whose zero points are 0"
+
+_QUANTIZERS = {
+    "naive": naive,
+    "qat": qat,
+    "dorefa": dorefa,
+    "bnn": bnn,
+    "lsq": lsq,
+    "ptq": ptq,
+    "observer": ptq,
+}
+
+#: NNI's quantizers, as type checkers know them; in any case.
+QuantizerName = Literal[
+    "naive",
+    "qat",
+    "dorefa",
+    "bnn",
+    "lsq",
+    "ptq",
+    "observer",
+    "NaiveQuantizer",
+    "QAT_Quantizer",
+    "QATQuantizer",
+    "DoReFaQuantizer",
+    "BNNQuantizer",
+    "LsqQuantizer",
+    "PTQQuantizer",
+    "ObserverQuantizer",
+]
 
 
 _SCHEDULED = ("linear", "agp", "lotteryticket")
@@ -89,7 +120,29 @@ class Recipe(NamedTuple):
     config: Config
 
 
+class QuantizerRecipe(NamedTuple):
+    """What :func:`from_nni` returns for a quantizer.
+
+    Attributes:
+        quantizer: its module, such as ``purepruning.quantize.qat``.
+        config: the resolved rules.
+    """
+
+    quantizer: Any
+    config: QuantizationConfig
+
+
 _Search = Literal["netadapt", "sensitivity", "simulatedannealing", "auto_compress", "amc"]
+
+
+@overload
+def from_nni(  # type: ignore[overload-overlap]
+    name: QuantizerName,
+    config_list: Iterable[Rule],
+    layers: Layers,
+    *,
+    activations: Iterable[Activation] = (),
+) -> QuantizerRecipe: ...
 
 
 @overload
@@ -115,9 +168,14 @@ def from_nni(
     mode: Literal["normal", "dependency_aware", "global"] | None = None,
     coupling: Coupling | None = None,
     extra: Literal["own", "none"] | None = None,
+    activations: Iterable[Activation] = (),
     **arguments: Any,
-) -> Recipe | SearchRecipe:
+) -> Recipe | SearchRecipe | QuantizerRecipe:
     """Returns pruner, schedule and config for what one of NNI's pruners is told.
+
+    For a quantizer (``"naive"``, ``"qat"``, ``"dorefa"``, ``"bnn"``, ``"lsq"``, ``"ptq"`` or
+    ``"observer"``, or the name of its class) it returns its module in :mod:`purepruning.quantize`,
+    and the config of :func:`purepruning.resolve_quantization`.
 
     ``name`` is a pruner as its documents, its classes or auptimizer call it, in any case:
 
@@ -157,6 +215,7 @@ def from_nni(
         mode: ``"global"``, of Taylor pruning, ranks the channels of all layers together.
             ``"dependency_aware"`` prunes coupled channels together, for the pruners of output
             channels but Slim; ``"normal"`` does not. Unless given, it does if there is a coupling.
+        activations: for quantizers, rows of an adapter's ``activations``.
         coupling, extra: for that mode, as in :func:`purepruning.resolve`. NNI's documents describe
             ``extra="own"``; from 2.9 on its code does ``extra="none"``.
 
@@ -184,6 +243,11 @@ def from_nni(
             f"from_nni: {name!r} takes no argument {next(iter(arguments))!r}; only searches take "
             "NNI's further arguments"
         )
+    if plain.removesuffix("quantizer") in _QUANTIZERS:
+        quantization = resolve_quantization(config_list, layers, activations)
+        return QuantizerRecipe(_QUANTIZERS[plain.removesuffix("quantizer")], quantization)
+    if tuple(activations):
+        raise ValueError(f"from_nni: activations are for quantizers, and {name!r} is a pruner")
     base = _base("name", name) if plain not in _SCHEDULED else None
     if base is None:
         base = _base("pruning_algorithm", pruning_algorithm or "level")
@@ -270,13 +334,13 @@ def _search(
 
 def _base(argument: str, name: str) -> _Base:
     plain = _plain(argument, name)
-    if plain in _ELSEWHERE:
-        raise KeyError(f"{argument}: {name!r} {_ELSEWHERE[plain]}")
-    if plain.endswith("quantizer") or plain in _QUANTIZERS:
-        raise KeyError(f"{argument}: {name!r} is a quantizer, and none is in this version")
+    if plain.removesuffix("quantizer") in _ELSEWHERE:
+        raise KeyError(f"{argument}: {name!r} {_ELSEWHERE[plain.removesuffix('quantizer')]}")
+    if plain.removesuffix("quantizer") in _QUANTIZERS:
+        raise KeyError(f"{argument}: {name!r} is a quantizer, and prunes nothing; name a pruner")
     if plain not in _BASES:
         message = f"{argument}: there is no pruner {name!r}"
-        raise KeyError(missing(message, plain, [*_BASES, *_SCHEDULED]))
+        raise KeyError(missing(message, plain, [*_BASES, *_SCHEDULED, *_QUANTIZERS]))
     return _BASES[plain]
 
 

@@ -89,13 +89,13 @@ def of(
         if target.site not in levels:
             message = f"integers.of: there are no levels of {target.site!r}"
             raise KeyError(missing(message, target.site, levels))
-        weight = _host(found[target.layer.weight])  # type: ignore[union-attr]
+        weight = on_host(found[target.layer.weight])  # type: ignore[union-attr]
         result[target.site] = _integers(weight, levels[target.site], target)
     return result
 
 
 def _integers(weight: np.ndarray, levels: Levels, target: Target) -> IntegerWeight:
-    scale, zero = (np.asarray(_host(x), np.float32) for x in levels[:2])
+    scale, zero = (np.asarray(on_host(x), np.float32) for x in levels[:2])
     shape = grouped(target)[0]
     q = np.round(weight.astype(np.float64).reshape(shape) / scale.astype(np.float64) + zero)
     dtype: Any = np.int8 if levels.low < 0 else np.uint8
@@ -161,7 +161,7 @@ def weight_levels(
     return result
 
 
-def _host(x: Any) -> Any:
+def on_host(x: Any) -> Any:
     """Returns an array's numbers as NumPy's."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()

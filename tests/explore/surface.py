@@ -612,6 +612,20 @@ def _files(s: Side) -> Iterator[Call]:
     yield row(
         "load_state", run, state, s.config, of=of | {"config": _config(s, counts=False)}, label=at
     )
+    rule = {"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Linear"]}
+    config = pp.resolve_quantization(rule, s.layers)
+    quantised, levels = (f(s.params, *more, config) for f, *more in _PTQ)
+    weights = pp.quantize.integers.of(quantised, levels, config)
+    model = folder() / f"quantized_{s.name}.safetensors"
+    find("save_quantized")(model, quantised, weights, {}, config)
+    of |= {"config": kinds.of_type(pp.quantize.QuantizationConfig, words=("config",))}
+    mapping = Kind(("weight", "integers"), lambda x: "refuse")
+    of |= {"weights": mapping, "ranges": Kind(("range",), lambda x: "either")}
+    yield row("save_quantized", written, quantised, weights, {}, config, of=of, label=at)
+    yield row("load_quantized", model, s.params, of=of, label=at)
+
+
+_PTQ = ((pp.quantize.ptq.weights, None), (pp.quantize.ptq.levels,))
 
 
 def _optional(kind: Kind) -> Kind:

@@ -1,0 +1,223 @@
+"""Quantised models in files: a calibration in JSON, by NNI's names, and weights in safetensors.
+
+The JSON file is what NNI's ``export_model`` returns, by layer: ``weight_bits``, ``weight_scale``,
+``weight_zero_point``, ``input_bits``, ``tracked_min_input``, ``tracked_max_input``, and the same of
+outputs. The safetensors file beside it holds the weights: packed at their width, with scales, where
+they are quantised, and whole where they are not. (NNI writes floats, and reads no scales back.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from purepruning.arguments import instance, missing, shown
+from purepruning.arrays import array_like, has_values, is_array, is_torch
+from purepruning.layers import Layer
+from purepruning.quantize import integers
+from purepruning.quantize.config import QuantizationConfig, check_quantization
+from purepruning.quantize.integers import IntegerWeight
+from purepruning.quantize.observers import Range
+from purepruning.quantize.targets import weights_of
+from purepruning.saving.files import (
+    BROKEN,
+    check_sum,
+    checksum,
+    file_path,
+    read_whole,
+    unreadable,
+    write_whole,
+)
+from purepruning.trees import flatten
+from purepruning.types import Params
+from purepruning.versions import __version__
+
+FORMAT_VERSION = 1
+
+
+class QuantizedModel(NamedTuple):
+    """What a file of a quantised model holds.
+
+    Attributes:
+        params: a tree like the one that was given: quantised weights as they were, bit for bit.
+        weights: the integers by site.
+        ranges: the ranges of inputs and outputs by site.
+    """
+
+    params: Params
+    weights: dict[str, IntegerWeight]
+    ranges: dict[str, Range]
+
+
+def save_quantized(
+    path: str | os.PathLike[str],
+    params: Params,
+    weights: Mapping[str, IntegerWeight],
+    ranges: Mapping[str, Range],
+    config: QuantizationConfig,
+) -> None:
+    """Writes a quantised model to ``path``, in safetensors, and its calibration to a JSON file.
+
+    The latter has the same name, with ``.json`` at the end. Both appear whole or not at all.
+
+    Args:
+        path: the safetensors file.
+        params: all parameters; those with integers are not written.
+        weights: what :func:`purepruning.quantize.integers.of` returned.
+        ranges: of inputs and outputs: what :func:`purepruning.quantize.observers.ranges` returned.
+        config: the resolved rules.
+
+    Raises:
+        KeyError: a weight or a range of the config is missing.
+        OSError: a file cannot be written.
+
+    >>> import tempfile, numpy as np
+    >>> import purepruning as pp
+    >>> from purepruning.quantize import integers, ptq
+    >>> params = {"fc.w": np.array([[1.0, -2.0, 5.0]], np.float32)}
+    >>> layer = pp.make_layer(params, "fc.w", "Linear", name="fc", out_axes=0, in_axes=1)
+    >>> config = pp.resolve_quantization([{"quant_types": ["weight"], "quant_bits": 3}], [layer])
+    >>> weights = integers.of(ptq.weights(params, None, config), ptq.levels(params, config), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_quantized(folder + "/model.safetensors", params, weights, {}, config)
+    ...     load_quantized(folder + "/model.safetensors", params).params["fc.w"].tolist()
+    [[1.0, -2.0, 5.0]]
+    """
+    where = "save_quantized"
+    target, leaves = file_path(path, where), flatten(params).leaves
+    check_quantization(where, config)
+    weights_of(where, params, config)
+    instance(weights, Mapping, f"{where}: weights", "what integers.of returned, a mapping by site")
+    instance(ranges, Mapping, f"{where}: ranges", "a mapping from sites to ranges")
+    for name, x in leaves.items():
+        if not (is_array(x) and has_values(x)):
+            raise TypeError(f"{where}: the parameter {name!r} must be an array, got {shown(x)}")
+    arrays: dict[str, np.ndarray] = {}
+    rows: dict[str, Any] = {}
+    for t in config.weights:
+        assert isinstance(t.layer, Layer)
+        if t.site not in weights:
+            raise KeyError(missing(f"{where}: no integers of {t.site!r}", t.site, weights))
+        weight = weights[t.site]
+        instance(
+            weight, IntegerWeight, f"{where}: weights[{t.site!r}]", "what integers.of returned"
+        )
+        name = t.layer.weight
+        arrays |= {f"{name}:integers": integers.pack(weight), f"{name}:scale": weight.scale}
+        arrays[f"{name}:zero_point"] = weight.zero_point
+        rows[name] = {
+            "site": t.site,
+            "shape": list(weight.integers.shape),
+            "grouped": list(weight.grouped),
+            "bits": weight.bits,
+            "low": weight.low,
+            "dtype": str(weight.integers.dtype),
+        }
+    arrays |= {name: integers.on_host(x) for name, x in leaves.items() if name not in rows}
+    header = {
+        "format": "quantized",
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "weights": rows,
+        "crc32": {name: checksum(x) for name, x in arrays.items()},
+    }
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    content = safetensors.numpy.save(arrays, {"purepruning": json.dumps(header, sort_keys=True)})
+    calibration = json.dumps(_calibration(where, weights, ranges, config), indent=1)
+    write_whole(target, content)
+    write_whole(_json_of(target), calibration.encode())
+
+
+def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedModel:
+    """Returns what :func:`save_quantized` wrote.
+
+    Args:
+        path: the safetensors file; the JSON file lies beside it.
+        params: a tree of the same structure, for names and framework; shapes will do.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        KeyError: the file has no parameter of a name in ``params``.
+        ValueError: a file is damaged, or was not written by :func:`save_quantized`.
+    """
+    target, tree = file_path(path, "load_quantized"), flatten(params)
+    header, arrays = read_whole(target, "quantized", FORMAT_VERSION)
+    weights, values = {}, {}
+    try:
+        for name, crc in header["crc32"].items():
+            check_sum(name, arrays[name], {"crc32": crc})
+        for name, row in header["weights"].items():
+            shape = tuple(row["shape"])
+            q = integers.unpack(
+                arrays[f"{name}:integers"], shape, row["bits"], row["low"], row["dtype"]
+            )
+            weights[row["site"]] = IntegerWeight(
+                q,
+                arrays[f"{name}:scale"],
+                arrays[f"{name}:zero_point"],
+                row["bits"],
+                row["low"],
+                tuple(row["grouped"]),
+            )
+            values[name] = weights[row["site"]].values()
+        ranges = _ranges(json.loads(_json_of(target).read_text()))
+    except BROKEN as error:
+        raise unreadable(target, "quantized", error) from error
+    found = {}
+    for name, like in tree.leaves.items():
+        if name not in values and name not in arrays:
+            message = f"load_quantized: {target} has no parameter {name!r}"
+            raise KeyError(missing(message, name, [*values, *arrays]))
+        found[name] = _as_leaf(like, values.get(name, arrays.get(name)))
+    return QuantizedModel(tree.rebuild(found), weights, ranges)
+
+
+def _json_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _calibration(
+    where: str,
+    weights: Mapping[str, IntegerWeight],
+    ranges: Mapping[str, Range],
+    config: QuantizationConfig,
+) -> dict[str, dict[str, Any]]:
+    """Returns the bits, scales and ranges by layer, under NNI's names."""
+    found: dict[str, dict[str, Any]] = {}
+    for t in config.targets:
+        row = found.setdefault(t.name, {})
+        row[f"{t.what}_bits"] = t.bits
+        if t.what == "weight":
+            row["weight_scale"] = weights[t.site].scale.tolist()
+            row["weight_zero_point"] = weights[t.site].zero_point.tolist()
+            continue
+        if t.site not in ranges:
+            raise KeyError(missing(f"{where}: no range of {t.site!r}", t.site, ranges))
+        instance(ranges[t.site], Range, f"{where}: ranges[{t.site!r}]", "a Range")
+        low, high = ranges[t.site]
+        row[f"tracked_min_{t.what}"], row[f"tracked_max_{t.what}"] = float(low), float(high)
+    return found
+
+
+def _ranges(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Range]:
+    return {
+        f"{name}:{what}": Range(
+            np.float32(row[f"tracked_min_{what}"]), np.float32(row[f"tracked_max_{what}"])
+        )
+        for name, row in calibration.items()
+        for what in ("input", "output")
+        if f"tracked_min_{what}" in row
+    }
+
+
+def _as_leaf(like: Any, x: Any) -> Any:
+    """Returns an array of NumPy as a tensor where ``like`` is one, in its dtype."""
+    if not is_torch(like):
+        return x.astype(like.dtype)
+    return array_like(like, x).to(like.dtype)
