@@ -367,6 +367,13 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
     for path in leaves and shapes:
         if path not in leaves:
             raise KeyError(missing(f"prune_on_schedule: params have no {path!r}", path, leaves))
+    for layer in config.layers if leaves else ():
+        shape = tuple(getattr(leaves[layer.weight], "shape", ()))
+        if shape != layer.shape:
+            raise ValueError(
+                f"prune_on_schedule: {layer.weight!r} has shape {shape} in params, but "
+                f"{layer.shape} in the layer table; make the table from this model"
+            )
     whole = {
         path: whole_mask(named.get(path), leaves[path])
         if path in leaves
