@@ -142,6 +142,7 @@ class Allocation:
                 and self.place_of[units].any()
             )
             for path, leaf in self.coupling.leaves.items()
+            if not leaf.table
         }
 
     @property

@@ -54,6 +54,7 @@ def build(
             by[path],
             tuple(roles[path, a] for a in range(len(leaves[path]))),
             tuple((path, a) in flow.nonzero for a in range(len(leaves[path]))),
+            path in flow.tables,
         )
         for path in paths
     }
@@ -237,6 +238,8 @@ def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[
 
 
 def _role(flow: Flow, path: str, axis: int, ndim: int) -> str:
+    if path in flow.tables:
+        return COMPANION
     if (path, axis) in flow.sinks:
         # Tied weights make the channels too that they read elsewhere.
         return SOURCE if (path, axis) in flow.sources else SINK
@@ -358,14 +361,19 @@ def _frozen(
     found = []
     for path in paths:
         for a, axis in enumerate(axes[path]):
-            if axis is None or (path, a) in flow.by_block:
+            blocks = 1
+            if (path, a) in flow.by_block:
+                stored = flow.by_block[path, a][1]
+                blocks, axis = len(stored), stored.reshape(-1, stored.shape[-1])
+            if axis is None:
                 continue
             x = resolved[path][a]
-            fixed = np.ones(len(axis), bool) if x is None else (x == KEPT).all(1)
+            fixed = np.ones(len(axis), bool) if x is None else (x == KEPT).all(-1).reshape(-1)
             if not fixed.any():
                 continue
             reasons = [r for r in flow.atoms.reason(axis[fixed]) if r]
             reason = max(sorted(set(reasons)), key=reasons.count) if reasons else "its factors stay"
             if reason not in ("taps of a kernel", "a spatial axis"):
-                found.append(FrozenAxis(path, a, int(fixed.sum()), reason))
+                positions = fixed.reshape(blocks, -1).any(0).sum()
+                found.append(FrozenAxis(path, a, int(positions), reason))
     return tuple(found)

@@ -44,6 +44,7 @@ class Flow:
         self.taps: set[tuple[str, int]] = set()
         self.stacks: set[tuple[str, int]] = set()
         self.nonzero: set[tuple[str, int]] = set()
+        self.tables: set[str] = set()
         self.heads: list[np.ndarray] = []
         self.head_positions: list[np.ndarray] = []
         self.unknown: dict[str, int] = {}
@@ -54,8 +55,15 @@ class Flow:
 
     # Where values come from.
 
-    def leaf(self, path: str, shape: Sequence[int], prunable: bool) -> Value:
-        """Returns a parameter: one atom for every position of every axis longer than 1."""
+    def leaf(
+        self, path: str, shape: Sequence[int], prunable: bool, *, table: bool = False
+    ) -> Value:
+        """Returns a parameter: one atom for every position of every axis longer than 1.
+
+        A ``table``, of integers or booleans, is cut along with what it is used for, never masked.
+        """
+        if table:
+            self.tables.add(path)
         axes = []
         for n in shape:
             axis = self.atoms.fresh(n) if n > 1 else None
@@ -66,7 +74,7 @@ class Flow:
         return Value(
             tuple(shape),
             tuple(axes),
-            (0.0,) * len(axes),
+            (UNKNOWN if table else 0.0,) * len(axes),
             None,
             origins,
             (path, tuple(range(len(shape)))),

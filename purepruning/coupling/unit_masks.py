@@ -25,7 +25,7 @@ def masks_of(leaves: Mapping[str, Coupled], removed: np.ndarray, params: Any) ->
     tree = flatten(params)
     found = {}
     for path, leaf in leaves.items():
-        keep = leaf_mask(leaf, removed)
+        keep = None if leaf.table else leaf_mask(leaf, removed)
         if keep is None:
             continue
         if path not in tree.leaves:
@@ -160,7 +160,7 @@ def _scaled_to_zero(
     for path, leaf in leaves.items():
         module = path.rpartition(".")[0]
         for axis, units in enumerate(leaf.units):
-            if units is None:
+            if units is None or leaf.table:
                 continue
             there = never.copy()
             there[units] = True

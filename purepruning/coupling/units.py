@@ -25,6 +25,7 @@ class Coupled:
             also ``"tap"`` (of a kernel) and ``"stack"`` (the layers that a loop runs over).
         nonzero: for every axis whether it reads channels that are not zero once what makes, scales
             and shifts them is masked, as behind a sigmoid.
+        table: whether it holds integers or booleans, which are cut and never masked.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Coupled:
     by: tuple[int | None, ...]
     roles: tuple[str, ...]
     nonzero: tuple[bool, ...]
+    table: bool = False
 
     def kept(self, axis: int, removed: np.ndarray) -> np.ndarray | None:
         """Returns which positions of an axis stay, ``(n,)`` or ``(blocks, n)``; None for all."""

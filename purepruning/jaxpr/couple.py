@@ -100,7 +100,7 @@ def analyse(call: Call, outputs: Any, tables: bool = False) -> Analysis:
     values: dict[str, Value] = {}
     for name in sorted(names):
         floating = jnp.issubdtype(call.params[name].dtype, jnp.inexact)
-        values[name] = flow.leaf(name, tuple(call.params[name].shape), bool(floating))
+        values[name] = flow.leaf(name, tuple(call.params[name].shape), True, table=not floating)
     for name in names:
         if not uses[name] and name not in fates:
             flow.keep(values[name], "not used by the function")

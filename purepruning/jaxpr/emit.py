@@ -19,7 +19,7 @@ from purepruning.jaxpr.internals import scan_sizes
 from purepruning.jaxpr.interpret import Emit, Run, take
 from purepruning.jaxpr.primitives import SOURCES
 from purepruning.jaxpr.program import Op, Program, derivative, is_floating
-from purepruning.jaxpr.rules.indexing import known_start, written_places
+from purepruning.jaxpr.rules.indexing import SCATTERS, changed_axis, known_start, written_places
 from purepruning.jaxpr.rules.table import RULES
 from purepruning.jaxpr.walk import Trace, walk
 
@@ -171,6 +171,14 @@ def _scatter(r: Run, op: Op, arrays: Any, operands: Any, results: Any) -> Any:
     value, updates = operands[0], operands[2]
     places = written_places(r.program, op, value, updates)
     if places is None:
+        changed = changed_axis(r.program, op, value, updates)
+        kept = None if changed is None else r.s.kept(value.axes[changed])
+        if kept is not None:  # what is written to stays, in another place
+            arrays = [
+                arrays[0],
+                jnp.searchsorted(kept, arrays[1]).astype(arrays[1].dtype),
+                arrays[2],
+            ]
         return r.bind(op, arrays, op.params)
     axis, along, taken = places
     rest = [a for a in range(updates.ndim) if a not in along]
@@ -372,7 +380,7 @@ EMIT: dict[str, Emit] = {
     "conv_general_dilated": _convolution,
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
-    "scatter": _scatter,
+    **dict.fromkeys(SCATTERS, _scatter),
     "dynamic_update_slice": _dynamic_update_slice,
     "reduce_sum": _reduce_sum,
     "remat2": _remat,

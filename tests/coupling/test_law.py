@@ -25,7 +25,6 @@ WHOLE = {
     "plain_running_logarithm": "summed, and not zero where it is masked",
     "plain_order_of_samples": "summed, and not zero where it is masked",
     "plain_missing_sample": "summed, and not zero where it is masked",
-    "plain_applied": "operand of scatter, for which there is no rule",
     "plain_random_by_number": "what keys are made of",
     "plain_divided_by_scale": "no number where it is masked",
     "plain_gamma_of_scale": "no number where it is masked",
@@ -37,7 +36,6 @@ WHOLE = {
 UNDEFINED = {"plain_scaled_kernel"}
 
 #: Loops that run until something holds have no reverse derivative, nor has a scatter that applies.
-FORWARD = {"plain_while_loop", "plain_fixed_point", "plain_applied"}
 
 
 #: Models of the frameworks, one of every kind of structure. The population has them all.

@@ -67,7 +67,7 @@ CASES = {
         X,
         8,
     ),
-    "scan": (scanned, STACKED, X, 8),
+    "scan": (scanned, STACKED, X, 14),  # 6 that a table looks up
     "not read in a loop": (unread, {**P, "spare": normal(7, 5)}, X, 8),
     "taken with NaN outside": (
         lambda p, i: layer_norm(jnp.take(p["e"], i, axis=0)) @ p["c"],
@@ -78,6 +78,50 @@ CASES = {
     "reshape of moved axes": (
         lambda p, x: jnp.concatenate(jnp.stack([x @ p["a"], x @ p["b"]]), -1) @ p["c"],
         TWO,
+        X,
+        8,
+    ),
+    "added to one channel": (
+        lambda p, x: jax.nn.relu(x @ p["a"]).at[:, 2].add(1.0) @ p["c"],
+        P,
+        X,
+        7,
+    ),
+    "two channels multiplied": (
+        lambda p, x: jax.nn.relu(x @ p["a"]).at[:, jnp.array([1, 6])].mul(3.0) @ p["c"],
+        P,
+        X,
+        6,
+    ),
+    "cosine of one channel": (
+        lambda p, x: jax.nn.relu(x @ p["a"]).at[:, 2].apply(jnp.cos) @ p["c"],
+        P,
+        X,
+        7,
+    ),
+    "cosine of one row": (
+        lambda p, x: jax.nn.relu(x @ p["a"]).at[1].apply(jnp.cos) @ p["c"],
+        P,
+        X,
+        8,
+    ),
+    "window of any function": (
+        lambda p, x: (
+            lax.reduce_window(x @ p["a"], 0.0, lambda a, b: a + 2 * b, (2, 1), (1, 1), "VALID")
+            @ p["c"]
+        ),
+        P,
+        X,
+        8,
+    ),
+    "triangular system": (
+        lambda p, x: (
+            lax.linalg.triangular_solve(
+                jnp.tril(jnp.ones((4, 4))), x @ p["a"], left_side=True, lower=True
+            )
+            @ p["c"]
+        ),
+        P,
         X,
         8,
     ),
@@ -96,6 +140,11 @@ def halved(fn, params, x, **options):
     return coupling, pp.shrink(fn, params, coupling.masks(pruned, params), coupling, x, **options)
 
 
+def agree(fn, params, small, x):
+    expected = fn(pp.apply_masks(params, small.report.masks), x)
+    np.testing.assert_allclose(small.fn(small.params, x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_masked_and_shrunk_program_agree(case):
     fn, params, x, n_units = CASES[case]
@@ -104,15 +153,15 @@ def test_masked_and_shrunk_program_agree(case):
     assert small.report.params[1] < small.report.params[0]
     sizes = jax.tree.map(jnp.size, small.params)
     assert sum(jax.tree.leaves(sizes)) == small.report.params[1]
-    expected = fn(pp.apply_masks(params, small.report.masks), x)
-    np.testing.assert_allclose(small.fn(small.params, x), expected, rtol=1e-4, atol=1e-5)
+    agree(fn, params, small, x)
 
 
-def test_unread_and_integer_parameters_of_a_scan_stay():
+def test_unread_parameters_of_a_scan_stay_and_integers_keep_their_values():
     _, small = halved(scanned, STACKED, X)
     assert small.report.masks["table"] is None
     assert small.report.masks["unused"] is None
-    np.testing.assert_array_equal(small.params["table"], STACKED["table"])
+    assert small.params["unused"].shape == (3, 6, 6)
+    np.testing.assert_array_equal(small.params["table"], STACKED["table"][:, 3:])
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
@@ -137,3 +186,65 @@ def test_an_index_out_of_range_gives_nan_in_both_models():
     masked = fn(pp.apply_masks(LOOKED_UP, small.report.masks), i)
     np.testing.assert_array_equal(np.isnan(small.fn(small.params, i)), np.isnan(masked))
     assert np.isnan(masked[1]).all()
+
+
+@pytest.mark.parametrize("leaf", ["mask", "count", "index"])
+def test_tables_of_integers_are_cut_and_never_masked(leaf):
+    tables = {
+        "mask": jnp.asarray(np.random.default_rng(5).random((6, 8)) > 0.3),
+        "count": jnp.arange(8) % 3,
+        "index": jnp.arange(8)[::-1],
+    }
+    use = {
+        "mask": lambda p, x: jax.nn.relu(x @ jnp.where(p["t"], p["a"], 0)),
+        "count": lambda p, x: jax.nn.relu(x @ p["a"]) * p["t"][None].astype(jnp.float32),
+        "index": lambda p, x: jax.nn.relu(x @ p["a"])[:, p["t"]],
+    }[leaf]
+    params = P | {"t": tables[leaf]}
+
+    def fn(p, x):
+        return use(p, x) @ p["c"]
+
+    coupling, small = halved(fn, params, X)
+    agree(fn, params, small, X)
+    assert coupling.n_units == 8
+    assert small.params["t"].dtype == tables[leaf].dtype
+    assert small.params["t"].shape == (*tables[leaf].shape[:-1], 4)
+    assert small.report.masks["t"] is None
+
+
+def test_debugging_freezes_nothing():
+    seen = []
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        jax.debug.callback(lambda h: seen.append(h.shape), h)
+        return h @ p["c"]
+
+    _, small = halved(fn, P, X)
+    agree(fn, P, small, X)
+    jax.effects_barrier()
+    assert (4, 4) in seen
+
+
+def test_a_ragged_product_couples_all_groups():
+    params = {"a": P["a"], "e": normal(5, 2, 8, 10), "o": normal(6, 10, 3)}
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"])
+        return jax.lax.ragged_dot(h, p["e"], jnp.array([1, 3])) @ p["o"]
+
+    _, small = halved(fn, params, X)
+    agree(fn, params, small, X)
+    assert small.params["e"].shape == (2, 4, 5)
+
+
+def test_axes_that_stay_in_stacked_parameters_are_listed():
+    params = {"u": normal(7, 3, 6, 8), "d": normal(8, 3, 8, 6)}
+
+    def fn(p, x):
+        return jax.lax.scan(lambda h, w: (h + jax.nn.relu(h @ w["u"]) @ w["d"], None), x, p)[0]
+
+    coupling, _ = halved(fn, params, X)
+    listed = {(f.path, f.axis): f.positions for f in coupling.frozen}
+    assert listed == {("u", 0): 3, ("u", 1): 6, ("d", 0): 3, ("d", 2): 6}

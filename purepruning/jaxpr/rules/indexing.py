@@ -10,11 +10,24 @@ import numpy as np
 
 from purepruning.coupling import shapes
 from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, without_uniform
+from purepruning.coupling.value import Value, finite_only, without_uniform
 from purepruning.jaxpr.constants import concrete
 from purepruning.jaxpr.program import Op, Program
 from purepruning.jaxpr.rules.shapes import all_are, same, shape_of
 from purepruning.jaxpr.walk import Rule, Walk
+
+SCATTERS = (
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter_mul",
+    "scatter-max",
+    "scatter_max",
+    "scatter-min",
+    "scatter_min",
+)
 
 
 def _fills_nothing(op: Op) -> bool:
@@ -85,8 +98,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     value, indices, updates = xs
     n = op.params["dimension_numbers"]
     flow = state.flow
-    if op.name == "scatter" and op.params["update_jaxpr"] is not None:
-        return None  # scatter_apply: a function of what is there
+    applied = op.name == "scatter" and not _overwrites(op)
     places = written_places(state.program, op, value, updates)
     if places is not None:
         axis, along, taken = places
@@ -97,6 +109,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flat = shapes.reshape(flow, flat, (*value.shape[:axis], size, *value.shape[axis + 1 :]))
         return [shapes.take(flow, shapes.concatenate(flow, [value, flat], axis), axis, taken)]
     flow.keep(indices, "coordinates")
+    axis = changed_axis(state.program, op, value, updates)
     window = [
         a
         for a in range(value.ndim)
@@ -111,7 +124,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
             if updates.axes[u] is None:
                 axes[a] = None
             both = all_are(value.at_removed[a], 0.0) and all_are(updates.at_removed[u], 0.0)
-            at_removed[a] = 0.0 if both else UNKNOWN
+            at_removed[a] = 0.0 if both and not applied else UNKNOWN
         else:
             flow.keep(value, "a part that is written to", [a])
             flow.keep(updates, "a part that is written", [u])
@@ -119,9 +132,27 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     rest = [u for u in range(updates.ndim) if u not in used]
     flow.keep(updates, "written by index", rest)
     for a in (*n.inserted_window_dims, *n.operand_batching_dims):
-        flow.keep(value, "written by index", [a])
-        axes[a] = None
+        flow.keep(value, "written by index", [] if a == axis else [a])
+        axes[a] = axes[a] if a == axis else None
+    if axis is not None:  # the other positions are free
+        at = _constant_places(state.program, op, value, updates)
+        assert at is not None
+        flow.atoms.keep(value.axes[axis][at[2]], "written by index")  # type: ignore[index]
+        axes[axis], at_removed[axis] = value.axes[axis], finite_only(value.at_removed[axis])
     return [Value(value.shape, tuple(axes), tuple(at_removed))]
+
+
+def _overwrites(op: Op) -> bool:
+    """Whether a scatter does not look at what is there (``at[].apply`` has a function of it)."""
+    return op.name == "scatter" and op.params["update_jaxpr"] is None
+
+
+def changed_axis(program: Program, op: Op, value: Value, updates: Value) -> int | None:
+    """Returns the axis that is added to, or the like, at constant positions, if that is all."""
+    at = None if _overwrites(op) else _constant_places(program, op, value, updates)
+    if at is None or at[0] not in op.params["dimension_numbers"].inserted_window_dims:
+        return None
+    return at[0]
 
 
 def written_places(
@@ -132,8 +163,24 @@ def written_places(
     The axis; the axes of the updates that run along it; and for every position of the axis where it
     is found in the value followed by the updates.
     """
+    if not _overwrites(op):
+        return None
+    found = _constant_places(program, op, value, updates)
+    if found is None:
+        return None
+    axis, along, places = found
+    taken = np.arange(value.shape[axis])
+    for i, place in enumerate(places):
+        taken[place] = value.shape[axis] + i
+    return axis, along, taken
+
+
+def _constant_places(
+    program: Program, op: Op, value: Value, updates: Value
+) -> tuple[int, list[int], np.ndarray] | None:
+    """Returns the axis that a scatter writes to, the axes of updates along it, and positions."""
     n = op.params["dimension_numbers"]
-    if op.name != "scatter" or n.operand_batching_dims or len(n.scatter_dims_to_operand_dims) != 1:
+    if n.operand_batching_dims or len(n.scatter_dims_to_operand_dims) != 1:
         return None
     (axis,) = n.scatter_dims_to_operand_dims
     starts = concrete(program, op.inputs[1])
@@ -151,10 +198,7 @@ def written_places(
     places = (starts.reshape(-1, 1) + np.arange(width)).reshape(-1)
     if places.size and not (places.min() >= 0 and places.max() < value.shape[axis]):
         return None
-    taken = np.arange(value.shape[axis])
-    for i, place in enumerate(places):
-        taken[place] = value.shape[axis] + i
-    return axis, along, taken
+    return axis, along, places
 
 
 def _dynamic_slice(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
@@ -204,12 +248,7 @@ def known_start(program: Program, op: Op, axis: int, value: Value, update: Value
 
 RULES: dict[str, Rule] = {
     "gather": _gather,
-    "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter_add": _scatter,
-    "scatter-mul": _scatter,
-    "scatter-max": _scatter,
-    "scatter-min": _scatter,
+    **dict.fromkeys(SCATTERS, _scatter),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }

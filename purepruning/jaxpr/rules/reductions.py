@@ -69,7 +69,8 @@ def _fft(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
 
 
 def _window(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
-    if len(xs) > 1:
+    any_function = op.name == "reduce_window"  # of an operand and where it starts from
+    if len(xs) > 1 + any_function:
         return None
     sizes = op.params["window_dimensions"]
     strides = op.params["window_strides"]
@@ -78,7 +79,8 @@ def _window(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         for a, n in enumerate(sizes)
         if n != 1 or strides[a] != 1 or not same(xs[0].shape[a], shape_of(state, op)[a])
     ]
-    return [reductions.along_whole(state.flow, xs[0], axes, shape_of(state, op), "a window")]
+    shape = shape_of(state, op)
+    return [reductions.along_whole(state.flow, xs[0], axes, shape, "a window", not any_function)]
 
 
 RULES: dict[str, Rule] = {
@@ -102,4 +104,5 @@ RULES: dict[str, Rule] = {
     "reduce_window_max": _window,
     "reduce_window_min": _window,
     "reduce_window_sum": _window,
+    "reduce_window": _window,
 }

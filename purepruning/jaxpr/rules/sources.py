@@ -1,4 +1,4 @@
-"""How atoms flow from primitives that make arrays of sizes, and from random keys."""
+"""How atoms flow from primitives that make arrays of sizes, from random keys, and to debuggers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ def _keys(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     return [whole(state.program.avals[n].shape) for n in op.outputs]
 
 
+def _shown(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
+    """What is only looked at, by ``jax.debug``: it sees the smaller arrays."""
+    return None if op.outputs else []
+
+
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(("debug_callback", "debug_print", "inspect_sharding"), _shown),
     **dict.fromkeys(SOURCES, _source),
     "rng_uniform": _source,
     "random_": _keys,
