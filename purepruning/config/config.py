@@ -156,6 +156,14 @@ class Config:
         return found if self.allocation is None else tuple(dict.fromkeys(found))
 
     @property
+    def companions(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that pruners mask along with coupled units, by path."""
+        if self.allocation is None or self.bias != "follow":
+            return {}
+        leaves = self.allocation.coupling.leaves
+        return {path: leaves[path].shape for path, axes in self.allocation.along.items() if axes}
+
+    @property
     def kept_whole(self) -> tuple[KeptWhole, ...]:
         """With a coupling, the sets of units that stay although a rule selects a layer, and why."""
         return () if self.allocation is None else self.allocation.kept_whole

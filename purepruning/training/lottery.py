@@ -152,6 +152,7 @@ def lottery(
         paths = {layer.weight for layer in config.layers}
         if config.bias == "follow":
             paths |= {layer.bias for layer in config.layers if layer.bias is not None}
+        paths |= {path for path in config.companions if path in leaves}
         before = by_path(config.masks, leaves) if config.masks else {}
         masks = {}
         for path in sorted(paths):

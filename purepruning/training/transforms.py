@@ -364,6 +364,8 @@ def _places(config: Config, params: Any, masks: Any) -> dict[str, Any]:
     shapes = {layer.weight: layer.shape for layer in config.layers}
     if config.bias == "follow":
         shapes |= {layer.bias: () for layer in config.layers if layer.bias is not None}
+    coupled = config.companions
+    shapes |= {path: coupled[path] for path in coupled if path in leaves or not leaves}
     for path in leaves and shapes:
         if path not in leaves:
             raise KeyError(missing(f"prune_on_schedule: params have no {path!r}", path, leaves))
@@ -390,7 +392,8 @@ def _replaced(
     mine: dict[str | None, Any] = {}
     for pool in config.pools if due_by_pool else ():
         for path in (path for layer in pool.layers for path in (layer.weight, layer.bias)):
-            # A bias that layers share is due with each of them.
+            # A bias that layers share is due with each of them. What goes with units of several
+            # pools is always: a pool that is not due prunes no more than before.
             due = due_by_pool[pool.name]
             mine[path] = mine[path] | due if path in mine else due
     masks = dict(old)
@@ -401,7 +404,7 @@ def _replaced(
             raise KeyError(
                 f"{missing(message, path, old)}; name it in prune_on_schedule(masks=...)"
             )
-        if due_by_pool and path not in mine:
+        if due_by_pool and path not in mine and path not in config.companions:
             raise ValueError(
                 f"prune_on_schedule: the mask of {path!r} belongs to no layer of the config, and "
                 "with pools that are pruned at different steps it is not known when it is due"
