@@ -36,6 +36,7 @@ WHOLE = {
 UNDEFINED = {"plain_scaled_kernel"}
 
 #: Loops that run until something holds have no reverse derivative, nor has a scatter that applies.
+FORWARD = {"plain_while_loop", "plain_fixed_point", "plain_applied"}
 
 
 #: Models of the frameworks, one of every kind of structure. The population has them all.

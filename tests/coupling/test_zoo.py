@@ -17,7 +17,7 @@ from tests.coupling.zoo import MODELS
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 #: Operations that have none on purpose: a function of what is there before it is written to.
-WITHOUT_RULE = {"plain_applied": ["scatter"]}
+WITHOUT_RULE: dict[str, list[str]] = {}
 
 
 def test_names_are_unique():
