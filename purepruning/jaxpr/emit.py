@@ -172,7 +172,7 @@ def _scatter(r: Run, op: Op, arrays: Any, operands: Any, results: Any) -> Any:
     places = written_places(r.program, op, value, updates)
     if places is None:
         changed = changed_axis(r.program, op, value, updates)
-        kept = None if changed is None else r.s.kept(value.axes[changed])
+        kept = None if changed is None else r.s.kept(value.axes[changed[0]])
         if kept is not None:  # what is written to stays, in another place
             arrays = [
                 arrays[0],

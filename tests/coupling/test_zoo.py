@@ -16,9 +16,6 @@ from tests.coupling.zoo import MODELS
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
-#: Operations that have none on purpose: a function of what is there before it is written to.
-WITHOUT_RULE: dict[str, list[str]] = {}
-
 
 def test_names_are_unique():
     names = [entry.name for entry in MODELS]
@@ -34,7 +31,7 @@ def test_every_operation_has_a_rule_and_every_model_loses_something(entry):
     for leaf in jax.tree.leaves(params):  # values that tell a wrong position from a right one
         assert leaf.size == 1 or len(np.unique(leaf)) > 1 or leaf.dtype != np.float32
     coupling = pp.couple(fn, params, *inputs)
-    assert list(coupling.unknown) == WITHOUT_RULE.get(entry.name, [])
+    assert list(coupling.unknown) == []
     assert bool(coupling.n_units) == (entry.name not in WHOLE)
     if coupling.n_units:
         removed = coupling.removed(half(coupling))

@@ -109,7 +109,7 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
         flat = shapes.reshape(flow, flat, (*value.shape[:axis], size, *value.shape[axis + 1 :]))
         return [shapes.take(flow, shapes.concatenate(flow, [value, flat], axis), axis, taken)]
     flow.keep(indices, "coordinates")
-    axis = changed_axis(state.program, op, value, updates)
+    changed = changed_axis(state.program, op, value, updates)
     window = [
         a
         for a in range(value.ndim)
@@ -132,13 +132,12 @@ def _scatter(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     rest = [u for u in range(updates.ndim) if u not in used]
     flow.keep(updates, "written by index", rest)
     for a in (*n.inserted_window_dims, *n.operand_batching_dims):
-        flow.keep(value, "written by index", [] if a == axis else [a])
-        axes[a] = axes[a] if a == axis else None
-    if axis is not None:  # the other positions are free
-        at = _constant_places(state.program, op, value, updates)
-        assert at is not None
-        flow.atoms.keep(value.axes[axis][at[2]], "written by index")  # type: ignore[index]
-        axes[axis], at_removed[axis] = value.axes[axis], finite_only(value.at_removed[axis])
+        if changed is not None and a == changed[0]:  # the other positions are free
+            flow.atoms.keep(value.axes[a][changed[1]], "written by index")
+            at_removed[a] = finite_only(value.at_removed[a])
+        else:
+            flow.keep(value, "written by index", [a])
+            axes[a] = None
     return [Value(value.shape, tuple(axes), tuple(at_removed))]
 
 
@@ -147,12 +146,14 @@ def _overwrites(op: Op) -> bool:
     return op.name == "scatter" and op.params["update_jaxpr"] is None
 
 
-def changed_axis(program: Program, op: Op, value: Value, updates: Value) -> int | None:
-    """Returns the axis that is added to, or the like, at constant positions, if that is all."""
+def changed_axis(
+    program: Program, op: Op, value: Value, updates: Value
+) -> tuple[int, np.ndarray] | None:
+    """Returns the axis that is added to, or the like, at constant positions, and the positions."""
     at = None if _overwrites(op) else _constant_places(program, op, value, updates)
     if at is None or at[0] not in op.params["dimension_numbers"].inserted_window_dims:
         return None
-    return at[0]
+    return at[0], at[2]
 
 
 def written_places(
