@@ -11,6 +11,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.fast import compiled_quickly
+
 # Threads that wait for one another cost small tensors ten times what they bring, and more where
 # several processes share the cores. Read when torch is imported; the fixture `threads` has more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,9 +65,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="module")
 def unoptimized():
     """Compiles in less time, for a module of tests of what no order of operations changes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compiled_quickly():
+        yield
     jax.clear_caches()
 
 

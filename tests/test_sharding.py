@@ -27,6 +27,7 @@ import purepruning as pp
 from purepruning import NM, Layer, resolve
 from tests import oracle
 from tests.covering import covered, covering
+from tests.fast import compiled_quickly
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
@@ -261,9 +262,9 @@ def outcomes(request):
 
 def main():
     # What is partitioned how is decided before: this only makes every kernel compile faster.
-    jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
-    print(json.dumps({name: outcome(CHECKS[name]) for name in sys.argv[1:]}))
+    with compiled_quickly():
+        print(json.dumps({name: outcome(CHECKS[name]) for name in sys.argv[1:]}))
 
 
 # Products by pairs; on meshes without explicit axes, groups are what they are on one device.
