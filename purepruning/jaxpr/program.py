@@ -7,6 +7,7 @@ derivatives) stays an operation with inner programs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,13 +51,23 @@ class Op:
 
 @dataclasses.dataclass
 class Program:
-    """Operations in order; ``avals`` has the shape and dtype of every variable."""
+    """Operations in order; ``avals`` has the shape and dtype of every variable.
+
+    ``folded`` remembers variables that were asked for and depend on constants alone, None where
+    they do not (see :func:`purepruning.jaxpr.constants.concrete`).
+    """
 
     inputs: list[int] = dataclasses.field(default_factory=list)
     outputs: list[int] = dataclasses.field(default_factory=list)
     ops: list[Op] = dataclasses.field(default_factory=list)
     constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     avals: list[Any] = dataclasses.field(default_factory=list)
+    folded: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def makers(self) -> dict[int, Op]:
+        """By variable, the operation that makes it; for a program that is complete."""
+        return {out: op for op in self.ops for out in op.outputs}
 
     def new(self, aval: Any) -> int:
         """Returns the number of a new variable."""
