@@ -1017,6 +1017,11 @@ def _torch(s: Side) -> Iterator[Call]:
     yield row(f"{where}.sparse_training", *given, of=moved, changes=True)
     yield row(f"{where}.shrink", fresh, masks, c, x, "original", "keep", of=of, slow=True)
     yield row(f"{where}.rebuild", fresh, report.plan, x, "original", of=of, slow=True)
+    none = pp.quantize.QuantizationConfig()
+    of_none = {"weights": _ANY_MAPPING, "levels": _ANY_MAPPING, "path": _GOOD, "inputs": _GOOD}
+    of_none |= {"config": kinds.of_type(pp.quantize.QuantizationConfig, words=("config",))}
+    file = folder() / "model.onnx"
+    yield row(f"{where}.export_onnx", fresh, file, {}, {}, none, x, of=of | of_none, slow=True)
     pruned = Made(world.torch_model_of_torch_prune)
     either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
     yield row(f"{where}.masks_from_torch_prune", pruned, of=either)
@@ -1033,6 +1038,10 @@ def _bad_sites(good: Any) -> Iterator[Wrong]:
     yield Wrong("no side", {site.partition(":")[0]: _looks}, "refuse")
     yield Wrong("no layer", {"zz:input": _looks}, "refuse")
     yield Wrong("no string", {5: _looks}, "refuse")
+
+
+#: Of which nothing is used.
+_ANY_MAPPING = Kind(("weight", "level"), lambda x: "either")
 
 
 #: Functions by site.

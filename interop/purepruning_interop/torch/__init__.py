@@ -12,6 +12,7 @@ internals.check(internals.NAMES)
 from purepruning_interop.torch.capture import activations, capture, replace
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
+from purepruning_interop.torch.export_onnx import export_onnx
 from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
 from purepruning_interop.torch.shrink import rebuild, shrink
@@ -35,4 +36,5 @@ __all__ = [
     "count",
     "shrink",
     "rebuild",
+    "export_onnx",
 ]

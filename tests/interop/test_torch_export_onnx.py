@@ -1,0 +1,98 @@
+"""Quantised torch modules as ONNX programs, run by onnxruntime."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import purepruning as pp
+from purepruning.quantize import bnn, dorefa, integers, observers, ptq
+from purepruning_interop import torch as ppt
+from tests.messages import raises
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 6, 3)
+        self.relu = torch.nn.ReLU()
+        self.fc = torch.nn.Linear(6 * 16, 5)
+
+    def forward(self, x):
+        return self.fc(self.relu(self.conv(x)).flatten(1))
+
+
+def prepared(bits, of, **keys):
+    """A module, its quantised outputs, and what an export needs."""
+    torch.manual_seed(0)
+    model = Net().eval().requires_grad_(False)
+    x = torch.randn(7, 2, 6, 6)
+    weight = {"quant_types": ["weight"], "quant_bits": bits, "op_types": ["Conv2d", "Linear"]}
+    rules = [weight | keys, {"quant_types": ["input"], "quant_bits": of, "op_types": ["Conv2d"]}]
+    rules.append({"quant_types": ["output"], "quant_bits": of, "op_types": ["ReLU"]})
+    config = pp.resolve_quantization(rules, ppt.layers(model), ppt.activations(model))
+    params = dict(model.named_parameters())
+    state = observers.init(params, config)
+    _, seen = ppt.replace(model, x, at=observers.watch(state, config))
+    return model, x, config, params, observers.ranges(observers.update(state, seen, config))
+
+
+def run(model, x, weights, ranges, config, path):
+    ppt.export_onnx(model, path, weights, ptq.activation_levels(ranges, config), config, x)
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    results = []
+    for options in (plain, onnxruntime.SessionOptions()):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        (name,) = [i.name for i in session.get_inputs()]
+        found = [session.run(None, {name: part.numpy()})[0] for part in (x, x[:3])]
+        np.testing.assert_allclose(found[1], found[0][:3], rtol=1e-4, atol=1e-5)  # any batch
+        results.append(found[0])
+    return results, [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("bits", "of", "keys"),
+    [
+        (8, 8, {}),
+        (8, 8, {"quant_scheme": "per_channel_symmetric"}),
+        (4, 5, {"quant_scheme": "per_channel_affine"}),
+        (3, 4, {"quant_dtype": "int"}),
+    ],
+)
+def test_computes_what_the_fake_quantised_module_does(bits, of, keys, tmp_path):
+    model, x, config, params, ranges = prepared(bits, of, **keys)
+    quantised = ptq.weights(params, None, config)
+    wanted, _ = ppt.replace(model, x, at=ptq.activations(ranges, config), params=quantised)
+    weights = integers.of(quantised, ptq.levels(params, config), config)
+    found, nodes = run(model, x, weights, ranges, config, tmp_path / "model.onnx")
+    size = np.abs(wanted.numpy()).max()
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-5 * size)
+    # The kernels that onnxruntime fuses sum integers, and round those halfway to the other level.
+    assert np.abs(found[1] - wanted.numpy()).max() < 0.1 * size
+    assert nodes.count("QuantizeLinear") == 2
+    assert nodes.count("DequantizeLinear") == 4
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [(bnn, 1), (dorefa, 2)])
+def test_levels_about_zero_are_doubled(quantizer, bits, tmp_path):
+    model, x, config, params, _ = prepared(bits, 8)
+    weights_only = pp.quantize.QuantizationConfig(config.weights)
+    quantised = quantizer.weights(params, None, weights_only)
+    weights = integers.of(quantised, quantizer.levels(weights_only), weights_only)
+    wanted, _ = ppt.replace(model, x, at={}, params=quantised)
+    found, _ = run(model, x, weights, {}, weights_only, tmp_path / "model.onnx")
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_onnx_has_not_is_refused(tmp_path):
+    for bits, keys, part in [(12, {}, "12 bits"), (4, {"granularity": 2}, "every 2 inputs")]:
+        model, x, config, params, ranges = prepared(bits, 8, **keys)
+        quantised = ptq.weights(params, None, config)
+        weights = integers.of(quantised, ptq.levels(params, config), config)
+        levels = ptq.activation_levels(ranges, config)
+        with raises(ValueError, "export_onnx", "'conv'", part):
+            ppt.export_onnx(model, tmp_path / "m.onnx", weights, levels, config, x)
+        with raises(KeyError, "export_onnx", "'conv:input'"):
+            ppt.export_onnx(model, tmp_path / "m.onnx", weights, {}, config, x)
