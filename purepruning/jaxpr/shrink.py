@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import missing, one_of
 from purepruning.coupling.coupling import Coupling, check_coupling
-from purepruning.coupling.plan import Plan, plan_of, units_of_plan
+from purepruning.coupling.plan import Cut, Plan, cut_array, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
 from purepruning.coupling.shrink_report import (
     Norms,
@@ -90,9 +91,27 @@ def shrink(
     found = analyse(trace_call(fn, params, inputs, kwargs), coupling.outputs)
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
-    masked = {p: zero_pruned(tree.leaves[p], m) for p, m in by_path(masks, tree.leaves).items()}
-    small = plan.apply(tree.rebuild({**tree.leaves, **masked}))
+    given = by_path(masks, tree.leaves)
+    leaves = {
+        path: _small(leaf, given.get(path), plan.cuts.get(path, ()))
+        for path, leaf in tree.leaves.items()
+    }
+    small = tree.rebuild(leaves)
     return _shrunk(fn, small, plan, complete, found, norms, chosen)
+
+
+def _small(leaf: Any, mask: Any, cuts: Sequence[Cut]) -> Any:
+    """Returns what stays of a parameter, with zeros where a mask has them; one copy at a time."""
+    small = cut_array(leaf, cuts)
+    if mask is None:
+        return small
+    # Axes that are cut must be there; along the others a mask may have one position for all.
+    needed = {a for cut in cuts for a in (cut.axis, cut.by) if a is not None}
+    host = np.asarray(mask)
+    host = host.reshape((1,) * (len(leaf.shape) - host.ndim) + host.shape)
+    shape = [n if a in needed else host.shape[a] for a, n in enumerate(leaf.shape)]
+    kept = cut_array(np.broadcast_to(host, shape), cuts)
+    return small if kept.all() else zero_pruned(small, jnp.asarray(kept))
 
 
 def rebuild(
