@@ -44,7 +44,9 @@ class ShrinkReport:
             to the largest output; None where there was nothing to compare. NNX and Equinox compare
             the model with the function, on random parameters; torch compares the module with the
             masked one, in float64, or in its own dtypes where that does not run.
-        dynamic: whether the batch size is open, as it is for all but some graphs.
+        fixed: for torch, the axes of inputs that must keep the size of the example, such as
+            ``"x axis 2 = 32"``: a graph refuses other sizes there. All others are open; a graph was
+            compared with the masked model at other sizes of them.
         names: for torch, the path of the leaf that every name of the state dict stands for; of
             tied weights there is one.
         replaced: for torch, the norms of a result of the model's own class that divide by as many
@@ -62,9 +64,14 @@ class ShrinkReport:
     kind: Kind = "function"
     reason: str = ""
     deviation: float | None = None
-    dynamic: bool = True
+    fixed: tuple[str, ...] = ()
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the batch, the first axis of the inputs, may have any size."""
+        return not any(" axis 0 = " in fixed for fixed in self.fixed)
 
     def __repr__(self) -> str:
         return f"ShrinkReport(params={self.params}, macs={self.macs}, kind={self.kind!r})"
@@ -85,7 +92,7 @@ class ShrinkReport:
             lines.append(f"units removed although not masked everywhere: {len(self.extended)}")
         details = [self.reason] if self.reason else []
         details += [] if self.deviation is None else [f"agrees to {self.deviation:.0e}"]
-        details += [] if self.dynamic else ["for one batch size only"]
+        details += [f"only for {', '.join(self.fixed)}"] if self.fixed else []
         count = len(self.replaced)
         details += [f"{count} norms keep their divisors"] if count else []
         end = f" ({'; '.join(details)})" if details else ""

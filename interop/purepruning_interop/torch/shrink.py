@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from purepruning.arguments import one_of
 from purepruning.coupling.coupling import Coupling, check_coupling
@@ -27,11 +24,9 @@ from purepruning.coupling.unit_masks import Chosen, Conflicts
 from purepruning.masks import apply_masks, merge_masks
 from purepruning.types import Masks
 from purepruning_interop.torch.couple import analyse
-from purepruning_interop.torch.emit.graph_module import OpenSize
-from purepruning_interop.torch.emit.table import emit
+from purepruning_interop.torch.graphs import graph_of
 from purepruning_interop.torch.program import Var, check, leaf_names
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
-from purepruning_interop.torch.tracing.export import Refused
 from purepruning_interop.torch.uses import Uses, uses_of
 from purepruning_interop.torch.verify import Reference, with_state
 
@@ -183,7 +178,7 @@ def _shrunk(
         result.kind,
         result.reason,
         result.deviation,
-        result.dynamic,
+        result.fixed,
         leaf_names(model),
         result.replaced,
     )
@@ -233,7 +228,7 @@ class _Built(NamedTuple):
     kind: Kind
     reason: str
     deviation: float | None
-    dynamic: bool
+    fixed: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
 
 
@@ -265,23 +260,24 @@ def _build(
     if own is not None:
         deviation, why, replaced = _own_class(own, plan, reference, uses, norms)
         if deviation is not None:
-            return _Built(own, plan, "module", "", deviation, True, replaced)
-    graph, dynamic = _graph(model, coupling, removed, plan, state, names, given, norms)
-    graph.train(model.training)
+            return _Built(own, plan, "module", "", deviation, (), replaced)
+    graph = graph_of(model, coupling, removed, plan, state, reference, norms)
+    graph.module.train(model.training)
+    deviation = None
     if norms == "kept":
         if own is not None:  # compared with what averages over what is kept
-            deviation, own_why = reference.compare(own, plan, graph)
+            deviation, own_why = reference.compare(own, plan, graph.module)
             if deviation is not None:
-                return _Built(own, plan, "module", "", deviation, True)
+                return _Built(own, plan, "module", "", deviation)
             why = own_why
-        return _Built(graph, plan, "graph", why, None, dynamic)
-    deviation, trouble = reference.compare(graph, plan)
-    if deviation is None and reference.steady():
-        raise RuntimeError(
-            f"the shrunk graph of {type(model).__name__} does not compute what the masked "
-            f"model does: {trouble}. That is a bug of this library"
-        )
-    return _Built(graph, plan, "graph", why, deviation, dynamic)
+    else:
+        deviation, trouble = reference.compare(graph.module, plan)
+        if deviation is None and reference.steady():
+            raise RuntimeError(
+                f"the shrunk graph of {type(model).__name__} does not compute what the masked "
+                f"model does: {trouble}. That is a bug of this library"
+            )
+    return _Built(graph.module, plan, "graph", why, deviation, graph.fixed)
 
 
 def _own_class(
@@ -336,55 +332,3 @@ def _cut_state(
             new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
         found[path] = new
     return found
-
-
-def _graph(
-    model: torch.nn.Module,
-    coupling: Coupling,
-    removed: np.ndarray,
-    plan: Plan,
-    state: Mapping[str, torch.Tensor],
-    names: Mapping[str, str],
-    given: tuple[tuple[Any, ...], dict[str, Any]],
-    norms: str,
-) -> tuple[torch.nn.Module, bool]:
-    """Returns the graph, of open batch size where that can be had."""
-    args, kwargs = given
-    try:
-        doubled, keywords = _doubled(args, kwargs)
-        found = analyse(model, doubled, keywords, coupling.outputs, "open")
-        check_same(coupling, found.coupling)
-        graph = emit(found, removed, plan, state, names, norms)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copy.deepcopy(graph).eval()(*args, **kwargs)
-        return graph, True
-    except (
-        OpenSize,
-        Refused,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        TypeError,
-        KeyError,
-        IndexError,
-        NotImplementedError,
-    ):
-        pass
-    found = analyse(model, args, kwargs, coupling.outputs, "exported")
-    check_same(coupling, found.coupling)
-    return emit(found, removed, plan, state, names, norms), False
-
-
-def _doubled(args: Any, kwargs: Any) -> Any:
-    """Returns inputs of a batch of two for those of one: sizes of 1 cannot stay open."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    first = next((t for t in tensors if t.ndim), None)
-    if first is None or first.shape[0] != 1:
-        return args, kwargs
-
-    def twice(x: Any) -> Any:
-        batched = isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == 1
-        return torch.cat([x, x]) if batched else x
-
-    return pytree.tree_map(twice, args), pytree.tree_map(twice, kwargs)

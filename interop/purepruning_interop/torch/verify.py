@@ -70,7 +70,7 @@ class Reference:
     ) -> None:
         self.model, self.state, self.masks = model, masked, masks
         self.names, self.outputs = names, outputs
-        self.given = given, _random(given)
+        self.given: Sequence[Any] = (given, _random(given))
         self._others: dict[str, torch.Tensor] | None = None
         self._known: dict[Any, Outputs | None] = {}
 
@@ -90,6 +90,14 @@ class Reference:
         except Exception:
             return False
         return distance(first, second) == 0.0
+
+    def agrees(self, small: torch.nn.Module, plan: Plan, given: Any) -> bool | None:
+        """Whether a small model is right for other inputs; None where the model does not run."""
+        other = copy.copy(self)
+        other.given, other._known = (given,), {}
+        if _Right(other, plan, None).outputs(AS_IT_IS, drawn=False) is None:
+            return None
+        return other.compare(small, plan)[0] is not None
 
     def compare(
         self, small: torch.nn.Module, plan: Plan, other: torch.nn.Module | None = None
@@ -135,7 +143,7 @@ class Reference:
         None where the reference gives no numbers, or cannot run.
         """
         worst: tuple[float, float] | None = None
-        for drawn in (False, True):
+        for drawn in (False, True)[: len(self.given)]:
             expected = right.outputs(reading, drawn)
             if expected is None or not all(x.isfinite().any() for x in expected if x.numel()):
                 continue

@@ -23,6 +23,7 @@ from purepruning_interop.torch.emit.graph_module import (
     OpenSize,
     Packing,
     Shrunk,
+    Sizes,
     aten,
 )
 from purepruning_interop.torch.program import Op, Sym, Var
@@ -60,14 +61,18 @@ class Emitter:
         self.extras = 0
         self._mode: fx.Node | None = None
 
-    def module(self) -> fx.GraphModule:
-        """Returns the whole program as a module."""
+    def module(self, closed: frozenset[tuple[int, int]]) -> fx.GraphModule:
+        """Returns the whole program as a module that checks sizes which are not open."""
         program = self.program
         self._attach_state()
-        for name, number in zip(program.names, program.inputs, strict=True):
+        for i, (name, number) in enumerate(zip(program.names, program.inputs, strict=True)):
             node = self.graph.placeholder(name)
             if number is not None:
                 self.nodes[number] = node
+                shape = program.avals[number].shape
+                fixed = {a: n for a, n in enumerate(shape) if (i, a) in closed}
+                if fixed:
+                    self.extra(Sizes(name, fixed), "sizes", node)
         for number, path in program.leaves.items():
             self.nodes[number] = self.graph.get_attr(path)
         for index, op in enumerate(program.ops):
@@ -357,7 +362,7 @@ class Emitter:
         sizes: Sequence[Any],
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Returns mean, variance and what is left, as over all positions there were."""
-        n = math.prod(value.shape[a] for a in axes)
+        n = self.count(value, axes, sizes)
         masked, axis, gone = self.masked_over(value, axes, aval, number)
         mean = self.call(aten.div.Scalar, self.total(node, masked, axes, axis, gone, sizes), n)
         centred = self.call(aten.sub.Tensor, node, mean)
@@ -375,10 +380,18 @@ class Emitter:
                 else self.call(aten.sub.Tensor, masked, mean)
             )
             away = self.call(aten.mul.Tensor, off, off)
-        variance = self.call(
-            aten.div.Scalar, self.total(squares, away, axes, axis, gone, sizes), n - fewer
-        )
+        if fewer:
+            n = n - fewer if isinstance(n, int) else self.call(operator.sub, n, fewer)
+        variance = self.call(aten.div.Scalar, self.total(squares, away, axes, axis, gone, sizes), n)
         return mean, variance, centred
+
+    def count(self, value: Value, axes: Sequence[int], sizes: Sequence[Any]) -> Any:
+        """Returns how many positions some axes had: a number, or a node where some are open."""
+        n = math.prod(value.shape[a] for a in axes if not isinstance(sizes[a], fx.Node))
+        for a in axes:
+            if isinstance(sizes[a], fx.Node):
+                n = self.call(operator.mul, sizes[a], n)
+        return n
 
     def masked_over(
         self, value: Value, axes: Sequence[int], aval: Any, number: int | None
@@ -416,7 +429,8 @@ class Emitter:
 
 def _stays(node: fx.Node) -> bool:
     """Whether a node matters though nothing reads it."""
-    return node.op in ("placeholder", "output") or node.target is aten.copy_.default
+    checks = node.op == "call_module" and str(node.target).startswith("_sizes_")
+    return checks or node.op in ("placeholder", "output") or node.target is aten.copy_.default
 
 
 _MOVED = {"permute", "transpose", "t", "movedim", "swapaxes", "mT", "numpy_T"}

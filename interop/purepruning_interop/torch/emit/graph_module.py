@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,25 @@ class Mode(torch.nn.Module):
     def forward(self) -> bool:
         """Returns the mode."""
         return self.training
+
+
+class Sizes(torch.nn.Module):
+    """Refuses an input of other sizes than the graph was made for."""
+
+    def __init__(self, name: str, sizes: Mapping[int, int]) -> None:
+        super().__init__()
+        self.name, self.sizes = name, dict(sizes)
+
+    def forward(self, x: torch.Tensor) -> None:
+        """Raises ValueError for other sizes."""
+        if x.ndim <= max(self.sizes):
+            raise ValueError(f"{self.name} must have more than {max(self.sizes)} axes")
+        for axis, size in self.sizes.items():
+            if x.shape[axis] != size:
+                raise ValueError(
+                    f"this graph takes {self.name} of size {size} along axis {axis}, got "
+                    f"{x.shape[axis]}; shrink the model with an example of that size"
+                )
 
 
 class Packing(_PyTreeCodeGen):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def _layer_norm(e: Emitter, op: Op) -> Any:
         return e.as_is(op, normalized_shape=list(e.shape(x.number)[-k:]))
     aval = e.program.avals[x.number]
     if op.name.endswith("rms_norm"):
-        n = math.prod(value.shape[a] for a in axes)
+        n = e.count(value, axes, e.sizes(x.number))
         node = e.small(x)
         masked, axis, gone = e.masked_over(value, axes, aval, x.number)
         square = None if masked is None else e.call(aten.mul.Tensor, masked, masked)
@@ -128,9 +127,10 @@ def _mean(e: Emitter, op: Op) -> Any:
     if op.name == "sum" and masked is None:
         return None
     keep = bool(op.args.get("keepdim"))
-    total = e.total(e.small(x), masked, axes, axis, gone, e.sizes(x.number), keep)
+    sizes = e.sizes(x.number)
+    total = e.total(e.small(x), masked, axes, axis, gone, sizes, keep)
     if op.name == "mean":
-        total = e.call(aten.div.Scalar, total, math.prod(value.shape[a] for a in axes))
+        total = e.call(aten.div.Scalar, total, e.count(value, axes, sizes))
     dtype = op.args.get("dtype")
     return total if dtype is None else e.call(aten._to_copy.default, total, dtype=dtype)
 

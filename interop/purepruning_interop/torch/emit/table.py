@@ -84,6 +84,7 @@ def emit(
     state: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
     norms: str,
+    closed: frozenset[tuple[int, int]],
 ) -> fx.GraphModule:
     """Returns the program as a module with fewer units.
 
@@ -94,8 +95,9 @@ def emit(
         state: the cut parameters and buffers, by path.
         names: every name of the state dict and the path of its leaf.
         norms: ``"original"`` or ``"kept"``.
+        closed: axes of inputs, by the numbers of both, whose sizes the graph checks.
 
     Raises:
         OpenSize: the program is dynamic, and one of its open axes loses positions.
     """
-    return Emitter(found, removed, plan, state, names, norms, WRITERS).module()
+    return Emitter(found, removed, plan, state, names, norms, WRITERS).module(closed)

@@ -9,7 +9,7 @@ import linecache
 import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -24,6 +24,8 @@ from purepruning_interop.torch.tracing.read_graph import (
     readable,
 )
 
+Open = Literal["none", "batch", "all"]
+
 
 class Refused(ValueError):
     """``torch.export`` refused a model."""
@@ -34,19 +36,20 @@ def export(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     known: Collection[str],
-    dynamic: bool = False,
+    opened: Open = "none",
 ) -> Source:
     """Returns the exported graph of ``model(*args, **kwargs)``.
 
     Args:
         model, args, kwargs: what to export.
         known: names of the operators that have rules; others are decomposed by torch's own tables.
-        dynamic: whether the first axis of the inputs, where they agree on it, stays open.
+        opened: which axes of the inputs stay open, as far as the module lets them: ``"all"`` that
+            are longer than 1, the first, where they agree on it (``"batch"``), or ``"none"``.
 
     Raises:
         Refused: the model cannot be exported; names the line of its source.
     """
-    exported = _export(model, args, kwargs, dynamic)
+    exported = _export(model, args, kwargs, opened)
     if _needs_decomposition(exported, known):
         try:
             exported = _decompose(exported, known)
@@ -56,14 +59,14 @@ def export(
 
 
 def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Open
 ) -> Any:
-    shapes = _open_batch(model, args, kwargs) if dynamic else None
+    shapes = None if opened == "none" else _open_axes(model, args, kwargs, opened)
     with _plain_results(model):
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
         except Exception as error:
-            if dynamic:
+            if shapes is not None:
                 raise Refused(f"no dynamic export: {error}") from error
             refused = _refusal(model, error)
     try:  # another tracer, which is as sound: it reads the byte code
@@ -91,17 +94,22 @@ def _plain_results(model: torch.nn.Module) -> Iterator[None]:
             del vars(model)["forward"]
 
 
-def _open_batch(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _open_axes(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Open
+) -> Any:
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     first = next((t.shape[0] for t in tensors if t.ndim), None)
 
-    def axis(x: Any) -> Any:
-        if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == first and first > 1:
-            return {0: torch.export.Dim.AUTO}
-        return None
+    def axes(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return None
+        found = [a for a, n in enumerate(x.shape) if n > 1]
+        if opened == "batch":
+            found = [a for a in found if a == 0 and x.shape[0] == first]
+        return dict.fromkeys(found, torch.export.Dim.AUTO) or None
 
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return pytree.tree_map(axis, dict(given))
+    return pytree.tree_map(axes, dict(given))
 
 
 def _refusal(model: torch.nn.Module, error: Exception) -> Refused:

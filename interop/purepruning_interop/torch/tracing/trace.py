@@ -6,19 +6,19 @@ import contextlib
 import logging
 import random
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from purepruning_interop.torch.program import Program
-from purepruning_interop.torch.tracing.export import export
+from purepruning_interop.torch.tracing.export import Open, export
 from purepruning_interop.torch.tracing.read_graph import read
 from purepruning_interop.torch.tracing.record import record
 from purepruning_interop.torch.tracing.undo import cleared_caches, undone
 
-How = Literal["recorded", "exported", "open"]
+How = Literal["recorded", "exported", "batch", "open"]
 
 
 def program_of(
@@ -34,9 +34,9 @@ def program_of(
         model: any module; its mode comes back as it was.
         args, kwargs: example inputs.
         known: names of the operators that have rules; others are decomposed.
-        how: ``"recorded"`` reads the module as fast as can be; ``"exported"`` and ``"open"`` give a
-            program that can be made a module of: with these sizes, or with the first axis of the
-            inputs open where they agree on it.
+        how: ``"recorded"`` reads the module as fast as can be; the others give a program that can
+            be made a module of: ``"exported"`` with these sizes, ``"batch"`` with the first axis of
+            the inputs open where they agree on it, ``"open"`` with all axes open that can be.
 
     Raises:
         Refused: the model cannot be exported; names the line of its source.
@@ -45,8 +45,11 @@ def program_of(
         source = record(model, args, kwargs, known) if how == "recorded" else None
         if source is None:
             with undone(model), cleared_caches(), _quiet():
-                source = export(model, args, kwargs, known, how == "open")
-        return read(source, how == "open")
+                source = export(model, args, kwargs, known, _OPEN.get(how, "none"))
+        return read(source, how in _OPEN)
+
+
+_OPEN: Mapping[How, Open] = {"batch": "batch", "open": "all"}
 
 
 @contextlib.contextmanager
