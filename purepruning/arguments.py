@@ -68,6 +68,13 @@ def collection(value: Any, where: str, expected: str) -> tuple[Any, ...]:
     raise TypeError(f"{where} must be {expected}, got {shown(value)}")
 
 
+def ordered(value: Any, where: str, expected: str) -> tuple[Any, ...]:
+    """Returns the elements of a collection whose order means something; a set is none."""
+    if isinstance(value, set | frozenset):
+        raise TypeError(f"{where} must be {expected}, got a set, which has no order")
+    return collection(value, where, expected)
+
+
 def instance(value: Any, of: type | tuple[type, ...], where: str, expected: str) -> None:
     """Raises TypeError for what is none of these; ``where`` names the argument in the message."""
     if not isinstance(value, of):
@@ -189,7 +196,8 @@ def scalar(
         bounds = f"{'[' if zero else '('}0, {below:g})"
         got = shown(value) if real else float(value)
         raise ValueError(f"{where} must lie in {bounds}, got {got}")
-    return float(value) if real else value
+    # A scalar of NumPy or JAX cannot be multiplied by a tensor.
+    return float(value) if real or (is_torch(like) and not is_torch(value)) else value
 
 
 def whole_number(value: Any, where: str, lowest: int, highest: int | None = None) -> int:

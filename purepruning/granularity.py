@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from purepruning.arguments import collection, shown, whole_number
+from purepruning.arguments import ordered, shown, whole_number
 from purepruning.arrays import namespace, replicated
 from purepruning.layers import Layer
 
@@ -34,7 +34,7 @@ class Block:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        shape = collection(self.shape, "Block: shape", "a tuple of sizes")
+        shape = ordered(self.shape, "Block: shape", "a tuple of sizes")
         for size in shape:
             whole_number(size, "Block: shape: every size", -1)
         if not shape or 0 in shape:

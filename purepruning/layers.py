@@ -20,6 +20,7 @@ from purepruning.arguments import (
     instance,
     missing,
     one_of,
+    ordered,
     shown,
     strings,
     whole_number,
@@ -386,7 +387,7 @@ def _as_tuple(axes: Any) -> Any:
 
 def _integers(values: Any, where: str) -> tuple[int, ...]:
     """Returns a tuple of integers; ``where`` names it in messages."""
-    some = collection(values, where, "a tuple of integers")
+    some = ordered(values, where, "a tuple of integers")
     for n in some:
         if not isinstance(n, int | np.integer) or isinstance(n, bool):
             raise TypeError(f"{where} must be a tuple of integers, got {shown(n)} in it")

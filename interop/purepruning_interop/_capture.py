@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from purepruning.arguments import missing, one_of, shown
+from purepruning.arguments import collection, missing, one_of, shown
 from purepruning.layers import Layer
 
 Key = TypeVar("Key")
@@ -32,7 +32,7 @@ def asked(where: str, layers: Any) -> tuple[str, ...]:
     if isinstance(layers, str | Layer) or not isinstance(layers, Iterable):
         raise TypeError(f"{wanted}, such as [{layers!r:.60}]; got {type(layers).__name__}")
     names: dict[str, None] = {}
-    for layer in layers:
+    for layer in layers if isinstance(layers, Mapping) else collection(layers, where, wanted):
         if not isinstance(layer, str | Layer):
             raise TypeError(f"{wanted}; got {layer!r:.60}")
         names[layer.name if isinstance(layer, Layer) else layer] = None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purepruning.arrays import is_concrete
 from purepruning.coupling.plan import Plan
 from purepruning.coupling.shrink_report import Shrunk
 from purepruning_interop._table import is_array, split_static
@@ -36,6 +37,11 @@ def with_model(
         trained: paths of the parameters, without statistics, for the report.
     """
     native, own = function(model)
+    if not all(map(is_concrete, jax.tree.leaves((own, small.params, inputs, kwargs)))):
+        raise TypeError(
+            "shrink and rebuild run the smaller model, and jit or vmap traces its parameters or "
+            "inputs; call them outside"
+        )
     structure = jax.tree.structure(own)  # attributes of the model may be part of it
 
     def run(params: Any, *inputs: Any, **kwargs: Any) -> Any:

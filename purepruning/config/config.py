@@ -285,6 +285,12 @@ def check_config(where: str, config: Any) -> None:
         raise TypeError(f"{where}: config must be what resolve returned, got {shown(config)}")
     for field in ("counts", "masks"):
         instance(getattr(config, field), Mapping, f"{where}: config.{field}", "a mapping")
+    for path, mask in config.masks.items():
+        if not is_array(mask):
+            raise TypeError(
+                f"{where}: config.masks[{path!r}] must be a boolean array, got {shown(mask)}; "
+                "change them by with_masks"
+            )
     names = [] if isinstance(config.granularity, NM) else [pool.name for pool in config.pools]
     if config.counts.keys() != set(names):
         raise ValueError(

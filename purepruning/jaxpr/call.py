@@ -37,7 +37,8 @@ def trace_call(
     """Returns the call ``fn(params, *inputs, **kwargs)``, traced; what is no array is passed on.
 
     Raises:
-        TypeError: ``fn`` is no function, such as a module; or a parameter or an input is of torch.
+        TypeError: ``fn`` is no function, such as a module, or fails with what it is given; or a
+            parameter or an input is of torch.
     """
     check_function(fn)
     tree = flatten(params)
@@ -59,11 +60,28 @@ def trace_call(
             filled[i] = x
         whole = tree.rebuild({**tree.leaves, **dict(zip(names, weights, strict=True))})
         args, keywords = jax.tree.unflatten(treedef, filled)
-        return fn(whole, *args, **keywords)
+        try:
+            return fn(whole, *args, **keywords)
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            if isinstance(error, jax.errors.JAXTypeError) or _is_ours(error):
+                raise
+            raise TypeError(
+                "fn failed when it was called with these params and inputs, as the error above "
+                "says; give it those that it takes"
+            ) from error
 
     names = list(weights)
     program, result, out_tree = trace(flat, list(weights.values()), given)
     return Call(program, weights, given, result, out_tree)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a function of this library raised an error."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    name = "" if step is None else step.tb_frame.f_globals.get("__name__", "")
+    return str(name).partition(".")[0] in ("purepruning", "purepruning_interop")
 
 
 def check_function(fn: Any, name: str | None = None) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purepruning.arguments import shown
 from purepruning.coupling.build import build
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
@@ -155,6 +156,11 @@ def output_fates(call: Call, outputs: Any) -> list[bool | str]:
         raise type(error)(
             f"outputs must be a tree of booleans, a prefix of the result: {error}"
         ) from None
-    if not all(isinstance(f, bool | State) for f in jax.tree.leaves(outputs)):
-        raise TypeError(f"outputs must hold booleans, got {outputs!r}")
+    check_outputs(outputs)
     return fates
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raises TypeError for what is no tree of booleans."""
+    if outputs is None or not all(isinstance(f, bool | State) for f in jax.tree.leaves(outputs)):
+        raise TypeError(f"outputs must be a tree of booleans, got {shown(outputs)}")

@@ -22,7 +22,7 @@ from purepruning.coupling.shrink_report import (
 )
 from purepruning.coupling.unit_masks import Chosen, Conflicts
 from purepruning.jaxpr.call import Call, check_function, is_array, trace_call
-from purepruning.jaxpr.couple import Analysis, State, analyse
+from purepruning.jaxpr.couple import Analysis, State, analyse, check_outputs
 from purepruning.jaxpr.emit import EMIT
 from purepruning.jaxpr.interpret import Run
 from purepruning.jaxpr.program import holds_tracers
@@ -156,6 +156,7 @@ def rebuild(
     {'one': (3, 2), 'two': (2, 2)}
     """
     check_function(fn, "rebuild")
+    check_outputs(outputs)
     one_of("norms", norms, ("original", "kept"))
     check_plan(plan)
     found, removed = fitted(trace_call(fn, params, inputs, kwargs), plan, outputs)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
-from purepruning.arguments import missing, one_of
+from purepruning.arguments import missing, one_of, whole_number
 from purepruning.config.config import Config, Pruner
 from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
@@ -23,7 +23,7 @@ from purepruning.pruners.taylor import taylor_fo
 from purepruning.quantize import bnn, dorefa, lsq, naive, ptq, qat
 from purepruning.quantize.config import QuantizationConfig, resolve_quantization
 from purepruning.schedules.curves import agp, exponential, linear, one_shot
-from purepruning.schedules.schedule import Schedule
+from purepruning.schedules.schedule import MOST_EVENTS, Schedule
 from purepruning.training import admm
 
 
@@ -282,6 +282,8 @@ def from_nni(
         )
     if not aware and (coupling is not None or extra is not None):
         raise ValueError("coupling and extra have a meaning with mode='dependency_aware' only")
+    if total_iteration is not None:
+        whole_number(total_iteration, "from_nni: total_iteration", 1, MOST_EVENTS)
     config = resolve(
         said.rules,
         table,

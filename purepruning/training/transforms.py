@@ -397,6 +397,11 @@ def _replaced(
             due = due_by_pool[pool.name]
             mine[path] = mine[path] | due if path in mine else due
     masks = dict(old)
+    if new is None:
+        raise TypeError(
+            "prune_on_schedule: the pruner must return masks of params, got None; end it in a "
+            "return statement"
+        )
     # Of some of the layers alone, as own pruners may return them.
     for path, mask in masks_of_pruner("prune_on_schedule", new, params, {}).items():
         if path not in old:

@@ -518,7 +518,9 @@ def layers(*others: tuple[str, Any, Fate], names: bool = False, config_too: bool
     def judge(x: Any) -> Fate:
         if isinstance(x, pp.Config) and config_too:
             return "either"
-        if isinstance(x, list | tuple | dict | set | np.ndarray) and np.size(x) == 0:
+        if isinstance(x, list | tuple | dict | set) and not x:
+            return "either"
+        if isinstance(x, np.ndarray) and not x.size:
             return "either"
         return "refuse"
 

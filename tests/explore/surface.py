@@ -140,7 +140,7 @@ def surface(*, slow: bool = True) -> tuple[Call, ...]:
 
 _POSITIVE = real(0, np.inf, low_in=False, high_in=False)
 _GOOD = Kind((), lambda x: "good")
-_ANY = kinds.anything()
+_ANY = kinds.anything("param", "tree")
 
 
 def _kinds(s: Side, **others: Kind) -> dict[str, Kind]:
@@ -683,7 +683,7 @@ def _numbers(s: Side) -> Iterator[Call]:
     of |= {"step": integer(0)}
     # A table holds its events: of many it takes long, and too many are refused.
     last = Kind(("step", "events"), integer(0, 10**6 - 1).judge)
-    ending = {"last": last, "frequency": integer(1)}
+    ending = {"last": last, "frequency": optional(1)}
     for name in ("linear", "agp", "cosine", "exponential"):
         yield row(name, 1, 9, 2, 0.1, 1, of=of)
 
@@ -934,7 +934,7 @@ def _plans(s: Side) -> Iterator[Call]:
     of |= {"path": kinds.path(), "plan": kinds.of_type(pp.Plan, words=("plan",))}
     yield row("save_plan", folder() / "written", plan, of=of)
     yield row("load_plan", file, of=of)
-    units = Kind(("unit",), lambda x: "either" if _whole(x) else "refuse")
+    units = Kind(("unit",), lambda x: "either" if _whole(x) or isinstance(x, set) else "refuse")
     of = _kinds(s, pruned=units, params=_shapes(), sparsity=real(0, 1), scores=_scores())
     for side in sides():
         at = f" [{side.name}]"
@@ -965,7 +965,8 @@ def structure_calls(s: Side) -> Iterator[Call]:
     of |= {"params": _shapes()}
     given = (s.unit_masks, coupling(), x, "original", "keep")
     yield row("shrink", *good, *given, of=of, slow=True)
-    yield row("draw_coupling", coupling(), of=of, slow=True)
+    any_coupling = {"coupling": kinds.of_type(pp.Coupling, words=("coupl",))}
+    yield row("draw_coupling", coupling(), of=any_coupling, slow=True)
     yield row("coupled_layers", coupling(), s.layers, of=of)
     small = find("shrink")(*good, s.unit_masks, coupling(), x)
     yield row("rebuild", *good, small.report.plan, x, True, "original", of=of, slow=True)
@@ -1115,7 +1116,9 @@ def _adapter(
     yield row(f"{where}.replace", *model, x, at, of=of | {"at": _AT}, slow=True)
     yield row(f"{where}.couple", *model, x, {"outputs": True}, of=of, slow=True)
     yield row(f"{where}.count", *model, x, of=of, slow=True)
-    yield row(f"{where}.function", *model, of=of)
+    # What it returns is called with variables later.
+    later = {**of, "variables": Kind(of["variables"].words, lambda x: "either")}
+    yield row(f"{where}.function", *model, of=later)
     options = {"norms": "original", "conflicts": "keep"}
     yield row(f"{where}.shrink", *model, masks, c, x, options, of=of, slow=True)
     yield row(f"{where}.rebuild", *model, plan, x, {"norms": "original"}, of=of, slow=True)

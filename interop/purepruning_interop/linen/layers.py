@@ -117,18 +117,29 @@ def layers(
 
     try:
         jax.eval_shape(trace, boxed, others, arrays)
-    except (
-        errors.ScopeParamNotFoundError,
-        errors.ScopeParamShapeError,
-        errors.ScopeCollectionNotFound,
-    ) as error:
-        raise ValueError(
-            f"layers(model, variables, *inputs): the parameters are not those of this "
-            f"{type(model).__name__} called with these inputs: {error}"
-        ) from error
+    except MISFITS as error:
+        raise misfit("layers(model, variables, *inputs)", model, error) from error
     return rows(
         [owner for _, owner in owners.values()],
         {join(prefix, path): shape for path, shape in float_shapes(flatten(params).leaves).items()},
+    )
+
+
+#: What Flax raises for variables of another model.
+MISFITS = (
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+    errors.ScopeCollectionNotFound,
+    errors.ApplyScopeInvalidVariablesTypeError,
+    errors.ApplyScopeInvalidVariablesStructureError,
+)
+
+
+def misfit(where: str, model: nn.Module, error: Exception) -> ValueError:
+    """Returns the error for variables that are not the model's."""
+    return ValueError(
+        f"{where}: the variables are not those of this {type(model).__name__} called with these "
+        f"inputs: {error}"
     )
 
 

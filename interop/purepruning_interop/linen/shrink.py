@@ -17,7 +17,7 @@ from purepruning.jaxpr.couple import State
 from purepruning.types import Masks
 from purepruning_interop._native import as_function
 from purepruning_interop._table import join
-from purepruning_interop.linen.layers import check
+from purepruning_interop.linen.layers import MISFITS, check, misfit
 
 _REASON = "a Linen module makes parameters of the sizes that it names"
 
@@ -45,7 +45,10 @@ def function(
 
     def fn(variables: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
         whole = variables if _is_whole(variables) else {"params": variables}
-        return model.apply(whole, *inputs, **kwargs)
+        try:
+            return model.apply(whole, *inputs, **kwargs)
+        except MISFITS as error:
+            raise misfit("function(model, variables)", model, error) from error
 
     return fn, variables
 

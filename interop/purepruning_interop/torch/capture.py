@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from purepruning.arguments import missing
+from purepruning.arguments import flag, missing, shown
 from purepruning.layers import Activation, Layer
 from purepruning_interop import _capture
 from purepruning_interop.torch.program import check
@@ -155,6 +155,7 @@ def _replace(
             f"{where}: params must map names to tensors, as dict(model.named_parameters()) does, "
             f"or be None; got {type(params).__name__}"
         )
+    flag(mutable, f"{where}: mutable")
     modules = _modules(where, model, [site.name for site in at])
     values, buffers = _values(where, model, params or {})
     functions = _capture.joined(at, modules)
@@ -234,6 +235,10 @@ def _values(
         if name not in known:
             raise KeyError(
                 missing(f"{where}: the model has no parameter or buffer {name!r}", name, known)
+            )
+        if not isinstance(params[name], torch.Tensor):
+            raise TypeError(
+                f"{where}: params: {name!r} must be a tensor, got {shown(params[name])}"
             )
     given = {id(known[name]): name for name in params}
     names = [given.get(id(b), name) for name, b in model.named_buffers()]

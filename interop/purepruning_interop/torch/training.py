@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from purepruning.arguments import missing
+from purepruning.arguments import flag, instance, missing, shown
 from purepruning.masks import apply_masks, by_path
 from purepruning_interop.torch.program import check
 
@@ -57,12 +57,20 @@ def masked_call(
     """
     check("masked_call(model, masks, *args)", model)
     own = dict(model.named_parameters())
+    tensors = "a dict of tensors by name"
+    instance(masks, Mapping, "masked_call: masks", tensors)
+    if params is not None:
+        instance(params, Mapping, "masked_call: params", tensors)
     given = dict(params or {})
     known = {*(name for name, _ in model.named_parameters(remove_duplicate=False))}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name in given:
         if name not in known:
             raise KeyError(missing(f"params: the model has no {name!r}", name, sorted(known)))
+        if not isinstance(given[name], torch.Tensor):
+            raise TypeError(
+                f"masked_call: params: {name!r} must be a tensor, got {shown(given[name])}"
+            )
     by_path(masks, own | given)
     masked = {name: given.get(name, own.get(name)) for name in masks}
     values = given | apply_masks(masked, masks)
@@ -132,6 +140,7 @@ def keep_pruned(
     >>> model.weight[0, 1].item()
     0.0
     """
+    flag(zero_moments, "keep_pruned: zero_moments")
     return KeepPruned(model, masks, optimizer, zero_moments)
 
 
