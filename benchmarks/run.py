@@ -25,6 +25,7 @@ import channels
 import criteria
 import measure
 import schedules
+import searches
 import selection
 import structure
 import training
@@ -84,6 +85,9 @@ ROWS = {
         {"resnet": (RESNET, 64), "densenet": (DENSENET, 32), "bert": (12, 768, 12)},
         {"resnet": (((1, 4),), 4), "densenet": ((2,), 4), "bert": (1, 8, 2)},
     ),
+    "search-overhead": Row(searches.overhead, (15, 64, 40), (3, 8, 4)),
+    "knapsack": Row(searches.knapsack, (224, 17, 10_000), (6, 4, 200)),
+    "compiled-search": Row(searches.compiled, ((64, 300, 100, 10), 512, 200), ((8, 6, 5, 3), 4, 3)),
     "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 

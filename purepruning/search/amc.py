@@ -14,7 +14,7 @@ from purepruning.arguments import fraction, instance, one_of, shown, whole_numbe
 from purepruning.arrays import is_array
 from purepruning.search import ddpg
 from purepruning.search.ddpg import Agent, Hyper
-from purepruning.search.problem import Problem, check_problem, smallest_level
+from purepruning.search.problem import Problem, check_problem, fit, smallest_level
 from purepruning.search.shape import (
     Common,
     Move,
@@ -64,7 +64,8 @@ def amc(
     group's features, what of the first budgeted resource is gone, what later groups still have of
     it, and the last action. The units that this keeps are rounded to an option, and the option is
     bounded so that the budgets can still be met if all later groups keep as little as they may: so
-    that every plan, as it is rounded, is within them. An episode is one proposal; its score is the
+    that every plan, as it is rounded, is within them. A plan that leaves less than they allow is
+    brought up to them, all groups in proportion. An episode is one proposal; its score is the
     reward of all its steps,
 
     - ``"score"``: the score, such as the accuracy;
@@ -166,7 +167,10 @@ def amc(
 
         # What is not decided on yet keeps as little as it may in levels, and all in decided.
         start = jnp.asarray(last), jnp.zeros_like(jnp.asarray(last)), jnp.ones(())
-        (levels, _, _), (seen, actions) = jax.lax.scan(step, start, jnp.arange(n))
+        (levels, _, _), (seen, _) = jax.lax.scan(step, start, jnp.arange(n))
+        # What the budgets allow beyond the actions is given back, to all in proportion.
+        levels = fit(of, of.counts(levels).astype(jnp.float32) / sizes, only_less=True)
+        actions = (1.0 - of.counts(levels).astype(jnp.float32) / sizes)[ranks]
         own = state._replace(observations=seen, actions=actions)[1:]
         return key, own, of.counts(levels)[None], jnp.ones(1, bool), 0
 

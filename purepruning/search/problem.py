@@ -275,7 +275,7 @@ def choices(costs: Mapping[str, Mapping[str, Any]], budget: Mapping[str, float])
     return _with_budgets(Problem(None, names, tuple(counts), resources, {}), budget)
 
 
-def fit(of: Problem, shares: Any) -> Any:
+def fit(of: Problem, shares: Any, *, only_less: bool = False) -> Any:
     """Returns levels that meet the budgets and prune in proportion to shares; traceable.
 
     All groups prune the same multiple of their share, as little as meets the budgets; then each in
@@ -285,6 +285,7 @@ def fit(of: Problem, shares: Any) -> Any:
     Args:
         of: the problem, whose resources must be monotone.
         shares: float32 ``(groups,)``, at least 0: what each is to lose, relative to the others.
+        only_less: whether shares are within the budgets as they are, and only to be brought down.
     """
     options = [x / max(x[-1], 1) for x in of.options]
     longest = max(map(len, options))
@@ -292,7 +293,8 @@ def fit(of: Problem, shares: Any) -> Any:
     sizes = np.asarray([_size(of, g) for g in range(len(of.names))], np.float32)
     most = np.asarray([x[-1] for x in of.options], np.float32)
     last = of.last
-    shares = jnp.maximum(shares, 1e-3 * jnp.maximum(jnp.max(shares), 1e-3))
+    if not only_less:
+        shares = jnp.maximum(shares, 1e-3 * jnp.maximum(jnp.max(shares), 1e-3))
 
     def levels_at(scale: Any) -> Any:
         wanted = shares * scale * sizes / np.maximum(most, 1)
@@ -305,7 +307,7 @@ def fit(of: Problem, shares: Any) -> Any:
         fits = of.within(levels_at(middle))
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
-    top = 1.0 / jnp.min(shares)
+    top = jnp.ones(()) if only_less else 1.0 / jnp.min(shares)
     levels = levels_at(jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(top), top))[1])
     levels = jnp.where(of.within(levels), levels, last)
     return give_back(of, levels, jnp.argsort(shares))

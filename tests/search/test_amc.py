@@ -139,8 +139,8 @@ def test_it_learns_a_policy():
         for plan in np.unique(plans, axis=0):
             left = of.measure(dict(zip(of.names, plan.tolist(), strict=True)))
             assert left["params"] <= of.budgets["params"]
-        # Uniform actions score -0.7; the best there is 0.
-        assert scores[:30].mean() < -0.5
+        # Uniform actions score about -0.5; the best there is 0.
+        assert scores[:30].mean() < -0.3
         assert scores[-30:].mean() > -0.2
         assert bool(search.done(state))
         assert float(state.common.best_score) == scores.max()
