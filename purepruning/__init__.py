@@ -14,6 +14,7 @@ for _package in ("jax", "numpy", "optax", "safetensors"):
 from purepruning import criteria, quantize, search, stats
 from purepruning.config.config import Config
 from purepruning.config.coupled_layers import coupled_layers
+from purepruning.config.dependency_sets import dependency_sets
 from purepruning.config.resolve import resolve
 from purepruning.counts import count_of
 from purepruning.coupling.coupling import Coupling
@@ -139,6 +140,7 @@ __all__ = [
     "couple",
     "Coupling",
     "draw_coupling",
+    "dependency_sets",
     "unit_scores",
     "prune_units",
     "group_norm",

@@ -16,12 +16,28 @@ from typing import Any
 import numpy as np
 
 from purepruning.arguments import collection, instance, is_number, one_of, shown
-from purepruning.arrays import has_values, is_array, is_concrete, namespace
+from purepruning.arrays import (
+    array_like,
+    has_values,
+    is_array,
+    is_concrete,
+    is_torch,
+    jax_array,
+    namespace,
+)
 from purepruning.counts import count_of
 from purepruning.coupling.describe import text
-from purepruning.coupling.unit_masks import Chosen, Conflicts, check_removal, masks_of, units_of
+from purepruning.coupling.unit_masks import (
+    Chosen,
+    Conflicts,
+    check_removal,
+    masks_of,
+    repaired,
+    units_of,
+)
 from purepruning.coupling.units import Coupled, Family, FrozenAxis, Product
 from purepruning.masks import by_path, merge_masks, to_numpy
+from purepruning.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -171,6 +187,35 @@ class Coupling:
         one_of("conflicts", conflicts, ("refuse", "keep", "remove"))
         given = by_path(masks, params)
         return units_of(self.leaves, self.families, self.groups, given, conflicts)
+
+    def repair(self, masks: Any, params: Any) -> Any:
+        """Returns masks that agree: a channel is pruned where all layers that make it prune it.
+
+        For masks that were loaded, or come from elsewhere: what only some of the coupled layers
+        prune is kept again, and of groups that must lose equally many, each loses as many as the
+        one that loses least (NNI's mask conflict). Single weights that are masked stay so.
+
+        Args:
+            masks: the masks.
+            params: the parameters; only their tree and shapes matter.
+
+        >>> import jax.numpy as jnp
+        >>> import purepruning as pp
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3)), "head": jnp.ones((3, 1))}
+        >>> fn = lambda p, x: (x @ p["a"] + x @ p["b"]) @ p["head"]
+        >>> coupling = pp.couple(fn, params, jnp.ones((1, 2)))
+        >>> masks = {"a": jnp.array([[True, False, False]]), "b": jnp.array([[False, False, True]])}
+        >>> fixed = coupling.repair(masks, params)
+        >>> fixed["a"].all(0).tolist(), fixed["b"].all(0).tolist()
+        ([True, False, True], [True, False, True])
+        """
+        given = by_path(masks, params)
+        fixed = repaired(self.leaves, self.families, self.groups, given)
+        arrays = {
+            path: array_like(given[path], mask) if is_torch(given[path]) else jax_array(mask)
+            for path, mask in fixed.items()
+        }
+        return flatten(params).rebuild(arrays)
 
     def lowest(self, scores: Any, sparsity: float) -> np.ndarray:
         """Returns the units of lowest score, an equal share of every group.

@@ -10,7 +10,7 @@ import numpy as np
 from purepruning.arguments import missing, shown
 from purepruning.arrays import array_like, is_array, is_concrete, is_torch, jax_array
 from purepruning.coupling.units import Coupled, Family
-from purepruning.coupling.value import COMPANION, SOURCE
+from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.trees import flatten
 
 #: How units may be chosen: see :attr:`purepruning.Coupling.groups`.
@@ -96,8 +96,11 @@ def units_of(
     groups: Groups,
     masks: Mapping[str, Any],
     conflicts: Conflicts,
+    refuse_none: bool = True,
 ) -> Chosen:
     """Returns the units that masks, by path, remove; see :func:`purepruning.shrink`.
+
+    ``refuse_none``: whether it is an error that none can be, though some layers prune some.
 
     Raises:
         ValueError: the layers that make a unit disagree, and ``conflicts`` is ``"refuse"``; what is
@@ -133,7 +136,7 @@ def units_of(
     removed[0] = False
     removed = _balanced(groups, removed, conflicts)
     check_removal(leaves, families, groups, removed)
-    if torn.any() and not removed.any():
+    if torn.any() and not removed.any() and refuse_none:
         raise ValueError(
             "nothing can be removed: " + _disagreement(families, torn) + ". Select all layers that "
             "make them in rules given to resolve(..., coupling=...), or say conflicts='remove'"
@@ -143,6 +146,31 @@ def units_of(
         tuple(np.flatnonzero(asked & ~removed).tolist()),
         tuple(np.flatnonzero(removed & (denied | unmasked)).tolist()),
     )
+
+
+def repaired(
+    leaves: Mapping[str, Coupled],
+    families: Sequence[Family],
+    groups: Groups,
+    masks: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Returns the masks, by path and as NumPy, in which no layer prunes what others keep."""
+    found = units_of(leaves, families, groups, masks, "keep", refuse_none=False)
+    back = np.zeros(len(found.removed), bool)
+    back[list(found.restored)] = True
+    fixed = {path: _host(mask) for path, mask in masks.items()}
+    for path in fixed:
+        leaf = leaves.get(path)
+        for axis, units in enumerate(() if leaf is None else leaf.units):
+            assert leaf is not None
+            if units is None or leaf.roles[axis] == SINK or not back[units].any():
+                continue
+            again = _along(leaf, axis, np.asarray(back[units].any(-1)))
+            # Of a slice that is masked elsewhere too, as by heads, only whole slices come back.
+            other = tuple(a for a in range(len(leaf.shape)) if again.shape[a] == 1)
+            full = np.broadcast_to(fixed[path], leaf.shape)
+            fixed[path] = full | (again & ~full.any(other, keepdims=True))
+    return fixed
 
 
 def _scaled_to_zero(

@@ -63,7 +63,7 @@ def _walk(
     origins |= {n: frozenset() for n in program.constants}
     for op in program.ops:
         inputs = [origins[n] for n in op.inputs]
-        if op.name in ("dot_general", "conv_general_dilated"):
+        if op.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
             out = program.avals[op.outputs[0]]
             paths = sorted(path for x in inputs if x for path in x)
             name = _layer(paths[0]) if paths else op.scope or op.name
@@ -107,6 +107,10 @@ def macs_of(op: Op, program: Program) -> Any:
     """Returns the multiply-adds of a matrix product or a convolution."""
     left, right = (program.avals[n].shape for n in op.inputs[:2])
     out = program.avals[op.outputs[0]].shape
+    if op.name == "ragged_dot_general":  # every row meets the matrix of its group alone
+        numbers = op.params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        return math.prod(out) * math.prod(left[a] for a in contracted)
     if op.name == "dot_general":
         (contracted, _), _ = op.params["dimension_numbers"]
         return math.prod(out) * math.prod(left[a] for a in contracted)

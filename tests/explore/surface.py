@@ -968,6 +968,7 @@ def structure_calls(s: Side) -> Iterator[Call]:
     any_coupling = {"coupling": kinds.of_type(pp.Coupling, words=("coupl",))}
     yield row("draw_coupling", coupling(), of=any_coupling, slow=True)
     yield row("coupled_layers", coupling(), s.layers, of=of)
+    yield row("dependency_sets", coupling(), s.layers, of=of)
     small = find("shrink")(*good, s.unit_masks, coupling(), x)
     yield row("rebuild", *good, small.report.plan, x, True, "original", of=of, slow=True)
     yield row(small.fn, small.params, x, of=of, label="shrunk.fn", slow=True)

@@ -136,3 +136,12 @@ def test_what_is_no_array_is_passed_on(missing):
         True,
     )
     assert found.macs == 6
+
+
+def test_a_row_of_a_ragged_product_meets_one_group():
+    found = pp.count(
+        lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([1, 3])),
+        arrays({"w": (2, 8, 10)}),
+        jax.ShapeDtypeStruct((4, 8), "float32"),
+    )
+    assert found.macs == 4 * 8 * 10
