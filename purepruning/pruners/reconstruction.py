@@ -20,7 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purepruning.arguments import scalar
-from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
+from purepruning.arrays import (
+    by_numpy,
+    cholesky,
+    compiled,
+    contiguous,
+    int32,
+    is_concrete,
+    namespace,
+    plus_diagonal,
+    stop_gradient,
+)
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, grid
 from purepruning.layers import Layer
@@ -284,7 +294,7 @@ def _matrices(
     """Returns what ``solve`` makes of the matrices of one layer."""
     xp, f = namespace(weight), form("reconstruct", layer)
     rows = as_matrices(xp.astype(weight, xp.float32), f)
-    w, h = damped(xp.matrix_transpose(rows), value(gram), damping)
+    w, h = damped(contiguous(xp.matrix_transpose(rows)), value(gram), damping)
     return solve(w, h, _counts(xp, count, f, layer, w), pattern)
 
 
@@ -294,12 +304,10 @@ def damped(w: Any, gram: Any, damping: Any) -> tuple[Any, Any]:
     What is never fed does not matter: its weights are zero, and its entry of $H$ is 1.
     """
     xp = namespace(w)
-    columns = gram.shape[-1]
     diagonal = xp.linalg.diagonal(gram)
     dead = diagonal == 0
-    eye = xp.astype(int32(xp, np.eye(columns, dtype=np.int32), gram), xp.float32)
     more = xp.where(dead, 1.0, xp.mean(diagonal, axis=-1, keepdims=True) * damping)
-    return xp.where(dead[..., None], 0.0, w), gram + more[..., None] * eye[None]
+    return xp.where(dead[..., None], 0.0, w), plus_diagonal(gram, xp.astype(more, xp.float32))
 
 
 def _counts(xp: Any, count: Any, f: Form, layer: Layer, like: Any) -> Any:
@@ -315,7 +323,7 @@ def _counts(xp: Any, count: Any, f: Form, layer: Layer, like: Any) -> Any:
 def upper_factor(h: Any) -> Any:
     r"""Returns upper triangular $R$ with $H = R R^\top$: one factorisation of the reversed $H$."""
     xp = namespace(h)
-    return xp.flip(xp.linalg.cholesky(xp.flip(h, axis=(-2, -1))), axis=(-2, -1))
+    return contiguous(xp.flip(cholesky(xp.flip(h, axis=(-2, -1))), axis=(-2, -1)))
 
 
 def share(counts: Any, start: Any, stop: Any, n: int) -> Any:

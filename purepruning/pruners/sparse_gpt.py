@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arrays import iota, matmul, namespace, put_rows, repeat, rows_at
+from purepruning.arrays import (
+    iota,
+    matmul,
+    minus_outer,
+    namespace,
+    put_rows,
+    repeat,
+    rows_at,
+)
 from purepruning.config.config import Config
 from purepruning.pruners.reconstruction import Pattern, reconstruct, share, upper_factor
 from purepruning.stats.inputs import InputStats
@@ -78,7 +86,8 @@ def _solve(w: Any, h: Any, counts: Any, pattern: Pattern) -> tuple[Any, Any]:
         stays = None
         if pattern.nm is None:
             scores = (now * xp.linalg.diagonal(factor)[..., None]) ** 2
-            scores = xp.where(column[None, :, None] < n, scores, float("inf"))
+            if blocks * wide > n:
+                scores = xp.where(column[None, :, None] < n, scores, float("inf"))
             stop = (b + 1) * wide
             stop = min(stop, n) if isinstance(stop, int) else xp.clip(stop, max=n)
             stays = pattern.keep(scores, share(counts, start, stop, n))
@@ -123,41 +132,40 @@ def _inverse_of_lower(factor: Any) -> Any:
 
 def _within(now: Any, inverse: Any, stays: Any, pattern: Pattern, few: int) -> tuple[Any, Any]:
     """Returns the columns of a block, pruned one after the other, and what stays of them."""
-    xp, wide = namespace(now), now.shape[1]
-    width = 1 if pattern.nm is None else pattern.width
-    index = iota(xp, wide, now)
-    keep = now > float("inf") if stays is None else stays
-
-    def group(g: Any, state: Any) -> Any:
-        now, keep, errors, start, u = state
-        at = g * width
-        if pattern.nm is not None:
-            some = rows_at(now, start + at, width)
-            diagonal = xp.linalg.diagonal(rows_at(xp.matrix_transpose(u), start, few))
-            scores = (some / rows_at(diagonal[..., None], at, width)) ** 2
-            keep = put_rows(keep, start + at, pattern.keep(scores, None))
-        for i in range(width):
-            j = start + at + i
-            row = rows_at(u, at + i, 1)
-            old = rows_at(now, j, 1)
-            pivot = rows_at(xp.matrix_transpose(row), j, 1)
-            error = xp.where(rows_at(keep, j, 1), 0.0, old / pivot)
-            part = rows_at(xp.matrix_transpose(row), start, few)
-            # A column that is done is what stays of it, and not changed any more.
-            later = rows_at(index[:, None], start, few) > j
-            rest = rows_at(now, start, few) - xp.where(later[None], part, 0.0) * error
-            now = put_rows(now, start, rest)
-            now = put_rows(now, j, xp.where(rows_at(keep, j, 1), old, 0.0))
-            errors = put_rows(errors, at + i, error)
-        return now, keep, errors, start, u
+    xp, index = namespace(now), iota(namespace(now), now.shape[1], now)
+    strict = index[:few, None] < index[None, :few]
 
     def part(p: Any, state: Any) -> Any:
         now, keep = state
         start = p * few
-        u = rows_at(inverse, start, few)
-        errors = rows_at(now, start, few) * 0
-        now, keep, errors, _, _ = repeat(now, few // width, group, (now, keep, errors, start, u))
-        behind = xp.where((index >= start + few)[None, None], u, 0.0)
-        return now - matmul(xp, xp.matrix_transpose(behind), errors), keep
+        rows = rows_at(inverse, start, few)
+        own = xp.matrix_transpose(rows_at(xp.matrix_transpose(rows), start, few))
+        pivots = xp.linalg.diagonal(own)[..., None]
+        own = xp.where(strict[None], own, 0.0)
+        # A column that has been gone through is not changed any more.
+        x, kept = rows_at(now, start, few) + 0.0, rows_at(keep, start, few)
+        gone = xp.where(kept, 0.0, 1 / pivots)
+        errors = []
+        for i in range(few):
+            if pattern.nm is not None and i % pattern.width == 0:
+                group = slice(i, i + pattern.width)
+                some = pattern.keep((x[:, group] / pivots[:, group]) ** 2, None)
+                kept = put_rows(kept, i, some)
+                gone = xp.where(some, 0.0, 1 / pivots[:, group])
+            at = i if pattern.nm is None else i % pattern.width
+            errors.append(x[:, i : i + 1] * gone[:, at : at + 1])
+            column = xp.matrix_transpose(own[:, i : i + 1])
+            x = minus_outer(x, i, column, errors[-1])
+        behind = rows[:, :, start + few :] if isinstance(start, int) else rows
+        if not isinstance(start, int):
+            behind = xp.where((index >= start + few)[None, None], rows, 0.0)
+        change = matmul(xp, xp.matrix_transpose(behind), xp.concat(errors, axis=1))
+        keep = put_rows(keep, start, kept)
+        now = put_rows(now, start, xp.where(kept, x, 0.0))
+        if isinstance(start, int):
+            now[:, start + few :] -= change
+            return now, keep
+        return now - change, keep
 
-    return repeat(now, wide // few, part, (now, keep))
+    keep = now > float("inf") if stays is None else stays
+    return repeat(now, now.shape[1] // few, part, (now, keep))
