@@ -30,6 +30,7 @@ from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.alps import alps
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
+from purepruning.pruners.fisher import fisher
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.grasp import grasp, hessian_gradient
 from purepruning.pruners.group_penalty import group_penalty
@@ -88,6 +89,7 @@ __all__ = [
     "apoz_rank",
     "mean_activation_rank",
     "taylor_fo",
+    "fisher",
     # At initialisation, and in rounds.
     "snip",
     "grasp",

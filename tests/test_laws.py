@@ -135,6 +135,8 @@ ROWS = (
     Row(pp.taylor_fo, TILES, "global", stats=slopes, channels=None),
     # The sign of the gradients goes with the position, so permuted channels have other sums.
     Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
+    Row(pp.fisher, scope="global", stats=slopes_of_elements),
+    Row(functools.partial(pp.fisher, damping=1.0), CHANNEL, stats=slopes_of_elements),
     Row(pp.snip, scope="global", stats=slopes),
     Row(pp.snip, CHANNEL, stats=slopes, channels=None),
     # Scores are signed: what is pruned already, of score 0, is not the least.

@@ -310,6 +310,10 @@ def _statistics(s: Side) -> Iterator[Call]:
     of |= {"stats": of_slopes, "a": of_slopes, "b": of_slopes, "keep": _one_of("keep", ["cubes"])}
     of |= {"grads": kinds.arrays("a.w", words=("gradient",)), "grouped": flag()}
     yield row("taylor_fo", s.params, slopes, s.channels, False, of=of, label=at)
+    single = gradients.init(s.params, s.config)
+    single = gradients.update(single, s.params, s.grads, s.config)
+    of |= {"damping": real(0, np.inf, high_in=False)}
+    yield row("fisher", s.params, single, s.channels, 0.5, of=of, label=at)
     yield row("snip", s.params, slopes, s.channels, of=of, label=at)
     yield row("grasp", s.params, slopes, s.channels, of=of, label=at)
     yield row("synflow", s.params, slopes, s.channels, of=of, label=at)

@@ -232,3 +232,24 @@ def test_rounds_are_one_compiled_loop():
         state = round_(0, state)
     for path in state.masks:
         np.testing.assert_array_equal(compiled.masks[path], state.masks[path])
+
+
+def test_fisher_is_half_the_mean_of_squares_of_examples():
+    """Of single examples, by hand; damping adds as much to the diagonal."""
+    params, config = as_jax(network()), keeping(20)
+    stats, total = gradients.init(params, config), dict.fromkeys(params, 0.0)
+    for x, y in zip(X, Y, strict=True):
+
+        def one(p, x=x, y=y):
+            return -jax.nn.log_softmax(outputs(p, jnp.asarray(x)[None])[0])[y]
+
+        slopes = jax.grad(one)(params)
+        stats = gradients.update(stats, params, slopes, config)
+        total = {n: total[n] + np.float64(slopes[n]) ** 2 for n in total}
+    for damping in (0.0, 0.05):
+        scores = [0.5 * np.float64(params[n]) ** 2 * (damping + total[n] / 8) for n in total]
+        flat = np.concatenate([s.reshape(-1) for s in scores])
+        expected = flat >= np.sort(flat)[42]
+        masks = pp.fisher(params, stats, config, damping=damping)
+        got = np.concatenate([np.asarray(masks[n]).reshape(-1) for n in total])
+        np.testing.assert_array_equal(got, expected)
