@@ -56,6 +56,16 @@ def test_agp(page):
     assert int((page["jax_params"]["w"] == 0).sum()) == 160
 
 
+def test_quantizers(page):
+    config, state = page["quantization"], page["qat_state"]
+    assert config.bits == {"0:weight": 8, "4:weight": 8, "2:output": 8}
+    assert int(state.step) == 4
+    assert float(state.averages["2:output"].high) > 0
+    for name, weight in page["again"].params.items():
+        np.testing.assert_array_equal(weight.detach(), page["weights"][name].detach())
+    assert len(page["weights"]["0.weight"].unique()) <= 256
+
+
 def test_dependency_aware(page):
     masks = pruned(page["aware_masks"])
     assert masks == {"conv1": 3, "conv2": 2}

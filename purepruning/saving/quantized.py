@@ -200,8 +200,8 @@ def _calibration(
         if t.site not in ranges:
             raise KeyError(missing(f"{where}: no range of {t.site!r}", t.site, ranges))
         instance(ranges[t.site], Range, f"{where}: ranges[{t.site!r}]", "a Range")
-        low, high = ranges[t.site]
-        row[f"tracked_min_{t.what}"], row[f"tracked_max_{t.what}"] = float(low), float(high)
+        for name, bound in zip(("min", "max"), ranges[t.site], strict=True):
+            row[f"tracked_{name}_{t.what}"] = float(integers.on_host(bound))
     return found
 
 
