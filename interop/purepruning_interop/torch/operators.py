@@ -119,6 +119,7 @@ ELEMENTWISE = frozenset(
         "relu6",
         "remainder",
         "round",
+        "rrelu",
         "rsqrt",
         "rsub",
         "selu",

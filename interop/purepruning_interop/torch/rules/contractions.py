@@ -80,6 +80,22 @@ def _addmm(s: Walk, op: Op) -> list[Value] | None:
     return [s.flow.elementwise("add", [found, bias], found.shape)]
 
 
+def _grouped_product(s: Walk, op: Op) -> list[Value] | None:
+    """Rows, sorted by expert, times the matrix of their expert: all experts are cut alike."""
+    rows, experts = (s.value(v) for v in op.tensors[:2])
+    if rows.ndim != 2 or experts.ndim != 3:
+        return None
+    s.flow.keep(experts, "experts, of which the rows choose", [0])
+    one = shapes.part(s.flow, experts, 0, 0, 1, 1)
+    one = shapes.squeeze(s.flow, one, [0])
+    found = products.contract(s.flow, rows, one, [(1, 0)], [], s.where())
+    bias = op.args.get("bias")
+    if bias is None:
+        return [found]
+    shift = shapes.squeeze(s.flow, shapes.part(s.flow, s.value(bias), 0, 0, 1, 1), [0])
+    return [s.flow.elementwise("add", [found, shift], found.shape)]
+
+
 def _outer(s: Walk, op: Op) -> list[Value] | None:
     left, right = (s.value(v) for v in op.tensors)
     one, other = (
@@ -215,6 +231,7 @@ RULES = rules_of(
     (_linear, "linear"),
     (_matmul, "matmul mm bmm mv dot inner"),
     (_addmm, "addmm addmv baddbmm"),
+    (_grouped_product, "_grouped_mm grouped_mm_fallback"),
     (_outer, "outer ger"),
     (_bilinear, "bilinear"),
     (_einsum, "einsum"),

@@ -155,6 +155,25 @@ def number(s: Walk, f: Callable[[float], float], value: Value, name: str) -> Val
     return s.flow.elementwise(name, [value], value.shape, None, _function_of(f))
 
 
+def _drawn_like(s: Walk, op: Op) -> list[Value] | None:
+    """Random numbers, one for each position of a tensor."""
+    x = s.value(op.tensors[0])
+    return [Value(x.shape, x.axes, (UNKNOWN,) * x.ndim)]
+
+
+def _fake_quantize(s: Walk, op: Op) -> list[Value] | None:
+    """Rounded to a grid in which zero stays zero, of one scale or one for each channel."""
+    x, scale, zero_point = (s.value(op.args[k]) for k in ("self", "scale", "zero_point"))
+    if "axis" in op.args:
+        axis = op.args["axis"] % x.ndim
+        scale, zero_point = (along_channel(s, v, x.ndim, axis) for v in (scale, zero_point))
+    rounded = _function_of(lambda x, *_: 0.0 if x == 0 else UNKNOWN)
+    value = s.flow.elementwise(
+        "fake quantise", [x, scale, zero_point], s.shape(op), s.where(), rounded
+    )
+    return [value, *(whole(s.shape(op, i)) for i in range(1, len(op.outputs)))]
+
+
 RULES = rules_of(
     (elementwise, " ".join([*ELEMENTWISE, *NAMED])),
     (_identity, " ".join(IDENTITY)),
@@ -162,7 +181,17 @@ RULES = rules_of(
     (_masked_fill, "masked_fill"),
     (_copy, "copy"),
     (_prelu, "prelu _prelu_kernel"),
+    (_drawn_like, "rand_like randn_like randint_like bernoulli"),
+    (
+        _fake_quantize,
+        "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
+        "fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask",
+    ),
 )
 
 #: Those through which the shrunk program can compute what removed positions would hold.
-RECOMPUTED = frozenset(name for name, rule in RULES.items() if rule not in (_prelu,))
+RECOMPUTED = frozenset(
+    name
+    for name, rule in RULES.items()
+    if rule in (elementwise, _identity, _where, _masked_fill, _copy)
+)

@@ -10,7 +10,7 @@ import torch
 
 from purepruning.coupling import shapes
 from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, whole
+from purepruning.coupling.value import Value
 from purepruning_interop.torch.program import Op, Var
 from purepruning_interop.torch.rules.norms import rest, unused
 from purepruning_interop.torch.rules.shapes import zero
@@ -167,9 +167,34 @@ def _index_put(s: Walk, op: Op) -> list[Value] | None:
 
 
 def _scatter(s: Walk, op: Op) -> list[Value] | None:
-    for v in op.tensors:
-        s.flow.keep(s.value(v), "written by index")
-    return [whole(s.shape(op))]
+    """Rows written or added at places along one axis; other axes face each other."""
+    value, index = s.value(op.args["self"]), s.value(op.args["index"])
+    if not value.ndim:
+        return None
+    axis = op.args["dim"] % value.ndim
+    given = next((op.args[k] for k in ("src", "source", "value") if k in op.args), None)
+    update = s.value(given) if isinstance(given, Var) else None
+    facing = [v for v in (index, update) if v is not None and v.ndim == value.ndim]
+    s.flow.keep(value, "written by index", [axis])
+    for other in (v for v in (index, update) if v is not None):
+        s.flow.keep(other, "written by index", [axis] if other.ndim == value.ndim else None)
+    axes, at_removed = list(value.axes), list(value.at_removed)
+    axes[axis] = None
+    for a in range(value.ndim):
+        if a == axis:
+            continue
+        for other in facing:
+            same = value.shape[a] is other.shape[a] or value.shape[a] == other.shape[a]
+            if same:
+                s.flow.atoms.same(axes[a], other.axes[a])
+                axes[a] = None if other.axes[a] is None else axes[a]
+            else:
+                s.flow.keep(value, "written by index", [a])
+                s.flow.keep(other, "written by index", [a])
+                axes[a] = None
+        zeros = update is not None and update.ndim == value.ndim and zero(update.at_removed[a])
+        at_removed[a] = 0.0 if zeros and zero(value.at_removed[a]) else UNKNOWN
+    return [Value(value.shape, tuple(axes), tuple(at_removed))]
 
 
 RULES = rules_of(
@@ -181,6 +206,6 @@ RULES = rules_of(
     (_index_put, "index_put _unsafe_index_put"),
     (
         _scatter,
-        "scatter scatter_add scatter_reduce index_add index_copy index_fill masked_scatter",
+        "scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce",
     ),
 )

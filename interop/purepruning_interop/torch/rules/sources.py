@@ -33,6 +33,11 @@ def _fill(s: Walk, op: Op) -> list[Value] | None:
     return [shapes.broadcast(s.flow, s.value(value), s.shape(op), [])]
 
 
+def _drawn(s: Walk, op: Op) -> list[Value] | None:
+    """A tensor of random numbers."""
+    return [s.flow.constant(s.shape(op))]
+
+
 RULES = rules_of(
     (
         _source,
@@ -40,8 +45,9 @@ RULES = rules_of(
         "ones_like full_like empty_like arange linspace scalar_tensor eye "
         "tril_indices triu_indices hann_window hamming_window",
     ),
+    (_drawn, "rand randn"),
     (_fill, "fill zero"),
 )
 
 #: Operators that make tensors from sizes alone.
-SOURCES = frozenset(name for name, rule in RULES.items() if rule is _source)
+SOURCES = frozenset(name for name, rule in RULES.items() if rule is not _fill)

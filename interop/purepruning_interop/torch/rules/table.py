@@ -47,10 +47,5 @@ def known_operators() -> frozenset[str]:
         "_assert_scalar",
         "sym_constrain_range",
         "sym_constrain_range_for_size",
-        "bernoulli",
-        "rand",
-        "randn",
-        "rand_like",
-        "randn_like",
         "randint",
     }
