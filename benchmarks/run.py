@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import calibration
 import channels
 import criteria
 import measure
@@ -75,6 +76,11 @@ ROWS = {
         criteria.statistics_memory, (16, 32, 32, 64, 64, 128), (2, 2, 6, 4, 8)
     ),
     "criteria": Row(criteria.criteria, ((3, 4, 6, 3), 64), ((1, 1), 4)),
+    "sparse-gpt": Row(calibration.sparse_gpt, 4096, 48),
+    "gram": Row(calibration.gram, (8192, 4096), (64, 16)),
+    "wanda": Row(calibration.wanda, (4096, 11008), (16, 32)),
+    "rigl": Row(calibration.rigl, (2048, 4096), (16, 32)),
+    "transposable": Row(calibration.transposable, (4096, 4096), (8, 16)),
     "tickets": Row(
         schedules.tickets, ((64, 300, 100, 10), 20, (16, 64, 256)), ((8, 6, 5, 3), 3, (2,))
     ),
