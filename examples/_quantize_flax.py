@@ -107,8 +107,8 @@ def _tune(
     replace = _replace(networks.model)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(orders.shape[1], 1)))
 
-    def one(params: Any, order: Any) -> Any:
-        images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+    def one(data: Any, params: Any, order: Any) -> Any:
+        images, labels = data.train_images, data.train_labels
         trained, state = quantize.init(recipe, params, config, replace, images[:256])
 
         def step(carry: Any, at: Any) -> Any:
@@ -133,7 +133,8 @@ def _tune(
         return trained, state, (logits.argmax(-1) == data.test_labels).mean()
 
     # By lax.map, a network at a time: its weights stay in the cache.
-    return jax.jit(lambda p, o: jax.lax.map(lambda a: one(*a), (p, o)))(networks.params, orders)
+    compiled = jax.jit(lambda d, p, o: jax.lax.map(lambda a: one(d, *a), (p, o)))
+    return compiled(jax.tree.map(jnp.asarray, data), networks.params, orders)
 
 
 def latency(recipe: Any, done: Tuned, config: Any, data: Any) -> None:
