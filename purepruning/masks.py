@@ -240,7 +240,10 @@ def named_masks(masks: Any) -> dict[str, Any]:
     """
     if isinstance(masks, Mapping) and any(map(is_torch, masks.values())):
         masks = {name: mask for name, mask in masks.items() if mask is not None}
-    leaves = flatten(masks).leaves
+    try:
+        leaves = flatten(masks).leaves
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"masks: {error.args[0]}") from None
     if "" in leaves and not is_array(leaves[""]):
         raise TypeError(
             f"masks must be a tree of booleans by parameter, as pruners return it, got "

@@ -76,8 +76,8 @@ def trace_call(
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a function of this library raised an error."""
-    step = error.__traceback__
+    """Whether a function of this library raised an error that came out of a call."""
+    step = None if error.__traceback__ is None else error.__traceback__.tb_next
     while step is not None and step.tb_next is not None:
         step = step.tb_next
     name = "" if step is None else step.tb_frame.f_globals.get("__name__", "")

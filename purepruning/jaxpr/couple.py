@@ -162,5 +162,6 @@ def output_fates(call: Call, outputs: Any) -> list[bool | str]:
 
 def check_outputs(outputs: Any) -> None:
     """Raises TypeError for what is no tree of booleans."""
-    if outputs is None or not all(isinstance(f, bool | State) for f in jax.tree.leaves(outputs)):
+    leaves = jax.tree.leaves(outputs)
+    if not leaves or not all(isinstance(leaf, bool | State) for leaf in leaves):
         raise TypeError(f"outputs must be a tree of booleans, got {shown(outputs)}")

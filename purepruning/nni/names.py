@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
-from purepruning.arguments import missing, one_of, whole_number
+from purepruning.arguments import missing, one_of, strings, whole_number
 from purepruning.config.config import Config, Pruner
 from purepruning.config.resolve import resolve
 from purepruning.config.rules import Rule, Scope
@@ -250,7 +250,9 @@ def from_nni(
         raise ValueError(f"from_nni: activations are for quantizers, and {name!r} is a pruner")
     base = _base("name", name) if plain not in _SCHEDULED else None
     if base is None:
-        base = _base("pruning_algorithm", pruning_algorithm or "level")
+        strings(pruning_algorithm, "from_nni: pruning_algorithm", optional=True)
+        told = "level" if pruning_algorithm is None else pruning_algorithm
+        base = _base("pruning_algorithm", told)
     one_of("mode", mode, (None, "normal", "dependency_aware", "global"))
     if mode == "global":
         if base.pruner is not taylor_fo or coupling is not None:

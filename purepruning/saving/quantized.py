@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import instance, missing, shown
-from purepruning.arrays import array_like, has_values, is_array, is_torch
+from purepruning.arrays import array_like, has_values, is_array, is_concrete, is_torch
 from purepruning.layers import Layer
 from purepruning.quantize import integers
 from purepruning.quantize.config import QuantizationConfig, check_quantization
@@ -96,8 +96,11 @@ def save_quantized(
     instance(weights, Mapping, f"{where}: weights", "what integers.of returned, a mapping by site")
     instance(ranges, Mapping, f"{where}: ranges", "a mapping from sites to ranges")
     for name, x in leaves.items():
-        if not (is_array(x) and has_values(x)):
-            raise TypeError(f"{where}: the parameter {name!r} must be an array, got {shown(x)}")
+        if not (is_array(x) and has_values(x) and is_concrete(x)):
+            raise TypeError(
+                f"{where}: the parameter {name!r} must be a known array, got {shown(x)}; save "
+                "outside of jit and vmap"
+            )
     arrays: dict[str, np.ndarray] = {}
     rows: dict[str, Any] = {}
     for t in config.weights:
@@ -170,7 +173,13 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
     except BROKEN as error:
         raise unreadable(target, "quantized", error) from error
     found = {}
+    if not tree.leaves:
+        raise ValueError(f"load_quantized: params hold no parameter, got {shown(params)}")
     for name, like in tree.leaves.items():
+        if not is_array(like):
+            raise TypeError(
+                f"load_quantized: the parameter {name!r} must be an array, got {shown(like)}"
+            )
         if name not in values and name not in arrays:
             message = f"load_quantized: {target} has no parameter {name!r}"
             raise KeyError(missing(message, name, [*values, *arrays]))

@@ -249,12 +249,16 @@ def _check_scores(where: str, scores: Any, candidates: int) -> None:
     expected = "one number" if candidates == 1 else f"{candidates} numbers"
     if not numbers:
         raise TypeError(f"{where} must be {expected}, got {shown(scores)}")
+    if candidates == 1 and isinstance(scores, list | tuple):
+        raise TypeError(f"{where} must be {expected}, got {shown(scores)}")
     shape = np.shape(scores)
     if shape != (candidates,) and not (candidates == 1 and shape == ()):
         raise ValueError(f"{where} must be {expected}, got {shown(scores)}")
     if not is_array(scores):
         largest = float(jnp.finfo(jnp.float32).max)
         for score in some:
+            if isinstance(score, int) and abs(score) > largest:
+                raise ValueError(f"{where} must fit into float32, got {shown(score)}")
             if math.isfinite(score) and abs(score) > largest:
                 raise ValueError(f"{where} must fit into float32, got {shown(score)}")
 

@@ -369,6 +369,8 @@ def arrays(
     def more(good: Any) -> Iterator[Wrong]:
         for label, leaf in bad_leaves(leaf_at(good, path)).items():
             fate: Fate = "refuse" if label in refuse else "either"
+            # In a tree of JAX's a list is a node: there is nothing then at the path.
+            fate = missing if label == "list" and not is_torch(good) else fate
             yield Wrong(f"{path}: {label}", replaced(good, path, leaf), fate)
         yield Wrong(f"{path}: missing", without(good, path), missing)
         yield Wrong("key that is no string", {**good, 5: leaf_at(good, path)}, "either")

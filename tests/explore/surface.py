@@ -514,8 +514,10 @@ def _broken(*words: str) -> Kind:
 
 
 def _lottery(s: Side) -> Iterator[Call]:
-    at, rewind = f" [{s.name}]", _one_of("rewind", ["nothing"])
-    empty = Kind(rewind.words, lambda x: "either" if _is_empty(x) else "refuse", rewind.more)
+    at, rewind = f" [{s.name}]", Kind(("rewind",), lambda x: "refuse")
+    # Which names there are is known when rounds begin.
+    listed = (list, tuple, set, np.ndarray)
+    empty = Kind(rewind.words, lambda x: "either" if isinstance(x, listed) else "refuse")
     of = _kinds(s, config=_config(s, model=False, counts=False), rewind=empty)
     of |= {"rounds": integer(1, 10**6)}
     yield row("lottery", pp.level, s.config, 3, ["params"], of=of, label=at)
@@ -644,7 +646,8 @@ def _like() -> Kind:
         for wrong in inner.more(good["p"]):
             yield wrong._replace(value={"p": wrong.value})
 
-    return Kind(("run", "state", "leaf"), lambda x: "refuse", more)
+    # An empty dict takes all that the file has.
+    return Kind(("run", "state", "leaf"), lambda x: "either" if x == {} else "refuse", more)
 
 
 def _layers(s: Side) -> Iterator[Call]:
@@ -971,7 +974,7 @@ def structure_calls(s: Side) -> Iterator[Call]:
     yield row("shrink", *good, *given, of=of, slow=True)
     any_coupling = {"coupling": kinds.of_type(pp.Coupling, words=("coupl",))}
     yield row("draw_coupling", coupling(), of=any_coupling, slow=True)
-    yield row("coupled_layers", coupling(), s.layers, of=of)
+    yield row("coupled_layers", coupling(), s.layers, of=of | any_coupling)
     yield row("dependency_sets", coupling(), s.layers, of=of)
     small = find("shrink")(*good, s.unit_masks, coupling(), x)
     yield row("rebuild", *good, small.report.plan, x, True, "original", of=of, slow=True)

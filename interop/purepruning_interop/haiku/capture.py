@@ -13,6 +13,7 @@ from purepruning_interop._marks import run, trace, with_activations
 from purepruning_interop._table import join
 from purepruning_interop.haiku.layers import (
     Tracked,
+    applied,
     check,
     dotted,
     leading_arguments,
@@ -123,7 +124,7 @@ def activations(
     leading = leading_arguments(where, model, state, rng)
 
     def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
-        return model.apply(params, *leading, *inputs, **kwargs)
+        return applied(where, model, params, *leading, *inputs, **kwargs)
 
     return _marks.activations(trace(object(), apply, params, leading, inputs, kwargs))
 

@@ -113,6 +113,20 @@ def split(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str,
     return params, state
 
 
+def applied(where: str, model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns what the function does.
+
+    Raises:
+        ValueError: the parameters are those of another one.
+    """
+    try:
+        return model.apply(params, *args, **kwargs)
+    except ValueError as error:
+        if "Unable to retrieve parameter" not in str(error):
+            raise
+        raise ValueError(f"{where}: variables are not those of this function: {error}") from error
+
+
 def leading_arguments(where: str, transformed: Any, state: Any, rng: Any) -> tuple[Any, ...]:
     """Returns what ``apply`` takes between the parameters and the inputs."""
     takes = tuple(inspect.signature(transformed.apply).parameters)[1:3]
@@ -242,7 +256,8 @@ def _recorder(made: dict[str, _Made]) -> Callable[..., Any]:
 
 def check(where: str, model: Any, variables: Any) -> None:
     """Raises TypeError if these are no function of Haiku, or not what it takes."""
-    if adapter_of(model) not in ("haiku", None) or not callable(getattr(model, "init", None)):
+    transformed = callable(getattr(model, "init", None)) and hasattr(model, "apply")
+    if adapter_of(model) not in ("haiku", None) or not transformed:
         raise wrong_model(where, model, "haiku", "what hk.transform returns")
     if type(variables) is tuple:
         raise TypeError(

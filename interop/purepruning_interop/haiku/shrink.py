@@ -15,7 +15,7 @@ from purepruning.jaxpr.couple import State
 from purepruning.types import Masks
 from purepruning_interop._native import as_function
 from purepruning_interop._table import join
-from purepruning_interop.haiku.layers import check, leading_arguments, split
+from purepruning_interop.haiku.layers import applied, check, leading_arguments, split
 
 _REASON = "a Haiku function makes parameters of the sizes that it names"
 
@@ -47,7 +47,8 @@ def function(
 
     def fn(variables: Mapping[str, Any], *inputs: Any, rng: Any = None, **kwargs: Any) -> Any:
         params, state = split(variables)
-        return model.apply(params, *leading_arguments(where, model, state, rng), *inputs, **kwargs)
+        leading = leading_arguments(where, model, state, rng)
+        return applied(where, model, params, *leading, *inputs, **kwargs)
 
     return fn, variables
 

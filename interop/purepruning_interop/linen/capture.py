@@ -14,7 +14,7 @@ from purepruning.layers import Activation, Layer
 from purepruning.trees import flatten
 from purepruning_interop import _capture, _marks
 from purepruning_interop._marks import is_activation, marked, marking, run, trace
-from purepruning_interop.linen.layers import check, marker
+from purepruning_interop.linen.layers import MISFITS, check, marker, misfit
 
 
 def capture(
@@ -144,7 +144,10 @@ def activations(
     variables = _whole(variables)
 
     def apply(variables: Any, inputs: Any, options: Any, kwargs: Any) -> Any:
-        return model.apply(variables, *inputs, **options, **kwargs)
+        try:
+            return model.apply(variables, *inputs, **options, **kwargs)
+        except MISFITS as error:
+            raise misfit(where, model, error) from error
 
     return _marks.activations(trace(object(), apply, variables, inputs, options, kwargs))
 
@@ -185,7 +188,10 @@ def _replace(
 
             renew()
             contexts.enter_context(nn.intercept_methods(marker(wanted, seen, renew)))
-            return model.apply(variables, *inputs, **options, **kwargs)
+            try:
+                return model.apply(variables, *inputs, **options, **kwargs)
+            except MISFITS as error:
+                raise misfit(where, model, error) from error
 
     # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
     # only. Where that may have happened, everything is traced once more, each call for itself.

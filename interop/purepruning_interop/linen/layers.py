@@ -12,7 +12,8 @@ from flax import linen as nn
 from flax.core import DenyList, meta
 from flax.linen.recurrent import DenseParams
 
-from purepruning.arguments import wrong_model
+from purepruning.arguments import shown, wrong_model
+from purepruning.arrays import is_array
 from purepruning.layers import Layer, Window
 from purepruning.trees import flatten
 from purepruning_interop._marks import called
@@ -237,6 +238,11 @@ class _Tracked(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
     @classmethod
     def of(cls, path: str, leaf: Any) -> _Tracked:
+        if not is_array(leaf):
+            raise TypeError(
+                f"layers(model, variables, *inputs): variables: {path!r} must be an array, got "
+                f"{shown(leaf)}"
+            )
         shape = tuple(leaf.shape)
         return cls(value=leaf, path=path, shape=shape, axes=tuple(range(len(shape))))
 
