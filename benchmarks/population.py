@@ -125,6 +125,7 @@ def _stages(entry: Any, options: Options, row: dict[str, Any]) -> Iterator[str]:
         "unknown": dict(coupling.unknown),
         "frozen": dict(Counter(axis.reason for axis in coupling.frozen).most_common(12)),
     }
+    row["prunable"], row["whole"] = prunable(coupling)
     if not len(chosen):
         row["status"] = NOTHING
         return
@@ -174,6 +175,31 @@ def _stages(entry: Any, options: Options, row: dict[str, Any]) -> Iterator[str]:
         if not row["gradient error"] <= 10 * tolerance:
             wrong.append(f"gradients by {row['gradient error']:.0e}")
     row |= {"status": DIFFERS, "message": "; ".join(wrong)} if wrong else {"status": EXACT}
+
+
+def prunable(coupling: Any) -> tuple[float, dict[str, float]]:
+    """Returns the share of kernel weights that lie in a unit, and of the others by their reason.
+
+    A kernel is a parameter that a layer contracts with its input. A weight lies in a unit if any of
+    its positions does; of the rest the reason is that of its output axis.
+    """
+    import numpy as np
+
+    total, inside = 0, 0
+    outside: Counter[str] = Counter()
+    reasons = {(f.path, f.axis): f.reason for f in coupling.frozen}
+    for path, leaf in coupling.leaves.items():
+        if "sink" not in leaf.roles and leaf.roles.count("source") < 2:
+            continue
+        size, free = int(np.prod(leaf.shape)), 1.0
+        for units in leaf.units:
+            if units is not None:
+                free *= 1 - (units > 0).any(-1).mean()
+        total, inside = total + size, inside + round(size * (1 - free))
+        sources = [a for a, role in enumerate(leaf.roles) if role == "source"]
+        listed = [reasons[path, a] for a in sources if (path, a) in reasons]
+        outside[listed[0] if listed else "one channel"] += round(size * free)
+    return inside / max(total, 1), {r: n / max(total, 1) for r, n in outside.items() if n}
 
 
 def _timed(row: dict[str, Any], name: str, call: Callable[[], Any]) -> Any:
@@ -371,12 +397,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {source} | {len(some)} | {counts} |")
     lines += [
         "",
-        "| model | family | status | error | units | parameters | multiply-adds "
+        "| model | family | status | error | units | prunable | parameters | multiply-adds "
         "| trace s | couple s | shrink s | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         notes = [row.get("message", ""), *(f"no rule for {op}" for op in row.get("unknown", ()))]
+        whole = sorted(row.get("whole", {}).items(), key=lambda item: -item[1])
+        notes += [f"{share:.2f}: {reason}" for reason, share in whole[:2] if share >= 0.01]
         if row.get("stage"):
             notes.insert(0, f"in {row['stage']}:")
         cells = [
@@ -385,6 +413,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             row["status"],
             f"{row['error']:.0e}" if "error" in row else "",
             f"{row['pruned']} of {row['units']}" if "units" in row else "",
+            f"{row['prunable']:.2f}" if "prunable" in row else "",
             *(_ratio(row.get(key)) for key in ("params", "macs")),
             *(f"{row[key]:.2f}" if key in row else "" for key in TIMES),
             " ".join(note for note in notes if note).replace("|", "\\|"),

@@ -99,6 +99,7 @@ def allocate(
             "nothing that the rules select can be pruned: "
             + "; ".join(map(str, kept[:8]))
             + (f"; and {len(kept) - 8} more" if len(kept) > 8 else "")
+            + _returned(coupling)
         )
     budget = costs = None
     if scope == "global":
@@ -215,6 +216,21 @@ def _protected(
             "units of another kind"
         )
     return None
+
+
+def _returned(coupling: Coupling) -> str:
+    """Returns what to do where statistics that a function returns hold all channels."""
+    held = [
+        p.path
+        for p in coupling.frozen
+        if p.reason == "an output" and p.path.startswith(("batch_stats.", "state."))
+    ]
+    if not held:
+        return ""
+    return (
+        f". {held[0]!r} and all that it belongs to are outputs: if the function returns new "
+        "statistics, say which outputs may shrink along, couple(..., outputs=(True, False))"
+    )
 
 
 def _makes(coupling: Coupling, layer: Layer) -> bool:

@@ -256,3 +256,24 @@ def test_norms_that_are_not_masked_keep_channels_that_some_of_their_makers_lose(
     keep = jnp.arange(8) > 2
     with pytest.raises(ValueError, match="the masks disagree on 3 units"):
         coupling.chosen({"one": {"w": keep[None], "b": keep}}, params)
+
+
+def test_statistics_that_are_returned_are_named_with_what_to_do():
+    params = {
+        "params": {"a": jnp.ones((4, 8)), "head": jnp.ones((8, 2))},
+        "batch_stats": {"mean": jnp.zeros(8)},
+    }
+
+    def fn(v, x):
+        h = x @ v["params"]["a"]
+        return (h - h.mean(0)[None]) @ v["params"]["head"], {
+            "mean": 0.9 * v["batch_stats"]["mean"] + 0.1 * h.mean(0)
+        }
+
+    x = jnp.ones((3, 4))
+    coupling = pp.couple(fn, params, x)
+    table = pp.coupled_layers(coupling)
+    with pytest.raises(ValueError, match=r"'batch_stats.mean' .* outputs=\(True, False\)"):
+        pp.resolve(0.5, table, coupling=coupling)
+    coupling = pp.couple(fn, params, x, outputs=(True, False))
+    assert pp.resolve(0.5, table, coupling=coupling).counts == {"params.a": 4}

@@ -642,3 +642,26 @@ def test_tracing_leaves_no_tracer_behind():
 def test_errors(args, error, message):
     with pytest.raises(error, match=message):
         linen.layers(*args)
+
+
+class Tied(nn.Module):
+    """A head that reads the kernel of another layer out of its variables."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = nn.Dense(8)
+        h = nn.relu(first(x))
+        kernel = first.variables["params"]["kernel"]
+        return h @ kernel.T + (h * kernel[0][None]).sum() + (2 * kernel - kernel / 2).mean()
+
+
+def test_kernels_read_out_of_variables():
+    x = jnp.ones((2, 6))
+    model = Tied()
+    (found,) = linen.layers(model, model.init(jax.random.key(0), x), x)
+    assert (found.name, found.type, found.out_axes, found.in_axes) == (
+        "Dense_0",
+        "Linear",
+        (1,),
+        (0,),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -223,11 +224,18 @@ def _in_tree_order(params: Any) -> list[tuple[str, Any]]:
     return [(paths[i], leaf) for i, leaf in enumerate(jax.tree.leaves(params))]
 
 
+def _of_value(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda box, *others: function(box.value, *others)
+
+
 class _Tracked(struct.PyTreeNode, meta.AxisMetadata[Any]):
     """A parameter that knows its path, and which of its axes a lifted transform has taken away.
 
     Linen calls ``remove_axis`` on boxed variables when ``nn.scan`` or ``nn.vmap`` slices them; by
     reading the box inside a module, the stack axes are known rather than guessed from shapes.
+
+    A model that looks into ``variables``, as tied heads do, meets the box where its array would be,
+    so that it does what the array does.
     """
 
     value: Any
@@ -245,6 +253,27 @@ class _Tracked(struct.PyTreeNode, meta.AxisMetadata[Any]):
             )
         shape = tuple(leaf.shape)
         return cls(value=leaf, path=path, shape=shape, axes=tuple(range(len(shape))))
+
+    def __jax_array__(self) -> Any:
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.value, name)
+
+    __getitem__ = _of_value(operator.getitem)
+    __matmul__ = _of_value(operator.matmul)
+    __add__ = _of_value(operator.add)
+    __sub__ = _of_value(operator.sub)
+    __mul__ = _of_value(operator.mul)
+    __truediv__ = _of_value(operator.truediv)
+    __pow__ = _of_value(operator.pow)
+    __neg__ = _of_value(operator.neg)
+    __rmatmul__ = _of_value(lambda x, other: other @ x)
+    __radd__ = _of_value(lambda x, other: other + x)
+    __rsub__ = _of_value(lambda x, other: other - x)
+    __rmul__ = _of_value(lambda x, other: other * x)
 
     def unbox(self) -> Any:
         return self.value
