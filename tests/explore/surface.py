@@ -646,8 +646,11 @@ def _like() -> Kind:
         for wrong in inner.more(good["p"]):
             yield wrong._replace(value={"p": wrong.value})
 
-    # An empty dict takes all that the file has.
-    return Kind(("run", "state", "leaf"), lambda x: "either" if x == {} else "refuse", more)
+    def judge(x: Any) -> kinds.Fate:
+        # An empty dict takes all that the file has.
+        return "either" if isinstance(x, dict) and not x else "refuse"
+
+    return Kind(("run", "state", "leaf"), judge, more)
 
 
 def _layers(s: Side) -> Iterator[Call]:
