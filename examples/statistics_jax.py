@@ -17,18 +17,19 @@ config = pp.resolve(rules, layers, granularity="output_channel")
 
 
 @jax.jit
-def update(active, slopes, params, x):
+def update(activation_stats, gradient_stats, params, x):
     def loss(params):
         y, outputs = linen.capture(model, params, x, layers=config.layers)
         return (y**2).mean(), outputs
 
     grads, outputs = jax.grad(loss, has_aux=True)(params)
-    active = activations.update(active, outputs, config, activation="relu")
-    return active, gradients.update(slopes, params, grads, config)
+    activation_stats = activations.update(activation_stats, outputs, config, activation="relu")
+    return activation_stats, gradients.update(gradient_stats, params, grads, config)
 
 
-active, slopes = activations.init(params, config), gradients.init(params, config)
+activation_stats = activations.init(params, config)
+gradient_stats = gradients.init(params, config)
 for x in batches:
-    active, slopes = update(active, slopes, params, x)
-print(pp.summarize(params, pp.apoz_rank(params, active, config), layers))
-print(pp.summarize(params, pp.taylor_fo(params, slopes, config), layers))
+    activation_stats, gradient_stats = update(activation_stats, gradient_stats, params, x)
+print(pp.summarize(params, pp.apoz_rank(params, activation_stats, config), layers))
+print(pp.summarize(params, pp.taylor_fo(params, gradient_stats, config), layers))

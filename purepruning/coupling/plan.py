@@ -267,8 +267,8 @@ def _check_fit(coupling: Coupling, plan: Plan, removed: np.ndarray) -> None:
     for path in sorted({*plan.cuts, *again.cuts}):
         one, other = (Plan(p.shapes, {path: p.cuts.get(path, ())}, ()) for p in (plan, again))
         if not one.same_cuts(other):
-            pins = {f"axis {p.axis}: {p.reason}" for p in coupling.frozen if p.path == path}
-            why = f" ({'; '.join(sorted(pins))})" if pins else ""
+            frozen = {f"axis {p.axis}: {p.reason}" for p in coupling.frozen if p.path == path}
+            why = f" ({'; '.join(sorted(frozen))})" if frozen else ""
             raise ValueError(
                 f"the plan does not fit: it cuts {path!r} differently from what is coupled here"
                 f"{why}; couple and shrink the model as it is called here"

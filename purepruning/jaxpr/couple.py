@@ -57,8 +57,8 @@ def couple(
 
     The function is traced, never run: every position of every parameter's axis starts as a unit of
     its own, and each operation of the jaxpr says which of them coincide, come apart into factors,
-    or must stay. An operation without a rule keeps what it touches and is reported; it costs
-    coverage, not correctness.
+    or must stay. An operation without a rule keeps what it touches and is reported: less is
+    pruned, and results stay equal.
 
     Args:
         fn: any traceable function, for instance ``model.apply``. Loops, branches, ``jit``,

@@ -35,7 +35,7 @@ def prune_scores(scores: Scores, params: Params, config: Config) -> Masks:
             for each axis of the weight that they and stacked layers lie along, in the order of the
             weight's axes with those of stacked layers first.
         params: the parameters, of which shapes and framework matter.
-        config: the resolved rules. With a coupling, scores of channels that go together are added;
+        config: the resolved rules. With a coupling, scores of coupled channels are added;
             see also :func:`purepruning.prune_units`.
 
     Raises:

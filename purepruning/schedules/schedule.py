@@ -176,12 +176,12 @@ def _counts(state: ScheduleState) -> dict[str, Any]:
 
 def due_by_pool(state: ScheduleState) -> dict[str, Any]:
     """Returns which pools are pruned at the state's step."""
-    return by_numpy(_turns, state)
+    return by_numpy(_due_by_pool, state)
 
 
-def _turns(state: ScheduleState) -> dict[str, Any]:
+def _due_by_pool(state: ScheduleState) -> dict[str, Any]:
     here = state.times == state.step
-    return {name: (turn & here).any() for name, turn in state.due_by_pool.items()}
+    return {name: (due & here).any() for name, due in state.due_by_pool.items()}
 
 
 def vmap_axes(tree: Any) -> Any:

@@ -82,8 +82,8 @@ def lottery(
     a scheduler, a step counter. ``init(run)`` keeps the parts to go back to; called before
     training, that is rewinding to initialisation, and after k iterations, to iteration k.
     ``step(state, run)`` prunes the parameters of a trained run, and returns the run that the next
-    round trains: its kept parts, with pruned weights at zero. What keeps them there is the
-    training's own affair; parts that hold the state of :func:`purepruning.keep_pruned` are given
+    round trains: its kept parts, with pruned weights at zero. Training has to keep them
+    there (:func:`purepruning.keep_pruned`); parts that hold its state are given
     the masks of this round, whether they go back or not.
 
     =====================  ============================================

@@ -40,8 +40,8 @@ def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwarg
     attributes that the forward pass changes), ``torch.export`` reads it. It comes back as it was.
     Every position of every axis of a floating-point parameter or buffer starts as a unit of its
     own, and each operation says which of them coincide, come apart into factors, or must stay. An
-    operation without a rule keeps what it touches and is reported; it costs coverage, not
-    correctness.
+    operation without a rule keeps what it touches and is reported: less is pruned, and
+    results stay equal.
 
     Leaves go by their names in the state dict. A tensor under several names (tied weights, shared
     modules) is one leaf under the first of them. Statistics of batch norms are leaves as well.

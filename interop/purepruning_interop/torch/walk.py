@@ -132,11 +132,11 @@ def _apply(state: Walk, op: Op, rules: Rules) -> list[Value]:
         return state.flow.opaque(op.name, operands, shapes)
     if op.name not in rules.recomputed:
         # What the shrunk program cannot compute again is not known.
-        found = [_without_even(v) for v in found]
+        found = [_without_uniform(v) for v in found]
     return found
 
 
-def _without_even(value: Value) -> Value:
+def _without_uniform(value: Value) -> Value:
     at_removed = tuple(
         np.where(np.isfinite(d), d, UNKNOWN)
         if np.ndim(d)
