@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from purepruning.arguments import flag, one_of, whole_number
 from purepruning.config.allocation import Allocation, KeptWhole
 from purepruning.config.budget import budget_of, unit_costs
 from purepruning.config.channel_units import (
@@ -23,7 +24,7 @@ from purepruning.config.channel_units import (
     kinds_of,
     spans_of,
 )
-from purepruning.config.config import BiasRule, Config, checked_count
+from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.rules import (
     UNIT_KINDS,
     Rule,
@@ -39,41 +40,68 @@ from purepruning.coupling.value import COMPANION, SOURCE
 from purepruning.layers import Layer
 
 
+class Matched(NamedTuple):
+    """Rules, and the layers that they were found to name.
+
+    Attributes:
+        rules: as they were given.
+        table: the layer table.
+        chosen: by layer name, the number of the rule that selects it.
+        excluded: by layer name, the number of the rule that excludes it.
+    """
+
+    rules: Sequence[Rule]
+    table: tuple[Layer, ...]
+    chosen: Mapping[str, int]
+    excluded: Mapping[str, int]
+
+
+class Options(NamedTuple):
+    """What is asked of a coupled config."""
+
+    extra: str | None
+    cost: str | None
+    per_cost: bool
+    round_to: int
+    min_channels: int
+
+    def check(self, coupling: Any, scope: str) -> None:
+        """Raises where an option is wrong, or would have no effect."""
+        for name in ("round_to", "min_channels"):
+            whole_number(getattr(self, name), name, 1, 2**31 - 1)
+        flag(self.per_cost, "per_cost")
+        one_of("extra", self.extra, (None, "own", "none"))
+        one_of("cost", self.cost, (None, "params", "macs"))
+        unset = Options(None, None, False, 1, 1)._asdict()
+        given = [n for n, x in self._asdict().items() if x != unset[n]]
+        if coupling is None and given:
+            raise ValueError(f"{given[0]} has a meaning with coupling=... only")
+        wrong = {"extra": "layer", "cost": "global", "per_cost": "global"}
+        for name in given:
+            if wrong.get(name, scope) != scope:
+                raise ValueError(f"{name} has a meaning in scope={wrong[name]!r} only")
+
+
 def allocate(
-    rules: Sequence[Rule],
-    table: tuple[Layer, ...],
-    chosen: Mapping[str, int],
-    excluded: Mapping[str, int],
-    coupling: Coupling,
-    scope: Scope,
-    bias: BiasRule,
-    options: Any,
+    matched: Matched, coupling: Coupling, scope: Scope, bias: BiasRule, options: Options
 ) -> Config:
     """Returns the config of rules whose layers were found; see :func:`purepruning.resolve`.
-
-    Args:
-        rules, table, coupling, scope, bias: as given to it, checked.
-        chosen: by layer name, the rule that selects it.
-        excluded: by layer name, the rule that excludes it.
-        options: its further arguments.
 
     Raises:
         ValueError, KeyError, TypeError: as it says.
     """
-    if not isinstance(coupling, Coupling):
-        raise TypeError(f"coupling must be what couple returned, got {type(coupling).__name__}")
     kept: list[KeptWhole] = []
-    selected = _selected(rules, table, chosen, coupling, scope, kept)
-    asked = [x.iterations for x in selected if x.iterations is not None]
-    if len(set(asked)) > 1:
-        raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(set(asked))}")
+    selected = _selected(matched, coupling, scope, kept)
+    asked = {x.iterations for x in selected if x.iterations is not None}
+    if len(asked) > 1:
+        raise ValueError(f"prune_iterations must be equal in all rules, got {sorted(asked)}")
     by_group = {
         i: [x for x in selected if i in x.groups]
         for i in sorted({i for x in selected for i in x.groups})
     }
     free = {}
     for i, members in by_group.items():
-        reason = _protected(coupling, i, members, table, chosen, excluded)
+        reason = _protected(matched, coupling, i, members)
         if reason is None:
             free[i] = members
         else:
@@ -81,7 +109,6 @@ def allocate(
     if scope == "layer" and options.extra == "none":
         # Of the others nothing is pruned.
         selected = [x for x in selected if any(i in free for i in x.groups)]
-    names = tuple(x.layer.name for x in selected)
     builder = UnitSets(coupling, selected, options)
     if scope == "global":
         for i, members in free.items():
@@ -101,40 +128,49 @@ def allocate(
             + (f"; and {len(kept) - 8} more" if len(kept) > 8 else "")
             + _returned(coupling)
         )
-    budget = costs = None
-    if scope == "global":
-        kind: Literal["params", "macs"] = options.cost or "params"
-        budget = budget_of(coupling, [s.units for s in builder.sets], kind)
-        if options.per_cost:
-            order = np.concatenate([s.units.reshape(-1) for s in builder.sets])
-            costs = unit_costs(coupling, order, kind)
-    allocation = Allocation(
-        coupling, names, tuple(builder.sets), builder.channels(), tuple(kept), budget, costs
-    )
+    allocation = _allocation(builder, selected, kept, options if scope == "global" else None)
     config = dataclasses.replace(config, bias=bias, allocation=allocation)
-    counts = {
+    return dataclasses.replace(config, counts=_counts(config.pools))
+
+
+def _allocation(
+    builder: UnitSets,
+    selected: Sequence[Selected],
+    kept: Sequence[KeptWhole],
+    options: Options | None,
+) -> Allocation:
+    """Returns where the units of the sets lie; with ``options``, those of global scope."""
+    coupling, sets = builder.coupling, tuple(builder.sets)
+    budget = costs = None
+    if options is not None:
+        kind = cast(Literal["params", "macs"], options.cost or "params")
+        budget = budget_of(coupling, [s.units for s in sets], kind)
+        if options.per_cost:
+            order = np.concatenate([s.units.reshape(-1) for s in sets])
+            costs = unit_costs(coupling, order, kind)
+    names = tuple(x.layer.name for x in selected)
+    return Allocation(coupling, names, sets, builder.channels(), tuple(kept), budget, costs)
+
+
+def _counts(pools: Sequence[Pool]) -> dict[str, Any]:
+    """Returns the count of every pool whose rule gives a sparsity; None for the others."""
+    return {
         pool.name: None
         if pool.sparsity is None
         else checked_count(pool, pool.sparsity, f"rule {pool.rule}: sparsity")
-        for pool in config.pools
+        for pool in pools
     }
-    return dataclasses.replace(config, counts=counts)
 
 
 # Where layers lie.
 def _selected(
-    rules: Sequence[Rule],
-    table: tuple[Layer, ...],
-    chosen: Mapping[str, int],
-    coupling: Coupling,
-    scope: Scope,
-    kept: list[KeptWhole],
+    matched: Matched, coupling: Coupling, scope: Scope, kept: list[KeptWhole]
 ) -> list[Selected]:
     """Returns the selected layers with their units; ``kept`` gets those that have none to lose."""
     found = []
     spans = spans_of(coupling)
-    for number, rule in enumerate(rules):
-        mine = [x for x in table if chosen.get(x.name) == number]
+    for number, rule in enumerate(matched.rules):
+        mine = [x for x in matched.table if matched.chosen.get(x.name) == number]
         if rule.get("exclude", False):
             continue
         largest = maximum(number, rule, mine, scope)
@@ -181,14 +217,10 @@ def _selected(
 
 # What protects units.
 def _protected(
-    coupling: Coupling,
-    group: int,
-    members: Sequence[Selected],
-    table: tuple[Layer, ...],
-    chosen: Mapping[str, int],
-    excluded: Mapping[str, int],
+    matched: Matched, coupling: Coupling, group: int, members: Sequence[Selected]
 ) -> str | None:
     """Returns why the units of a group stay; None if they may go."""
+    _, table, chosen, excluded = matched
     families = families_of(coupling, group)
     sources = dict.fromkeys(m.path for f in families for m in f.axes if m.role == SOURCE)
     mine = {x.layer.weight for x in members}

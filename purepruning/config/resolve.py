@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from purepruning.arguments import collection, flag, is_number, one_of, shown, whole_number
+from purepruning.arguments import collection, is_number, one_of, shown
+from purepruning.config.allocate import Matched, Options, allocate
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.coupled_layers import filled
 from purepruning.config.rules import (
@@ -150,7 +151,7 @@ def resolve(
             f"a coupling is about output channels, so granularity must be 'output_channel' or left "
             f"out, got {granularity!r}"
         )
-    options = _Options(extra, cost, per_cost, round_to, min_channels)
+    options = Options(extra, cost, per_cost, round_to, min_channels)
     options.check(coupling, scope)
     one_of("bias", bias, ("follow", "keep"))
     if isinstance(granularity, NM) and scope == "global":
@@ -170,9 +171,8 @@ def resolve(
             raise ValueError(f"rule {number}: units has a meaning with coupling=... only")
     table = _own_biases(table, chosen)
     if coupling is not None:
-        from purepruning.config.allocate import allocate
-
-        return allocate(rules, table, chosen, excluded, coupling, scope, bias, options)
+        matched = Matched(rules, table, chosen, excluded)
+        return allocate(matched, coupling, scope, bias, options)
     pools: list[Pool] = []
     for number, rule in enumerate(rules):
         mine = sorted((x for x in table if chosen.get(x.name) == number), key=lambda x: x.name)
@@ -197,32 +197,6 @@ def _as_list(rules: Any) -> list[Rule]:
         return [{"sparsity": rules}]
     expected = "a list of dictionaries, one dictionary or a sparsity such as 0.8"
     return list(collection(rules, "rules", expected))
-
-
-class _Options(NamedTuple):
-    """What is asked of a coupled config."""
-
-    extra: str | None
-    cost: str | None
-    per_cost: bool
-    round_to: int
-    min_channels: int
-
-    def check(self, coupling: Any, scope: str) -> None:
-        """Raises where an option is wrong, or would have no effect."""
-        for name in ("round_to", "min_channels"):
-            whole_number(getattr(self, name), name, 1, 2**31 - 1)
-        flag(self.per_cost, "per_cost")
-        one_of("extra", self.extra, (None, "own", "none"))
-        one_of("cost", self.cost, (None, "params", "macs"))
-        unset = _Options(None, None, False, 1, 1)._asdict()
-        given = [n for n, x in self._asdict().items() if x != unset[n]]
-        if coupling is None and given:
-            raise ValueError(f"{given[0]} has a meaning with coupling=... only")
-        wrong = {"extra": "layer", "cost": "global", "per_cost": "global"}
-        for name in given:
-            if wrong.get(name, scope) != scope:
-                raise ValueError(f"{name} has a meaning in scope={wrong[name]!r} only")
 
 
 def _granularity(value: Any) -> Granularity:
