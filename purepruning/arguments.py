@@ -133,7 +133,9 @@ def fraction(value: Any, where: str) -> float:
         raise ValueError(f"{where} must lie in [0, 1], got {shown(value)}")
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
         near = Fraction(float(value))
-        noise = near * Fraction(float(jnp.finfo(dtype).eps))
+        # Half a place by rounding, and in float32 one more by a little arithmetic.
+        places = Fraction(3, 2) if dtype.itemsize == 4 else Fraction(1)
+        noise = near * places * Fraction(float(jnp.finfo(dtype).eps))
         return float(_meant(near, max(near - noise, Fraction(0)), min(near + noise, Fraction(1))))
     return float(value)
 
