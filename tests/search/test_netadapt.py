@@ -11,6 +11,8 @@ import purepruning as pp
 from tests.messages import raises
 from tests.search import nets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def finished(search, score, key=0):
     """Every batch of a search by an evaluator of plain plans: plans, feasible, scores."""

@@ -13,6 +13,8 @@ from purepruning_interop import torch as interop
 from tests.messages import raises
 from tests.search import nets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PARAMS = {"w": np.arange(1.0, 41).reshape(4, 10).astype(np.float32)}
 LAYERS = [pp.Layer("w", "Linear", "w", (4, 10), (0,), (1,))]
 CONFIG = pp.resolve([{"op_types": ["Linear"]}], LAYERS)

@@ -8,6 +8,8 @@ import pytest
 import purepruning as pp
 from tests.search import nets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 mpl.use("agg")
 
 CURVES = {

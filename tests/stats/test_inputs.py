@@ -25,6 +25,8 @@ from purepruning_interop import torch as torch_interop
 from tests.messages import raises
 from tests.modes import as_jax, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 class _Linen(nn.Module):
     @nn.compact
