@@ -13,10 +13,11 @@ from purepruning.coupling.build import build
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.value import Value
+from purepruning_interop.torch.operators import IDENTITY
 from purepruning_interop.torch.program import Program, Size, Var, check, leaf_names
 from purepruning_interop.torch.rules.table import RULES, known_operators
 from purepruning_interop.torch.tracing.fold_constants import fold
-from purepruning_interop.torch.tracing.trace import How, program_of
+from purepruning_interop.torch.tracing.trace import How, program_of, training_program_of
 from purepruning_interop.torch.walk import leaf_uses, walk
 
 
@@ -35,13 +36,14 @@ class Analysis(NamedTuple):
 def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwargs: Any) -> Coupling:
     """Returns which channels of which parameters and buffers of a module are coupled.
 
-    The module is called once, in eval mode and on tensors without values, and its ATen operations
-    are recorded; where that cannot be done for certain (writes to memory that has other names,
-    attributes that the forward pass changes), ``torch.export`` reads it. It comes back as it was.
-    Every position of every axis of a floating-point parameter or buffer starts as a unit of its
-    own, and each operation says which of them coincide, come apart into factors, or must stay. An
-    operation without a rule keeps what it touches and is reported: less is pruned, and
-    results stay equal.
+    The module is called in eval mode and on tensors without values, and its ATen operations are
+    recorded; where that cannot be done for certain (writes to memory that has other names, tensors
+    that the forward pass leaves in attributes), ``torch.export`` reads it. It comes back as it was.
+    It is called in training mode as well: what is used in training only, such as an auxiliary head,
+    is coupled too where that can be recorded. Every position of every axis of a floating-point
+    parameter or buffer starts as a unit of its own, and each operation says which of them coincide,
+    come apart into factors, or must stay. An operation without a rule keeps what it touches and is
+    reported: less is pruned, and results stay equal.
 
     Leaves go by their names in the state dict. A tensor under several names (tied weights, shared
     modules) is one leaf under the first of them. Statistics of batch norms are leaves as well.
@@ -95,18 +97,47 @@ def trace(
     for path in sorted(set(leaf_names(model).values())):
         tensor = state[path]
         leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
-    read = {v.number for op in program.ops for v in op.tensors}
-    read.update(v.number for v in program.outputs if isinstance(v, Var))
-    read.update(program.mutations)
-    used = {path for number, path in program.leaves.items() if number in read}
+    training = training_program_of(model, args, kwargs, known_operators())
+    used = _used(program)
+    if training is not None and _used(training) <= used and _shape(training) == _shape(program):
+        training = None
+    if training is not None:
+        used |= _used(training)
     for path, value in leaves.items():
         if path not in used:
             flow.keep(value, "not used")
     folded = fold(program, state)
     values, parts = walk(program, leaves, flow, leaf_uses(program), folded, RULES)
+    if training is not None:
+        _walk_training(training, leaves, flow, fold(training, state))
     for product in flow.contractions.values():  # what depends on data is counted once
         product.sizes = tuple(1 if isinstance(n, Size) else n for n in product.sizes)
     return Traced(program, leaves, values, parts, folded)
+
+
+def _used(program: Program) -> set[str]:
+    """Returns the paths of the leaves that a program reads or writes."""
+    read = {v.number for op in program.ops for v in op.tensors}
+    read.update(v.number for v in program.outputs if isinstance(v, Var))
+    read.update(program.mutations)
+    return {path for number, path in program.leaves.items() if number in read}
+
+
+def _shape(program: Program) -> list[str]:
+    """Returns the operations of a program, without what only draws random numbers."""
+    return [op.name for op in program.ops if op.name not in IDENTITY]
+
+
+def _walk_training(
+    program: Program, leaves: Mapping[str, Value], flow: Flow, folded: Mapping[int, np.ndarray]
+) -> None:
+    """Couples what is used in training only: what costs and divides is that of eval mode."""
+    before = dict(flow.contractions), dict(flow.statistics), dict(flow.means)
+    values, _ = walk(program, leaves, flow, leaf_uses(program), folded, RULES, "training ")
+    for out in program.outputs:
+        if isinstance(out, Var):
+            flow.keep(values[out.number], "an output")
+    flow.contractions, flow.statistics, flow.means = before
 
 
 def analyse(

@@ -27,6 +27,7 @@ class Walk:
     uses: Mapping[str, int]
     folded: Mapping[int, np.ndarray]
     index: int = 0
+    label: str = ""
     memory: dict[Any, dict[tuple[str, ...], float]] = dataclasses.field(default_factory=dict)
     parts: dict[int, Value] = dataclasses.field(default_factory=dict)
 
@@ -46,7 +47,7 @@ class Walk:
 
     def where(self, part: str = "") -> tuple[int, str]:
         """What a part of the present operation is called in the flow's records."""
-        return self.index, part
+        return self.index, self.label + part
 
     def concrete(self, x: Any) -> np.ndarray | None:
         """Returns a tensor that depends on constants alone."""
@@ -84,6 +85,7 @@ def walk(
     uses: Mapping[str, int],
     folded: Mapping[int, np.ndarray],
     rules: Rules,
+    label: str = "",
 ) -> tuple[dict[int, Value], dict[int, Value]]:
     """Returns the values of all tensors of a program, and of channels by groups, by operation.
 
@@ -94,6 +96,7 @@ def walk(
         uses: how often each leaf is used.
         folded: tensors that depend on constants alone, by number.
         rules: the rule of every operator.
+        label: what tells records in the flow from those of another program.
     """
     values: dict[int, Value] = {}
     for number in program.inputs:
@@ -103,7 +106,7 @@ def walk(
         values[number] = leaves[path]
     for number, tensor in program.constants.items():
         values[number] = flow.constant(tuple(tensor.shape), _uniform(tensor))
-    state = Walk(flow, program, values, uses, folded)
+    state = Walk(flow, program, values, uses, folded, label=label)
     for index, op in enumerate(program.ops):
         state.index = index
         if op.symbol is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import sys
+import types
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
@@ -41,7 +43,7 @@ def program_of(
     Raises:
         Refused: the model cannot be exported; names the line of its source.
     """
-    with _evaluating(model):
+    with _in_mode(model, training=False):
         source = record(model, args, kwargs, known) if how == "recorded" else None
         if source is None:
             with undone(model), cleared_caches(), _quiet():
@@ -67,15 +69,52 @@ def _quiet() -> Iterator[None]:
             handler.setLevel(level)
 
 
+def training_program_of(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Collection[str],
+) -> Program | None:
+    """Returns the program of ``model(*args, **kwargs)`` in training mode, or None.
+
+    It is recorded, or not read: what writes to memory under other names is not exported. Nor is it
+    read where no code of the model asks for the mode, but for torch's own layers.
+    """
+    if not _asks_for_mode(model):
+        return None
+    with _in_mode(model, training=True):
+        source = record(model, args, kwargs, known)
+        return None if source is None else read(source)
+
+
+def _asks_for_mode(model: torch.nn.Module) -> bool:
+    """Whether classes of a model, or functions beside them, read an attribute ``training``."""
+    classes = {c for m in model.modules() for c in type(m).__mro__ if not _is_torch(c)}
+    places: list[Mapping[str, Any]] = [vars(c) for c in classes]
+    places += [vars(m) for m in model.modules() if not _is_torch(type(m))]
+    places += [vars(sys.modules[name]) for name in {c.__module__ for c in classes}]
+    functions = (x for place in places for x in place.values())
+    return any(_reads_mode(x.__code__) for x in functions if isinstance(x, types.FunctionType))
+
+
+def _is_torch(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _reads_mode(code: types.CodeType) -> bool:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return "training" in code.co_names or any(_reads_mode(c) for c in inner)
+
+
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no fused kernels that hide what attention does, random numbers as they were."""
+def _in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """A mode, no fused kernels that hide what attention does, random numbers as they were."""
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     drawn = random.getstate()
     drawn_by_numpy = np.random.get_state()  # noqa: NPY002 -- what models draw from
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
+    model.train(training)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of torch about itself, such as assigned attributes
