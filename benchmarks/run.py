@@ -25,6 +25,7 @@ import calibration
 import channels
 import criteria
 import measure
+import quantizers
 import schedules
 import searches
 import selection
@@ -52,6 +53,7 @@ ROWS = {
     "two-of-four": Row(selection.two_of_four, (4096, 4096), (64, 256)),
     "train-step": Row(training.train_step, (2048, (32, 256)), (32, (4,))),
     "torch-step": Row(training.torch_step, (1024, (32, 256)), (16, (4,))),
+    "qat-step": Row(quantizers.qat_step, (2048, 256), (32, 8)),
     "admm-step": Row(training.admm_step, (2048, (32, 256)), (32, (4,))),
     "first-call": Row(training.first_call, ((3, 9, 36, 3), 64), ((1, 1), 4)),
     "first-update": Row(training.first_update, 160, 12),
