@@ -77,6 +77,7 @@ def test_the_noise_has_the_moments_of_a_truncated_normal():
 SMALL = ddpg.Hyper(hidden=16, memory=32, batch=16, warmup=0, actor_rate=1e-2, critic_rate=1e-2)
 
 
+@pytest.mark.full
 def test_an_update_is_what_numpy_makes_of_the_formulas():
     """One step of the critic, from a batch that is one transition over and over."""
     hyper = SMALL._replace(memory=2, batch=3)
@@ -120,6 +121,7 @@ def test_the_memory_is_a_ring():
     assert int(agent.written) == 6
 
 
+@pytest.mark.full
 def test_it_learns_a_policy():
     """A reward for keeping all of conv1, half of conv2 and most of conv3."""
     of = pp.search.problem(nets.coupled(), {"params": 0.6})

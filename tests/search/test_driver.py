@@ -1,6 +1,7 @@
 """The loop around searches: histories, files, executors, failures, whole searches compiled."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import purepruning as pp
 from tests.messages import raises
@@ -21,8 +23,9 @@ from tests.search import nets
 ROOT = Path(__file__).parent.parent.parent
 
 
-def small(budget=0.5, sizes=(10, 10, 10)):
-    of = pp.search.problem(nets.table_of(sizes), {"weights": budget})
+@functools.cache
+def small():
+    of = pp.search.problem(nets.table_of((10, 10, 10)), {"weights": 0.5})
     return of, pp.search.netadapt(of, step=0.1, decay=1.0)
 
 
@@ -179,6 +182,7 @@ pp.search.run_search(search, state, evaluate, problem=of, folder=sys.argv[1])
 """
 
 
+@pytest.mark.full
 def test_a_killed_run_has_the_same_rest(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "interop")])}
     with subprocess.Popen(

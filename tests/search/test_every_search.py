@@ -71,6 +71,10 @@ def run(name, evaluate, key=0, **options):
     return pp.search.run_search(search, state, evaluate, problem=OF, **options)
 
 
+#: Those that compile fast.
+QUICK = ("netadapt", "annealing", "sensitivity_pruning")
+
+
 def few(*names):
     """The rows of these names, and the others with --full."""
     return [n if n in names else pytest.param(n, marks=pytest.mark.full) for n in ROWS]
@@ -81,7 +85,7 @@ def without_seconds(history):
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", few(*QUICK))
 def test_it_ends_within_its_budget_whatever_it_is_told(name, evaluator):
     row = ROWS[name]
     try:
@@ -97,7 +101,7 @@ def test_it_ends_within_its_budget_whatever_it_is_told(name, evaluator):
         assert OF.measure(found.best)["weights"] <= OF.budgets["weights"]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", few(*QUICK))
 def test_what_is_saved_in_the_middle_goes_on_the_same(name, tmp_path):
     evaluate = EVALUATORS["good"]
     whole = run(name, evaluate, key=1)
@@ -118,7 +122,7 @@ def test_minimising_is_maximising_the_negative(name):
     assert [r["counts"] for r in found.history] == [r["counts"] for r in same.history]
 
 
-@pytest.mark.parametrize("name", few("netadapt", "amc"))
+@pytest.mark.parametrize("name", few("netadapt"))
 def test_one_compiled_call_over_seeds_is_the_host_loop(name):
     search, batches = search_of(name), ROWS[name].batches
 

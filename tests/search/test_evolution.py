@@ -21,6 +21,7 @@ def test_it_finds_the_best_of_all_plans():
     assert all(row["resource"]["params"] <= of.budgets["params"] for row in run.history)
 
 
+@pytest.mark.full
 def test_stages_halve_and_the_parent_stays_unless_beaten():
     of = pp.search.problem(nets.coupled(), {"params": 0.5})
     search = pp.search.evolution(of, generations=4, offspring=8, survivors=(4, 1), fresh=True)
@@ -51,6 +52,7 @@ def test_stages_halve_and_the_parent_stays_unless_beaten():
         parent, score_of_parent = np.asarray(state.levels), float(state.score)
 
 
+@pytest.mark.full
 def test_depth_keeps_the_number_of_each_type_of_block():
     blocks = {f"attn{i}": [1, 0] for i in range(8)}, {f"mlp{i}": [1, 0] for i in range(8)}
     of = pp.search.choices({"attn": blocks[0], "mlp": blocks[1]}, {"attn": 6, "mlp": 5})
@@ -69,6 +71,7 @@ def test_depth_keeps_the_number_of_each_type_of_block():
         assert {n for n in names if run.best[n]} == set(least)
 
 
+@pytest.mark.full
 def test_failures_do_not_stop_it():
     of = pp.search.problem(nets.coupled(round_to=2), {"params": 0.5})
     search = pp.search.evolution(of, generations=3, offspring=4, survivors=(2,))

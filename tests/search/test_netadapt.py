@@ -46,7 +46,14 @@ def test_the_first_iterations_of_nni():
     assert of.names[batches[0][3]] == "conv2"
 
 
-@pytest.mark.parametrize(("budget", "step"), [(0.7, 0.1), (0.85, 0.05), (0.3, 0.1)])
+@pytest.mark.parametrize(
+    ("budget", "step"),
+    [
+        (0.85, 0.05),
+        pytest.param(0.7, 0.1, marks=pytest.mark.full),
+        pytest.param(0.3, 0.1, marks=pytest.mark.full),
+    ],
+)
 def test_every_iteration_prunes_and_the_budget_is_met(budget, step):
     """With a budget of 0.85 and steps of 0.05 NNI returns a model with nothing pruned."""
     of = pp.search.problem(nets.coupled(), {"params": budget})
@@ -71,6 +78,7 @@ def test_every_iteration_prunes_and_the_budget_is_met(budget, step):
     assert {n: int(x) for n, x in best.items()} == now
 
 
+@pytest.mark.full
 def test_the_reduction_is_halved_where_no_layer_can_spare_it():
     """NNI loops for ever there. Four of ten units at most, of three layers: 0.9 is too much."""
     of = pp.search.problem(nets.table_of((10, 10, 10)), {"weights": 0.7}, caps=0.4)
@@ -80,6 +88,7 @@ def test_the_reduction_is_halved_where_no_layer_can_spare_it():
     assert int(state.levels.sum()) == 9
 
 
+@pytest.mark.full
 def test_ratio_prefers_what_saves_more_for_its_loss():
     """Two rows of conv1 save 342 weights for 0.02, a row of conv2 216 for 0.015."""
     of = pp.search.problem(nets.coupled(), {"params": 0.9})
@@ -96,6 +105,7 @@ def test_ratio_prefers_what_saves_more_for_its_loss():
         assert of.names[taken] == name
 
 
+@pytest.mark.full
 def test_decay_makes_later_steps_smaller():
     of = pp.search.problem(nets.coupled(), {"params": 0.6})
     _, batches = finished(pp.search.netadapt(of, step=0.1, decay=0.8), nets.nni_score)
@@ -106,6 +116,7 @@ def test_decay_makes_later_steps_smaller():
         pp.search.netadapt(of, step=0.05, decay=0.8)
 
 
+@pytest.mark.full
 def test_two_budgets_are_both_met():
     of = pp.search.problem(nets.coupled(), {"params": 0.5, "macs": 0.6})
     state, _ = finished(pp.search.netadapt(of, step=0.1, decay=1.0), nets.nni_score)
@@ -115,6 +126,7 @@ def test_two_budgets_are_both_met():
     assert left["macs"] <= of.budgets["macs"]
 
 
+@pytest.mark.full
 def test_latency_that_does_not_fall_with_every_channel():
     """Hardware works in steps of four: the largest count that meets the target is a multiple."""
     steps = 4.0 * np.ceil(np.arange(17) / 4)

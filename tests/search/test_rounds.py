@@ -181,7 +181,7 @@ def in_torch():
     return model, config, evaluate, compress
 
 
-@pytest.mark.parametrize("framework", [in_jax, in_torch])
+@pytest.mark.parametrize("framework", [pytest.param(in_jax, marks=pytest.mark.full), in_torch])
 def test_auto_compress_shrinks_from_round_to_round(framework):
     model, config, evaluate, compress = framework()
     found = pp.search.auto_compress(
