@@ -229,7 +229,8 @@ def auto_compress(
     instance(budget, Mapping, "auto_compress: budget", "a mapping such as {'macs': 0.5}")
     one_of("auto_compress: optimize_mode", optimize_mode, ("maximize", "minimize"))
     sign = 1.0 if optimize_mode == "maximize" else -1.0
-    whole = check_problem("auto_compress", problem(model, dict.fromkeys(budget, 1.0)))
+    ones = dict.fromkeys(budget, 1.0)
+    whole = check_problem("auto_compress", problem(model, dict(ones)))
     dense = whole.dense()
     limits = {k: b * dense[k] if b <= 1 else float(b) for k, b in budget.items()}
     history: list[dict[str, Any]] = []
@@ -245,13 +246,12 @@ def auto_compress(
             search, state, functools.partial(_score, evaluate, model), problem=of, submit=submit
         )
         model = compress(model, found.best)
-        none = dict.fromkeys(found.best, 0)
-        score = float(evaluate(model, none))
+        score = _unpruned(evaluate, problem, model, ones)
         purified = False
         if purify is not None:
             smaller = purify(model)
             if smaller is not None:
-                after = float(evaluate(smaller, none))
+                after = _unpruned(evaluate, problem, smaller, ones)
                 purified = sign * after >= sign * score - allowed
                 model, score = (smaller, after) if purified else (model, score)
         history.append(
@@ -259,7 +259,7 @@ def auto_compress(
                 "round": i,
                 "budget": aim,
                 "counts": found.best,
-                "left": problem(model, dict.fromkeys(budget, 1.0)).dense(),
+                "left": problem(model, dict(ones)).dense(),
                 "evaluations": len(found.history),
                 "score": score,
                 "purified": purified,
@@ -271,6 +271,17 @@ def auto_compress(
 def _score(evaluate: Callable[[Any, dict[str, int]], float], model: Any, trial: Trial) -> float:
     """Returns a trial's score for the present model; a module's function, so that it pickles."""
     return evaluate(model, trial.counts)
+
+
+def _unpruned(
+    evaluate: Callable[[Any, dict[str, int]], float],
+    problem: Callable[[Any, dict[str, Any]], Problem],
+    model: Any,
+    budget: dict[str, float],
+) -> float:
+    """Returns the score of a model as it is, whose groups may be called otherwise than before."""
+    names = problem(model, dict(budget)).names
+    return float(evaluate(model, dict.fromkeys(names, 0)))
 
 
 def useless_units(coupling: Coupling, params: Params, *, tolerance: float = 0.0) -> np.ndarray:
