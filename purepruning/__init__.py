@@ -45,7 +45,7 @@ from purepruning.pruners.sparse_gpt import sparse_gpt
 from purepruning.pruners.synflow import synaptic_flow, synflow
 from purepruning.pruners.taylor import taylor_fo
 from purepruning.pruners.transposable import transposable
-from purepruning.pruners.wanda import wanda
+from purepruning.pruners.wanda import wanda, wanda_scores
 from purepruning.pruners.zeros import masks_from_zeros
 from purepruning.quantize.config import resolve_quantization
 from purepruning.saving.masks import load_masks, save_masks
@@ -99,6 +99,7 @@ __all__ = [
     "iterative",
     # With inputs of calibration data.
     "wanda",
+    "wanda_scores",
     "ria",
     # Those that change the weights that stay: (params, stats, config) -> (params, masks).
     "sparse_gpt",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arrays import namespace, sqrt
+from purepruning.arrays import by_numpy, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, fold
 from purepruning.pruners.calibrated import Columns, of_columns, totals_of
 from purepruning.selection.criterion import Criterion
-from purepruning.selection.prune import prune
+from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.stats.accumulate import value
 from purepruning.stats.inputs import InputStats
+from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
 
@@ -47,6 +48,33 @@ def wanda(params: Params, stats: InputStats, config: Config) -> Masks:
     [[1, 0], [1, 0]]
     """
     return prune(_WANDA, params, totals_of("wanda", params, stats, config, "squares"), config)
+
+
+def wanda_scores(params: Params, stats: InputStats, config: Config) -> dict[str, Any]:
+    r"""Returns $|w_{ij}| \lVert x_j \rVert_2$ by layer name, float32 in the weights' shapes.
+
+    For what looks at scores themselves, such as :func:`purepruning.search.owl`. Arguments and
+    errors are those of :func:`wanda`; counts do not matter.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> from purepruning.stats import inputs
+    >>> params = {"fc": jnp.array([[1.0, -4.0]])}
+    >>> layers = [pp.make_layer(params, "fc", "Linear", out_axes=0, in_axes=1)]
+    >>> stats = inputs.init(params, layers)
+    >>> stats = inputs.update(stats, {"fc": jnp.array([[5.0, 1.0]])}, layers)
+    >>> config = pp.resolve([{}], layers)
+    >>> wanda_scores(params, stats, config)["fc"].tolist()
+    [[5.0, 4.0]]
+    """
+    totals = totals_of("wanda_scores", params, stats, config, "squares")
+    weights = weights_of("wanda_scores", flatten(params).leaves, config)
+    check_values("wanda_scores", weights)
+    given = {x.name: (weights[x.weight], of_columns(totals, x)) for x in config.layers}
+    found: dict[str, Any] = by_numpy(
+        lambda given: {name: _element(*pair) for name, pair in given.items()}, given
+    )
+    return found
 
 
 def _element(weight: Any, layer_stats: Columns) -> Any:

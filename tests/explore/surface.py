@@ -374,6 +374,8 @@ def _calibrated(s: Side, at: str, of: dict[str, Kind], seen: Any) -> Iterator[Ca
     of |= {"params": kinds.params("a.w")}
     for name in ("wanda", "ria"):
         yield row(name, s.params, seen, s.config, of=of, label=at)
+    loose = _config(s, counts=False)
+    yield row("wanda_scores", s.params, seen, s.config, of=of | {"config": loose}, label=at)
     of |= {"damping": real(0, np.inf, high_in=False)}
     for name in ("sparse_gpt", "obc", "alps"):
         yield row(name, s.params, seen, s.config, 0.01, of=of, label=at)

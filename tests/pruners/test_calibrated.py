@@ -70,3 +70,23 @@ def test_statistics_without_norms_are_refused():
     stats = inputs.init(params, [FC], keep=["sums"])
     with raises(ValueError, "wanda", "'squares'", "keep=['squares']"):
         pp.wanda(params, stats, pp.resolve(0.5, [FC]))
+
+
+def test_outliers_protect_their_layer():
+    """OWL by Wanda's scores: the layer with more outliers loses less, the total stays."""
+    rng = np.random.default_rng(1)
+    layers = [Layer(n, "Linear", n, (40, 50), (0,), (1,)) for n in ("a", "b")]
+    weights = {n: rng.normal(size=(40, 50)).astype(np.float32) for n in ("a", "b")}
+    x = {n: rng.normal(size=(60, 50)).astype(np.float32) for n in ("a", "b")}
+    x["b"][:, :2] *= 30
+    for framework in (as_jax, as_torch):
+        params = framework(weights)
+        stats = inputs.update(inputs.init(params, layers), framework(x), layers)
+        config = pp.resolve([{}], layers)
+        scores = pp.wanda_scores(params, stats, config)
+        for n in ("a", "b"):
+            expected = np.abs(weights[n]) * np.sqrt((x[n] ** 2).sum(0))
+            np.testing.assert_allclose(np.asarray(scores[n]), expected, rtol=1e-5)
+        owl = pp.search.owl(scores, config, sparsity=0.6)
+        assert owl.counts == {"a": 1360, "b": 1040}  # 0.6 of 2000, more and less by 0.08
+        assert int(np.asarray(pp.wanda(params, stats, owl)["b"]).sum()) == 960
