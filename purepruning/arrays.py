@@ -206,16 +206,38 @@ def _handed_back(like: Any, x: Any) -> Any:
         return x
     x = np.require(x, requirements=["C", "W"])
     if is_torch(like):
-        torch, name = sys.modules["torch"], str(x.dtype)
-        if not _is_of_ml_dtypes(name):
-            return torch.from_numpy(x)
-        return torch.from_numpy(x.view(f"i{x.itemsize}")).view(getattr(torch, name))
+        return _as_torch(x)
     place = next(iter(like.devices()))
     with jax.default_device(place):
         if isinstance(like.sharding, jax.sharding.NamedSharding):
             place = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec())
         # A step whose first call gets some committed arrays and others is compiled a second time.
         return jax.device_put(x, place if like.committed else None)
+
+
+def _as_torch(x: np.ndarray) -> Any:
+    """Returns a tensor that shares memory with an array that can be written to."""
+    torch, name = sys.modules["torch"], str(x.dtype)
+    if not _is_of_ml_dtypes(name):
+        return torch.from_numpy(x)
+    return torch.from_numpy(x.view(f"i{x.itemsize}")).view(getattr(torch, name))
+
+
+def in_framework(framework: str, x: Any) -> Any:
+    """Returns an array of NumPy as one of ``"torch"`` or ``"jax"`` on the CPU; others as they are.
+
+    It may share memory, which is not to be written to.
+    """
+    if not is_numpy(x) or framework == "numpy":
+        return x
+    if framework == "torch":
+        return _as_torch(np.require(x, requirements=["C", "W"]))
+    return jax.device_put(x, jax.local_devices(backend="cpu")[0])
+
+
+def as_numpy(x: Any) -> Any:
+    """Returns a known array of any framework on the CPU as NumPy's; anything else as it is."""
+    return _as_numpy(x) if is_on_host(x) else x
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -209,25 +209,56 @@ def test_mistakes_of_single_weights():
 
 
 def of_jax(weight, layer_stats, grid):
-    return jnp.abs(weight).sum(0)[None]
+    return jnp.zeros(weight.shape).at[:].set(jnp.abs(weight)).sum(0)[None]
 
 
 def of_torch(weight, layer_stats, grid):
-    return torch.sum(torch.abs(weight), 0)[None]
+    return weight.abs().float().sum(dim=0, keepdim=True)
+
+
+def spread_in_torch(weight, layer_stats, grid):
+    """By torch's own rule, n - 1; NumPy divides by n, and has no ``dim``."""
+    return weight.std(dim=0)[None]
+
+
+def first_of_statistics(weight, layer_stats, grid):
+    return torch.abs(layer_stats["seen"])[None] + torch.zeros(1, weight.shape[1])
 
 
 def test_a_criterion_of_one_framework_only():
-    """An eager call hands NumPy arrays in: to jax.numpy they are arrays, to torch they are not."""
     config = pp.resolve(0.5, [FC], granularity=CHANNEL)
     expected = as_numpy(pp.l1_norm(as_jax(parameters()), None, config))
-    found = prune(Criterion("mine", channel=of_jax), as_jax(parameters()), None, config)
-    np.testing.assert_equal(as_numpy(found), expected)
-    with pytest.raises(TypeError) as caught:
-        prune(Criterion("mine", channel=of_torch), as_torch(parameters()), None, config)
-    assert any("is given ndarray" in note for note in caught.value.__notes__)
-    params = as_torch(parameters())
-    scores = {"net.fc": of_torch(params["net.fc.w"], None, None)}
-    np.testing.assert_equal(as_numpy(pp.prune_scores(scores, params, config)), expected)
+    for function, convert in ((of_jax, as_jax), (of_torch, as_torch)):
+        for wrapped in (function, functools.partial(function)):
+            mine = Criterion("mine", channel=wrapped)
+            found = prune(mine, convert(parameters()), None, config)
+            assert isinstance(found["net.fc.w"], jax.Array if convert is as_jax else torch.Tensor)
+            np.testing.assert_equal(as_numpy(found), expected)
+    jitted = jax.jit(lambda p: prune(Criterion("mine", channel=of_jax), p, None, config))
+    np.testing.assert_equal(as_numpy(jitted(as_jax(parameters()))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_criterion_in_torch_is_given_tensors(dtype):
+    config = pp.resolve(0.5, [FC], granularity=CHANNEL)
+    params = {name: x.to(dtype) for name, x in as_torch(parameters(4)).items()}
+    before = {name: x.clone() for name, x in params.items()}
+    seen = []
+
+    def looks(weight, layer_stats, grid):
+        seen.append((type(weight), weight.dtype))
+        return spread_in_torch(weight.float(), layer_stats, grid)
+
+    masks = prune(Criterion("mine", channel=looks), params, None, config)
+    assert seen == [(torch.Tensor, dtype)]
+    scores = params["net.fc.w"].float().std(dim=0)
+    kept = scores > scores.sort().values[3]
+    np.testing.assert_array_equal(masks["net.fc.w"].reshape(-1), kept)
+    assert all(torch.equal(params[name], x) for name, x in before.items())
+    stats = {"seen": torch.arange(8.0)}
+    mine = Criterion("mine", channel=first_of_statistics, of=lambda stats, layer: stats)
+    masks = prune(mine, params, stats, config)
+    assert masks["net.fc.w"].reshape(-1).tolist() == [False] * 4 + [True] * 4
 
 
 def test_an_error_inside_says_which_criterion_it_is_in():

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from purepruning.arrays import chosen, is_concrete, is_torch, namespace, replicated
+from purepruning.arrays import (
+    as_numpy,
+    chosen,
+    in_framework,
+    is_concrete,
+    is_numpy,
+    is_torch,
+    namespace,
+    replicated,
+)
 from purepruning.granularity import Grid, any_of, fold
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
@@ -23,8 +34,9 @@ class Criterion(NamedTuple):
     """What a pruner ranks by. Larger scores are more important; they are compared in float32.
 
     Layers of one shape are scored by one compiled function, so that scores depend on a layer only
-    through its weight, its grid and what ``of`` returns for it. Arrays may be JAX's, torch's or
-    NumPy's: take operations from :func:`purepruning.criteria.namespace`.
+    through its weight, its grid and what ``of`` returns for it. Arrays are of the framework of the
+    parameters, whatever the call goes through inside (functions of this library alone are given
+    NumPy's); one that takes operations from :func:`purepruning.criteria.namespace` serves all.
 
     Attributes:
         name: the pruner's name, for messages.
@@ -64,14 +76,24 @@ class Checked:
         criterion: name of the criterion.
         field: ``"element"``, ``"channel"``, ``"block"``, ``"rank"`` or ``"terms"``.
         function: what stands there.
+        framework: of the parameters: ``"jax"``, ``"torch"`` or ``"numpy"``.
     """
 
     criterion: str
     field: str
     function: Callable[..., Any]
+    framework: str = "numpy"
 
     def __call__(self, weight: Any, layer_stats: Any, *grids: Grid) -> Any:
         """Returns what the function does: a piece, or float32 ``(stacked, units)``."""
+        inside = is_numpy(weight)
+        if inside and not _is_built_in(self.function):
+            own = functools.partial(in_framework, self.framework)
+            weight, layer_stats = jax.tree.map(own, (weight, layer_stats))
+        scores = self._scores(weight, layer_stats, *grids)
+        return jax.tree.map(as_numpy, scores) if inside else scores
+
+    def _scores(self, weight: Any, layer_stats: Any, *grids: Grid) -> Any:
         try:
             scores = self.function(weight, layer_stats, *grids)
         except Exception as error:
@@ -106,6 +128,14 @@ class Checked:
         if not xp.isdtype(scores.dtype, ("real floating", "integral")):
             raise TypeError(f"{where} real numbers, got {scores.dtype}")
         return xp.astype(scores, xp.float32)
+
+
+def _is_built_in(function: Any) -> bool:
+    """Whether a function is this library's, and takes arrays of any framework."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return str(module).partition(".")[0] == "purepruning"
 
 
 def _stored(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from purepruning.arguments import instance, missing, shown
 from purepruning.arrays import (
     by_numpy,
     compiled,
+    framework_of,
     has_values,
     is_array,
     is_concrete,
@@ -64,11 +66,13 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
     weights = weights_of(criterion.name, tree.leaves, config)
     if not weights:
         return tree.rebuild({})
+    framework = framework_of(next(iter(weights.values())))
+    score = dataclasses.replace(score, framework=framework)
     weights = {path: stop_gradient(weight) for path, weight in weights.items()}
     pools = tuple(pool.problem for pool in config.pools)
     terms = None
     if criterion.terms is not None and not isinstance(config.granularity, Block):
-        terms = Checked(criterion.name, "terms", criterion.terms)
+        terms = Checked(criterion.name, "terms", criterion.terms, framework)
     plan = Problem(
         Score(score, config.inverted, terms),
         pools,
@@ -99,7 +103,7 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
     return tree.rebuild(by_numpy(solve, sources, counts))
 
 
-def _score_of(criterion: Criterion, config: Config) -> Callable[..., Any]:
+def _score_of(criterion: Criterion, config: Config) -> Checked:
     granularity = config.granularity
     in_units = granularity != "element" and not isinstance(granularity, NM)
     field = "block" if isinstance(granularity, Block) else "channel"
