@@ -12,6 +12,8 @@ import purepruning as pp
 from purepruning import Layer
 from tests.messages import raises
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PAGE = (Path(__file__).parent.parent / "docs" / "coming_from_nni.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 

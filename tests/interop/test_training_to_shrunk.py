@@ -14,7 +14,7 @@ from purepruning_interop import linen as ppl
 from purepruning_interop import torch as ppt
 from tests.fast import jit_once, some_key
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("unoptimized", "standard_promotion")
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(16, 1, 8, 8)).astype(np.float32)

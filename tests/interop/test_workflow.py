@@ -5,6 +5,8 @@ import pytest
 from benchmarks.workflow import CASES, SMALLER, JaxModel, run
 from tests.coupling.zoo import MODELS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SAMPLE = {
     "linen_weight_norm": ("default",),
     "linen_mobilenet_v2": ("slim",),

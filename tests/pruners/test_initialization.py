@@ -14,6 +14,8 @@ from purepruning.stats import gradients
 from purepruning.stats.accumulate import value
 from tests.modes import as_jax, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPES = ((6, 5), (5, 4), (4, 3))
 LAYERS = tuple(Layer(f"w{i}", "Linear", f"w{i}", s, (1,), (0,)) for i, s in enumerate(SHAPES))
 X = np.random.RandomState(10).standard_normal((8, 6)).astype(np.float32)

@@ -15,7 +15,7 @@ from purepruning_interop import torch as ppt
 from tests.messages import raises
 
 F = np.float32
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # of Adam
+pytestmark = pytest.mark.usefixtures("unoptimized", "standard_promotion")  # of Adam
 
 
 class Net(nn.Module):

@@ -17,6 +17,8 @@ from purepruning import NM, Block, Layer
 from tests.fast import jit_once
 from tests.messages import raises
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def config_of(sparsity, sizes, *, granularity="element", rules=None, **rule):
     """Layers of ``sizes[i]`` x 4 weights, in an order that is not that of their sizes."""

@@ -13,6 +13,8 @@ import purepruning as pp
 from tests.fast import jit_once
 from tests.search import nets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 OF = pp.search.problem(nets.table_of((6, 9)), {"weights": 0.6})
 AGENT = {"hidden": 8, "memory": 32, "batch": 4, "warmup": 1}
 

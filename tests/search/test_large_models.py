@@ -13,6 +13,8 @@ import pytest
 
 import purepruning as pp
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 DIMS = ("NHWC", "HWIO", "NHWC")
 # Inputs of conv1, of every 1 x 1 convolution and of the classifier; AMC's published strategy.
 DENSE = (3, 32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)

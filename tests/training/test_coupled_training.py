@@ -11,7 +11,7 @@ from torch import nn
 import purepruning as pp
 from purepruning_interop import torch as ppt
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("unoptimized", "standard_promotion")
 
 
 def start():
