@@ -121,3 +121,43 @@ def test_experts_by_grouped_products():
     small = ppt.shrink(model, masks, coupling, x).model
     assert small.up.shape == (2, 8, 8)
     assert distance(masked(model, masks)(x), small(x)) <= 0.05
+
+
+def test_an_embedding_with_a_largest_norm_loses_columns():
+    model = Net(
+        lambda net, i: net.head(net.embed(i)),
+        embed=nn.Embedding(10, 16, max_norm=1.0),
+        head=nn.Linear(16, 3),
+    )
+    model, i = fill(model, 0).double().eval(), torch.tensor([1, 2, 3])
+    coupling = ppt.couple(model, i)
+    assert coupling.n_units == 16
+    masks = coupling.masks(half(coupling), state_of(model))
+    small = ppt.shrink(model, masks, coupling, i).model
+    assert small.embed.embedding_dim == 8
+    with torch.no_grad():
+        assert distance(masked(model, masks)(i), small(i)) <= 1e-12
+
+
+def test_a_grid_for_each_head_goes_with_it():
+    def run(net, x):
+        values = net.v(x).view(2, 4, 4, 6, 6).flatten(0, 1)
+        grids = net.g(x).view(2, 4, 2, 6, 6).flatten(0, 1).permute(0, 2, 3, 1)
+        return net.head(F.grid_sample(values, grids.tanh(), align_corners=False).view(2, 16, 6, 6))
+
+    model = Net(run, v=nn.Conv2d(3, 16, 1), g=nn.Conv2d(3, 8, 1), head=nn.Conv2d(16, 3, 1))
+    model, x = fill(model, 0).double().eval(), torch.randn(2, 3, 6, 6).double()
+    coupling = ppt.couple(model, x)
+    masks = coupling.masks(half(coupling), state_of(model))
+    found = ppt.shrink(model, masks, coupling, x)
+    assert found.report.params[1] < 0.6 * found.report.params[0]
+    check_law(model, (x,), masks, found.model, found.report.plan, 1e-10)
+
+
+def test_a_part_whose_size_depends_on_data_may_be_joined():
+    model = Net(
+        lambda net, x: net.b(torch.cat([net.a(x)[x[:, 0] > 0], net.a(x)])),
+        a=nn.Linear(5, 8),
+        b=nn.Linear(8, 3),
+    )
+    assert ppt.couple(model, torch.randn(6, 5)).unknown == {"index": 1}

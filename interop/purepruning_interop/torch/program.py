@@ -34,6 +34,11 @@ class Size:
 
     __rmul__ = __mul__
 
+    def __add__(self, other: object) -> Size:
+        return self if isinstance(other, int) and other == 0 else Size()
+
+    __radd__ = __add__
+
 
 @dataclasses.dataclass(frozen=True)
 class Aval:

@@ -197,7 +197,17 @@ def _scatter(s: Walk, op: Op) -> list[Value] | None:
     return [Value(value.shape, tuple(axes), tuple(at_removed))]
 
 
+def _renormalised(s: Walk, op: Op) -> list[Value] | None:
+    """Rows scaled by their norms, to which zeros add nothing."""
+    table = s.value(op.args["self"])
+    s.flow.keep(table, "looked up by index", [0])
+    if not zero(table.at_removed[1]):
+        return None
+    return [dataclasses.replace(table, leaf=None)]
+
+
 RULES = rules_of(
+    (_renormalised, "embedding_renorm"),
     (_embedding, "embedding"),
     (_embedding_bag, "embedding_bag _embedding_bag _embedding_bag_forward_only"),
     (_index_select, "index_select"),

@@ -104,7 +104,8 @@ def _glu(s: Walk, op: Op) -> list[Value] | None:
 
 def _grid_sample(s: Walk, op: Op) -> list[Value] | None:
     value, grid = s.value(op.args["input"]), s.value(op.args["grid"])
-    s.flow.keep(grid, "coordinates")
+    s.flow.atoms.same(value.axes[0], grid.axes[0])  # a grid for each image, or each head
+    s.flow.keep(grid, "coordinates", range(1, grid.ndim))
     return [
         reductions.along_whole(
             s.flow, value, range(2, value.ndim), s.shape(op), "sampled at coordinates"

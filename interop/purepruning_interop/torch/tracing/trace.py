@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import random
 import sys
@@ -63,7 +64,8 @@ def _quiet() -> Iterator[None]:
     try:
         for handler in handlers:
             handler.setLevel(logging.CRITICAL + 1)
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for handler, level in zip(handlers, levels, strict=True):
             handler.setLevel(level)
