@@ -25,6 +25,7 @@ class Twin(NamedTuple):
         evaluate: from booleans by unit number to minus the loss on 128 training images.
         accuracies: from the same to the test accuracy as pruned, and after fine-tuning.
         traced: ``evaluate``, where it is traceable.
+        compress: from the same to a smaller twin, prepared by ADMM and shrunk.
     """
 
     params: Any
@@ -34,6 +35,7 @@ class Twin(NamedTuple):
     evaluate: Callable[[Any], Any]
     accuracies: Callable[[Any], tuple[float, float]]
     traced: Callable[[Any], Any] | None
+    compress: Callable[[pp.Config, Any], Twin] | None
 
 
 class Units(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from _search import RATE, ROLES, STAGES, STEM, TUNING, Twin
 from flax import linen as nn
@@ -31,6 +32,7 @@ class ResNet(nn.Module):
 
 
 MODEL = ResNet()
+RHO = 1e-2  # of ADMM
 
 
 def forward(variables: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
@@ -52,28 +54,38 @@ def masked(coupling: pp.Coupling, variables: Any, removed: Any) -> Any:
     return tree.rebuild(leaves)
 
 
-def loss(variables: Any, images: Any, labels: Any) -> tuple[Any, Any]:
-    logits, stats = forward(variables, images, True)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), stats
-
-
 def make(data: Any, training: Any, tuning: Any, seed: int) -> Twin:
     """Returns the trained network; ``training`` and ``tuning`` are images by step."""
     x = data.train_images[:1]
     variables = MODEL.init(jax.random.key(seed, impl="rbg"), x)
-    coupling = pp.couple(forward, variables, x, False, outputs=(True, False))
+    layers = linen.layers(MODEL, variables, x)
+    return twin_of(forward, variables, layers, data, training, tuning)
+
+
+def twin_of(fn: Any, variables: Any, layers: Any, data: Any, training: Any, tuning: Any) -> Twin:
+    """Returns the twin of a function, after it was trained."""
+    x = data.train_images[:1]
+    coupling = pp.couple(fn, variables, x, False, outputs=(True, False))
+    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+
+    def loss(variables: Any, batch: Any) -> tuple[Any, Any]:
+        logits, stats = fn(variables, images[batch], True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch])
+        return losses.mean(), stats
 
     @functools.partial(jax.jit, static_argnums=3)
-    def fit(variables: Any, removed: Any, steps: Any, rate: float) -> Any:
+    def fit(variables: Any, removed: Any, steps: Any, rate: float, pull: Any, rho: Any) -> Any:
+        """Trains with units removed; weights are pulled towards others by rho, as ADMM does."""
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, len(steps)))
-        images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
 
         def step(carry: Any, batch: Any) -> tuple[Any, None]:
             variables, state = carry
-            grads, stats = jax.grad(
-                lambda p: loss(variables | {"params": p}, images[batch], labels[batch]),
-                has_aux=True,
-            )(variables["params"])
+            grads, stats = jax.grad(lambda p: loss(variables | {"params": p}, batch), has_aux=True)(
+                variables["params"]
+            )
+            grads = jax.tree.map(
+                lambda g, w, z: g + rho * (w - z), grads, variables["params"], pull
+            )
             updates, state = optimizer.update(grads, state)
             params = optax.apply_updates(variables["params"], updates)
             new = {"params": params, "batch_stats": stats}
@@ -83,24 +95,42 @@ def make(data: Any, training: Any, tuning: Any, seed: int) -> Twin:
         return jax.lax.scan(step, (start, optimizer.init(start["params"])), steps)[0][0]
 
     none = jnp.zeros(coupling.n_units + 1, bool)
-    variables = fit(variables, none, jnp.asarray(training), RATE)
-    calibration = jnp.asarray(data.train_images[:128]), jnp.asarray(data.train_labels[:128])
+    if len(training):
+        steps = jnp.asarray(training)
+        variables = fit(variables, none, steps, RATE, variables["params"], 0.0)
 
     @jax.jit
     def evaluate(removed: Any) -> Any:
-        logits, _ = forward(masked(coupling, variables, removed), calibration[0], False)
-        return -optax.softmax_cross_entropy_with_integer_labels(logits, calibration[1]).mean()
+        logits, _ = fn(masked(coupling, variables, removed), images[:128], False)
+        return -optax.softmax_cross_entropy_with_integer_labels(logits, labels[:128]).mean()
 
     @jax.jit
     def right(variables: Any) -> Any:
-        logits, _ = forward(variables, jnp.asarray(data.test_images), False)
+        logits, _ = fn(variables, jnp.asarray(data.test_images), False)
         return jnp.mean(jnp.argmax(logits, -1) == jnp.asarray(data.test_labels))
 
     def accuracies(removed: Any) -> tuple[float, float]:
-        tuned = fit(variables, jnp.asarray(removed), jnp.asarray(tuning), TUNING)
+        steps = jnp.asarray(tuning)
+        tuned = fit(variables, jnp.asarray(removed), steps, TUNING, variables["params"], 0.0)
         return float(right(masked(coupling, variables, removed))), float(right(tuned))
 
-    layers = linen.layers(MODEL, variables, x)
+    def compress(config: pp.Config, removed: Any) -> Twin:
+        """Returns the smaller twin: two rounds of ADMM towards the plan, and then it is cut."""
+        pruner = functools.partial(pp.group_norm, roles=ROLES)
+        trained, state = variables, pp.admm.init(variables, config)
+        for _ in range(2):
+            state, _ = pp.admm.step(trained, state, config, RHO, pruner=pruner)
+            tree = flatten(trained)
+            near = {path: z - state.u[path] for path, z in state.z.items()}
+            pull = tree.rebuild({**tree.leaves, **near})["params"]
+            trained = fit(trained, none, jnp.asarray(tuning), TUNING, pull, RHO)
+        masks = coupling.masks(np.flatnonzero(np.asarray(removed)), trained)
+        small = pp.shrink(fn, trained, masks, coupling, x, False)
+        smaller = pp.coupled_layers(
+            pp.couple(small.fn, small.params, x, False, outputs=(True, False))
+        )
+        return twin_of(small.fn, small.params, smaller, data, (), tuning)
+
     squares = jax.tree.map(jnp.square, variables)
     scores = pp.unit_scores(squares, coupling, reduce="mean", normalize="mean", roles=ROLES)
-    return Twin(variables, coupling, layers, scores, evaluate, accuracies, evaluate)
+    return Twin(variables, coupling, layers, scores, evaluate, accuracies, evaluate, compress)

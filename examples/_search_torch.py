@@ -84,4 +84,4 @@ def make(data: Any, training: Any, tuning: Any, seed: int) -> Twin:
 
     squares = {name: w.detach().square() for name, w in params.items()}
     scores = pp.unit_scores(squares, coupling, reduce="mean", normalize="mean", roles=ROLES)
-    return Twin(params, coupling, interop.layers(model), scores, evaluate, accuracies, None)
+    return Twin(params, coupling, interop.layers(model), scores, evaluate, accuracies, None, None)

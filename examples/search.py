@@ -47,10 +47,11 @@ class Setting(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A plan, and the scores of the evaluations that led to it."""
+    """A plan, or a smaller network, and the scores of the evaluations that led to it."""
 
     plan: dict[str, int]
     scores: list[float]
+    smaller: Twin | None = None
 
 
 Method = Callable[[Setting], Found]
@@ -135,6 +136,42 @@ def amc(s: Setting) -> Found:
     return run(s, pp.search.amc(s.problem, episodes=episodes, lower=lower, hyper=AGENT))[1]
 
 
+def auto_compress(s: Setting) -> Found:
+    """Rounds of annealing, ADMM and shrinking; each sees what the one before has left."""
+    scores: list[float] = []
+
+    def evaluate(twin: Twin, counts: dict[str, int]) -> float:
+        units = units_of(config_of(twin), twin.scores)
+        found = np.asarray([counts[name] for name in units.names])
+        scores.append(float(twin.evaluate(units.removed(found))))
+        return scores[-1]
+
+    def compress(twin: Twin, counts: dict[str, int]) -> Twin:
+        config = config_of(twin)
+        units = units_of(config, twin.scores)
+        found = np.asarray([counts[name] for name in units.names])
+        assert twin.compress is not None
+        return twin.compress(config.with_counts(counts), units.removed(found))
+
+    result = pp.search.auto_compress(
+        s.twin,
+        {"macs": s.problem.budgets["macs"]},
+        problem=lambda twin, budget: pp.search.problem(config_of(twin), budget),
+        evaluate=evaluate,
+        compress=compress,
+        key=jax.random.key(0),
+        rounds=2,
+        cool_down_rate=0.5 if s.quick else 0.9,
+        max_proposals=3 if s.quick else 40,
+    )
+    return Found({}, scores, result.model)
+
+
+def config_of(twin: Twin) -> pp.Config:
+    """Returns the rules resolved for a network."""
+    return pp.resolve(RULES, twin.layers, coupling=twin.coupling, extra="none")
+
+
 METHODS: dict[str, Method] = {
     "uniform": uniform,
     "ERK": erk,
@@ -145,6 +182,7 @@ METHODS: dict[str, Method] = {
     "NetAdapt": netadapt,
     "evolution": evolution,
     "AMC": amc,
+    "AutoCompress": auto_compress,
 }
 SHORTER = ("uniform", "global norm", "knapsack", "NetAdapt", "evolution")
 
@@ -163,7 +201,7 @@ class Row(NamedTuple):
 
 def compare(twin: Twin, methods: dict[str, Method], *, quick: bool) -> list[Row]:
     """Returns a row for every method and budget."""
-    config = pp.resolve(RULES, twin.layers, coupling=twin.coupling, extra="none")
+    config = config_of(twin)
     units = units_of(config, twin.scores)
     rows = []
     for budget in BUDGETS[:1] if quick else BUDGETS:
@@ -173,10 +211,16 @@ def compare(twin: Twin, methods: dict[str, Method], *, quick: bool) -> list[Row]
             start = time.perf_counter()
             found = method(setting)
             seconds = time.perf_counter() - start
-            left = problem.measure(found.plan)["macs"] / problem.dense()["macs"]
+            dense = problem.dense()["macs"]
+            if found.smaller is None:
+                left = problem.measure(found.plan)["macs"] / dense
+                counts = np.asarray([found.plan[n] for n in units.names])
+                pruned, tuned = twin.accuracies(units.removed(counts))
+            else:
+                small = found.smaller
+                left = small.coupling.cost()[1] / dense
+                pruned, tuned = small.accuracies(np.zeros(small.coupling.n_units + 1, bool))
             assert left <= budget
-            counts = np.asarray([found.plan[n] for n in units.names])
-            pruned, tuned = twin.accuracies(units.removed(counts))
             rows.append(Row(name, budget, left, seconds, pruned, tuned, found))
     return rows
 
@@ -236,7 +280,8 @@ def draw(rows: list[Row], name: str) -> None:
         if row.budget == BUDGETS[0]:
             if row.found.scores:
                 left.plot(np.maximum.accumulate(row.found.scores), label=row.method)
-            right.plot(list(row.found.plan.values()), marker="o", label=row.method)
+            if row.found.plan:
+                right.plot(list(row.found.plan.values()), marker="o", label=row.method)
     left.set(xlabel="evaluations", ylabel="best score so far")
     right.set(xlabel="group", ylabel="units pruned")
     for axes in (left, right):
@@ -262,7 +307,7 @@ def main() -> None:
     rows = compare(twin, methods, quick=given.quick)
     console.print(table(rows))
     if twin.traced is not None:
-        config = pp.resolve(RULES, twin.layers, coupling=twin.coupling, extra="none")
+        config = config_of(twin)
         console.print(one_call(twin, config, units_of(config, twin.scores), quick=given.quick))
     draw(rows, "search.png")
     console.print("Wrote search.png.")
