@@ -1,5 +1,7 @@
 """Branches and modules that are used in training only are cut with the others."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +80,12 @@ def test_reading_both_modes_leaves_statistics_and_modes():
     assert coupling.cost(units)[1] < coupling.cost()[1]
     multiply_adds = 36 * (9 * 3 * 8 + 9 * 8 * 12) + 12 * 3  # of one example, in eval mode
     assert coupling.cost()[1] == 4 * multiply_adds
+
+
+def test_a_graph_says_what_it_lacks_in_training(monkeypatch):
+    monkeypatch.setattr(sys.modules[ppt.shrink.__module__], "cut_modules", lambda *_: 1 / 0)
+    model, x = fill(Masked(), 0), torch.randn(2, 5, 4)
+    coupling = ppt.couple(model, x)
+    found = ppt.shrink(model, coupling.masks([1, 2], state_of(model)), coupling, x)
+    assert found.report.kind == "graph"
+    assert found.reason.endswith("the graph lacks what only training uses: token")

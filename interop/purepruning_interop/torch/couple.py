@@ -98,11 +98,15 @@ def trace(
         tensor = state[path]
         leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
     training = training_program_of(model, args, kwargs, known_operators())
-    used = _used(program)
-    if training is not None and _used(training) <= used and _shape(training) == _shape(program):
+    used = used_leaves(program)
+    if (
+        training is not None
+        and used_leaves(training) <= used
+        and _shape(training) == _shape(program)
+    ):
         training = None
     if training is not None:
-        used |= _used(training)
+        used |= used_leaves(training)
     for path, value in leaves.items():
         if path not in used:
             flow.keep(value, "not used")
@@ -115,7 +119,7 @@ def trace(
     return Traced(program, leaves, values, parts, folded)
 
 
-def _used(program: Program) -> set[str]:
+def used_leaves(program: Program) -> set[str]:
     """Returns the paths of the leaves that a program reads or writes."""
     read = {v.number for op in program.ops for v in op.tensors}
     read.update(v.number for v in program.outputs if isinstance(v, Var))

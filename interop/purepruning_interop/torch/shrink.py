@@ -23,10 +23,12 @@ from purepruning.coupling.shrink_report import (
 from purepruning.coupling.unit_masks import Chosen, Conflicts
 from purepruning.masks import apply_masks, merge_masks
 from purepruning.types import Masks
-from purepruning_interop.torch.couple import analyse
+from purepruning_interop.torch.couple import analyse, used_leaves
 from purepruning_interop.torch.graphs import graph_of
 from purepruning_interop.torch.program import Var, check, leaf_names
+from purepruning_interop.torch.rules.table import known_operators
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
+from purepruning_interop.torch.tracing.trace import training_program_of
 from purepruning_interop.torch.uses import Uses, uses_of
 from purepruning_interop.torch.verify import Reference, with_state
 
@@ -277,6 +279,10 @@ def _build(
                 f"the shrunk graph of {type(model).__name__} does not compute what the masked "
                 f"model does: {trouble}. That is a bug of this library"
             )
+    training = training_program_of(model, *given, known_operators())
+    lost = used_leaves(training) - used_leaves(found.program) if training is not None else set()
+    if lost:
+        why += f"; the graph lacks what only training uses: {', '.join(sorted(lost))}"
     return _Built(graph.module, plan, "graph", why, deviation, graph.fixed)
 
 
