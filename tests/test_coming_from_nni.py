@@ -323,3 +323,8 @@ def test_names_that_are_none():
         pp.from_nni(None, rules, LAYERS)
     with raises(ValueError, "rule 0", "'Conv2'"):
         pp.from_nni("level", [{"sparsity": 0.5, "op_types": ["Conv2"]}], LAYERS)
+
+
+def test_recipes(page):
+    # 0.8 of 1920 weights, and still after a last epoch of training.
+    assert int((page["perceptron"][1].weight == 0).sum()) == 1536

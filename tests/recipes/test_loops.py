@@ -69,7 +69,7 @@ def test_sensitivity():
         return nets.torch_accuracy(model)
 
     def short_term_fine_tuner(model):
-        nets.torch_epoch(model, torch.optim.SGD(model.parameters(), 0.01))
+        nets.torch_epoch(model, torch.optim.Adam(model.parameters(), 1e-2))
 
     compressor = aup.create_compressor(
         model, config, finetuner=short_term_fine_tuner, evaluator=evaluator
@@ -84,7 +84,10 @@ def test_sensitivity():
         for i, shape in ((1, (8, 1, 3, 3)), (2, (16, 8, 3, 3)))
     )
     assert kept <= (72 + 1152) // 2
-    assert nets.torch_accuracy(model) > before - 0.25
+    # What is returned is the model that was tuned and scored last, weights and statistics.
+    tuned = [row["score"] for row in compressor.history if row["stage"] == 1]
+    assert np.isclose(nets.torch_accuracy(model), tuned[-1])
+    assert tuned[-1] > before - 0.1
 
 
 def test_amc():

@@ -3,13 +3,21 @@
 from purepruning_interop.recipes.compressor import Compressor, create_compressor
 from purepruning_interop.recipes.ranges import Range
 from purepruning_interop.recipes.recipe import Recipe, Step, read_recipe, write_resolved
+from purepruning_interop.recipes.searching import Found, expand, search_recipe, with_values
 
 __all__ = [
+    # Reading, and what is read.
     "read_recipe",
     "write_resolved",
     "Recipe",
     "Step",
-    "Range",
+    # Doing what one says.
     "create_compressor",
     "Compressor",
+    # Search ranges in recipes.
+    "Range",
+    "expand",
+    "with_values",
+    "search_recipe",
+    "Found",
 ]
