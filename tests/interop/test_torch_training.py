@@ -421,7 +421,7 @@ def test_mistakes_raise_and_nothing_is_written():
             TypeError,
             "'0.weight' must be boolean, got torch.float32",
         ),
-        ({"1.running_mean": MASKS["0.bias"]}, KeyError, "'1.running_mean'"),
+        ({"1.running_max": MASKS["0.bias"]}, KeyError, "nearest: '1.running_mean'"),
     ):
         for call in (
             lambda masks: masked_call(model, masks, inputs()),

@@ -79,6 +79,24 @@ def test_torch(act, extra):
     torch.testing.assert_close(small.model(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_torch_takes_the_complete_masks_of_a_report():
+    """They name running means and variances as well."""
+    net, x = torch_net(torch.relu), torch.tensor(X)
+    coupling = ppt.couple(net, x)
+    config = pp.resolve(RULES, ppt.layers(net), coupling=coupling)
+    masks = pp.l1_norm(dict(net.named_parameters()), None, config)
+    small = ppt.shrink(net, masks, coupling, x)
+    complete = small.report.masks
+    assert "norm.running_mean" in complete
+    torch.testing.assert_close(ppt.masked_call(net, complete, x), small.model(x))
+
+    ppt.apply_(net, complete)
+    torch.testing.assert_close(net(x), small.model(x))
+    torch_train(net, lambda i, optimizer: i or ppt.keep_pruned(net, complete, optimizer))
+    small = ppt.shrink(net, complete, coupling, x)
+    torch.testing.assert_close(small.model(x), net(x), rtol=1e-5, atol=1e-5)
+
+
 def test_torch_with_a_schedule():
     net, x = torch_net(torch.relu), torch.tensor(X)
     coupling = ppt.couple(net, x)

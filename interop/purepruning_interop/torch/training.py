@@ -32,12 +32,12 @@ def masked_call(
 
     Gradients of pruned weights are exactly zero, for the model's own parameters (``backward``) as
     for ``params`` (``torch.func.grad``, ``vmap``, ``jvp``). Nothing is written to the model, except
-    what its own forward writes (running statistics). A shared parameter is masked in all its
-    places, under the name that ``model.named_parameters()`` gives it.
+    what its own forward writes (running statistics, but for those that masks name). A shared
+    parameter is masked in all its places, under the name that ``model.named_parameters()`` has.
 
     Args:
         model: any module.
-        masks: boolean tensors by parameter name; parameters without one are used whole.
+        masks: boolean tensors by name of a parameter or buffer; those without one are used whole.
         *args: arguments of the model.
         params: parameters and buffers by name to use in place of the model's own, as in
             ``torch.func.functional_call``; those it does not name are the model's.
@@ -56,7 +56,7 @@ def masked_call(
     [[3.0, 0.0]]
     """
     check("masked_call(model, masks, *args)", model)
-    own = dict(model.named_parameters())
+    own = _tensors(model)
     tensors = "a dict of tensors by name"
     instance(masks, Mapping, "masked_call: masks", tensors)
     if params is not None:
@@ -250,8 +250,13 @@ def _clear(tensor: torch.Tensor, bits: torch.Tensor) -> None:
         tensor.masked_fill_(bits.to(tensor.device) == 0, 0)
 
 
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns parameters and buffers by name: complete masks have those of statistics too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _pairs(where: str, model: Model, masks: Masks) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not isinstance(model, Mapping):
         check(where, model)
-    params = dict(model if isinstance(model, Mapping) else model.named_parameters())
+    params = dict(model) if isinstance(model, Mapping) else _tensors(model)
     return [(params[name], mask) for name, mask in by_path(masks, params).items()]
