@@ -25,6 +25,8 @@ COMPILES = {
     "keep_pruned(sgd).init": "Optax's zeros",
     "keep_pruned(sgd).update": "Optax's momentum",
     **dict.fromkeys(("hessian_gradient", "synaptic_flow"), "the caller's function, differentiated"),
+    "prune [jax]": "criteria of users are given arrays of the parameters' framework",
+    "sparse_training": "Optax transforms hold arrays",
     "annealing": "steps are compiled, as they run by the thousand",
 }
 

@@ -17,7 +17,15 @@ import numpy as np
 import optax
 
 from purepruning.arguments import fraction, instance, missing, one_of, scalar, shown, whole_number
-from purepruning.arrays import has_values, int32, is_array, is_concrete, is_torch, namespace
+from purepruning.arrays import (
+    by_numpy,
+    has_values,
+    int32,
+    is_array,
+    is_concrete,
+    is_torch,
+    namespace,
+)
 from purepruning.config.config import Config, check_config, single_count
 from purepruning.counts import counts_of
 from purepruning.layers import Layer
@@ -368,9 +376,15 @@ def sr_ste(grads: Any, params: Params, masks: Masks, *, decay: Any = 2e-4) -> An
         if not has_values(weight) or not xp.isdtype(weight.dtype, "real floating"):
             raise TypeError(f"sr_ste: params: {path!r} must be floating, got {shown(weight)}")
         slope = _slope("sr_ste", path, new, weight)
-        pull = xp.where(spread_mask(mask, weight), 0.0, weight)
-        new[path] = slope + xp.astype(pull * decay, slope.dtype)
+        new[path] = by_numpy(_pulled, slope, weight, mask, decay)
     return tree.rebuild(new)
+
+
+def _pulled(slope: Any, weight: Any, mask: Any, decay: Any) -> Any:
+    """Returns gradients that pull pruned weights towards zero."""
+    xp = namespace(weight)
+    pull = xp.where(spread_mask(mask, weight), 0.0, weight)
+    return slope + xp.astype(pull * decay, slope.dtype)
 
 
 def _element(weight: Any, layer_stats: Any) -> Piece:
