@@ -136,7 +136,6 @@ ROWS = (
     # The sign of the gradients goes with the position, so permuted channels have other sums.
     Row(functools.partial(pp.taylor_fo, grouped=True), CHANNEL, stats=slopes, channels=None),
     Row(pp.fisher, scope="global", stats=slopes_of_elements),
-    Row(functools.partial(pp.fisher, damping=1.0), CHANNEL, stats=slopes_of_elements),
     Row(pp.snip, scope="global", stats=slopes),
     Row(pp.snip, CHANNEL, stats=slopes, channels=None),
     # Scores are signed: what is pruned already, of score 0, is not the least.
@@ -144,7 +143,6 @@ ROWS = (
     Row(pp.synflow, NM(1, 2), stats=slopes),
     Row(pp.wanda, stats=norms),
     Row(pp.wanda, NM(1, 2), stats=norms),
-    Row(pp.wanda, CHANNEL, "global", stats=norms),
     # Sums over the outputs of a group change with what is in the group.
     Row(pp.ria, stats=norms, channels=None),
     Row(pp.ria, TILES, stats=norms, channels=None),
