@@ -233,11 +233,14 @@ def plot(path: Path, results: list[Result]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for result in results:
+    for i, result in enumerate(results):
         mean, spread = 100 * result.accuracies.mean(), 100 * result.accuracies.std()
         axes.errorbar(result.bytes, mean, spread, fmt="o", capsize=3, color="tab:blue")
         axes.annotate(
-            result.recipe.name, (result.bytes, mean), xytext=(6, -10), textcoords="offset points"
+            result.recipe.name,
+            (result.bytes, mean),
+            xytext=(6, 12 * (i % 3) - 14),
+            textcoords="offset points",
         )
     axes.set(xscale="log", xlabel="bytes on disk", ylabel="test accuracy in percent")
     figure.savefig(path, dpi=150)

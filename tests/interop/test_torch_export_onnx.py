@@ -57,8 +57,8 @@ def run(model, x, weights, ranges, config, path):
     [
         (8, 8, {}),
         (8, 8, {"quant_scheme": "per_channel_symmetric"}),
-        (4, 5, {"quant_scheme": "per_channel_affine"}),
-        (3, 4, {"quant_dtype": "int"}),
+        pytest.param(4, 5, {"quant_scheme": "per_channel_affine"}, marks=pytest.mark.full),
+        pytest.param(3, 4, {"quant_dtype": "int"}, marks=pytest.mark.full),
     ],
 )
 def test_computes_what_the_fake_quantised_module_does(bits, of, keys, tmp_path):

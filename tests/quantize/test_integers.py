@@ -114,7 +114,7 @@ SCHEMES = (
 INPUTS = ("affine", "symmetric")
 
 
-@pytest.mark.parametrize("dtype", ["int", "uint"])
+@pytest.mark.parametrize("dtype", ["uint", pytest.param("int", marks=pytest.mark.full)])
 @pytest.mark.parametrize("of_input", INPUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("layer", [DENSE, CONV], ids=["Dense", "Conv"])

@@ -47,8 +47,13 @@ ROWS = {
     "lsq groups": (lsq.weights, config_of(4, granularity=4), "lsq"),
     "dorefa": (dorefa.weights, config_of(4), None),
 }
-rows = pytest.mark.parametrize("name", ROWS)
-exact = pytest.mark.parametrize("name", [name for name in ROWS if name != "dorefa"])
+#: Rows that between them take every way through the code; the others run with --full.
+ALWAYS = {"qat affine", "qat groups", "lsq", "dorefa"}
+MARKED = {
+    name: pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in ROWS
+}
+rows = pytest.mark.parametrize("name", MARKED.values())
+exact = pytest.mark.parametrize("name", [MARKED[name] for name in ROWS if name != "dorefa"])
 
 
 def state_of(name, params):
