@@ -91,7 +91,17 @@ def test_every_pruner_of_the_document_prunes_what_it_says(name):
     assert all(path.endswith("bias") for path in untouched)
 
 
-@pytest.mark.parametrize("name", ["net_adapt", "simulated_annealing", "sensitivity", "amc"])
+# Sensitivity and AMC are among the loops.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "net_adapt",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("simulated_annealing", "sensitivity", "amc")
+        ),
+    ],
+)
 def test_every_search_of_the_document_meets_its_budget(name):
     model = nets.torch_net()
     args, kwargs = arguments(name, None)
@@ -113,6 +123,7 @@ def test_every_search_of_the_document_meets_its_budget(name):
         assert kept["conv1.weight"] + kept["conv2.weight"] <= weights // 2
 
 
+@pytest.mark.full
 def test_auto_compress_returns_a_smaller_model():
     model = nets.torch_net()
     args, kwargs = arguments("auto_compress", None)

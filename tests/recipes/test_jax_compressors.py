@@ -89,8 +89,8 @@ QUICK = ["level", "l1_filter", "lottery_ticket", "qat"]
 
 
 def case(framework, name):
-    """All of Linen; of the others, which share its code but for a few lines, a few."""
-    full = framework != "linen" and name not in QUICK
+    """A few of each framework, which share all but a few lines, and the rest with ``--full``."""
+    full = name not in QUICK
     return pytest.param(framework, name, marks=[pytest.mark.full] * full)
 
 
