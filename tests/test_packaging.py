@@ -39,6 +39,7 @@ ALSO = {
     "saving/files.py": {"safetensors"},
     "saving/masks.py": {"safetensors"},
     "saving/plans.py": {"safetensors"},
+    "saving/quantized.py": {"safetensors"},
     "saving/states.py": {"safetensors"},
     "training/transforms.py": {"optax"},
     "training/sparse.py": {"optax"},
@@ -136,7 +137,7 @@ def test_all_is_the_public_names():
 def test_classes_at_the_top_are_those_that_a_program_makes_or_takes():
     """What functions return, and what they keep, stays in their modules."""
     found = {n for n in purepruning.__all__ if isinstance(getattr(purepruning, n), type)}
-    made = {"Layer", "Block", "NM", "Criterion", "Schedule"}
+    made = {"Layer", "Activation", "Block", "NM", "Criterion", "Schedule"}
     assert found == made | {"Config", "Coupling", "Plan"}
 
 
