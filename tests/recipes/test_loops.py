@@ -1,6 +1,7 @@
 """The document's loops, as they stand there, on digits: AGP, lottery tickets, sensitivity, AMC."""
 
 import numpy as np
+import pytest
 import torch
 
 from purepruning_interop import recipes as aup
@@ -116,6 +117,7 @@ def test_amc():
     assert torch.equal(model.conv2.weight[kept], before["conv2.weight"][kept])
 
 
+@pytest.mark.full
 def test_agp_in_flax():
     """The same loop on Linen's variables."""
     model, config = nets.Linen(), {**SEEDS["agp"]["compression"], "framework": "flax"}
