@@ -448,13 +448,13 @@ def test_unpruned_leaves_have_no_mask(row):
     layers = tuple(
         dataclasses.replace(x, weight=f"whole.{x.weight}", bias=f"whole.{x.bias}") for x in some
     )
-    masks = row.pruner(tree, stats, row.config(layers=layers))
+    masks = row.pruner(tree, moved(as_jax, stats), row.config(layers=layers))
     assert jax.tree.structure(masks, is_leaf=lambda x: x is None) == jax.tree.structure(tree)
     expected = {x.weight for x in some}
     if row.granularity != INPUTS and not isinstance(row.granularity, NM):
         expected |= {x.bias for x in some}
     assert set(as_numpy(masks)) == {f"whole.{path}" for path in expected}
-    torch_masks = row.pruner(as_torch(params), stats, row.config(layers=some))
+    torch_masks = row.pruner(as_torch(params), moved(as_torch, stats), row.config(layers=some))
     assert set(torch_masks) == expected
     assert all(mask.dtype == torch.bool for mask in torch_masks.values())
     assert all(mask.dtype == jnp.bool for mask in jax.tree.leaves(masks))

@@ -347,13 +347,14 @@ def _memory(tensor: torch.Tensor) -> int:
 @contextlib.contextmanager
 def _as_exported() -> Iterator[None]:
     """Lets modules that ask know that nothing here has values, as ``torch.export`` does."""
-    flags = ("_is_compiling_flag", "_is_exporting_flag")
-    before = {flag: getattr(torch.compiler, flag) for flag in flags}
-    vars(torch.compiler).update(dict.fromkeys(flags, True))
+    compiling = torch.compiler._is_compiling_flag
+    exporting = torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
     try:
         yield
     finally:
-        vars(torch.compiler).update(before)
+        torch.compiler._is_compiling_flag = compiling
+        torch.compiler._is_exporting_flag = exporting
 
 
 @contextlib.contextmanager
