@@ -60,9 +60,11 @@ from purepruning.summary import summarize
 from purepruning.training import admm, movement
 from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
 from purepruning.training.iterative import iterative
+from purepruning.training.keep_pruned import keep_pruned
 from purepruning.training.lottery import lottery
+from purepruning.training.masks_in_state import get_masks, set_masks
+from purepruning.training.on_schedule import prune_on_schedule
 from purepruning.training.sparse import rewire, sparse_training, sr_ste
-from purepruning.training.transforms import get_masks, keep_pruned, prune_on_schedule, set_masks
 from purepruning.trees import leaf_paths
 
 __all__ = [

@@ -29,11 +29,11 @@ from purepruning.arrays import (
     is_concrete,
     is_on_host,
     is_torch,
-    matmul,
     namespace,
     replicated,
     spans_devices,
 )
+from purepruning.linear_algebra import matmul
 from purepruning.random_bits import key_words
 from purepruning.trees import flatten, leaf_paths
 from tests.messages import raises

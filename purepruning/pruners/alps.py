@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arrays import matmul, namespace, repeat
+from purepruning.arrays import namespace
 from purepruning.config.config import Config
+from purepruning.linear_algebra import matmul, repeat
 from purepruning.pruners.reconstruction import Pattern, reconstruct
 from purepruning.stats.inputs import InputStats
 from purepruning.types import Masks, Params

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from purepruning.arrays import iota, is_numpy, is_torch, matmul, namespace, sqrt
+from purepruning.arrays import iota, is_numpy, is_torch, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum, power_of_two_scale
 from purepruning.granularity import Grid, by_unit
+from purepruning.linear_algebra import matmul
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
 from purepruning.types import Masks, Params

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from purepruning.arrays import in_batches, iota, matmul, namespace, repeat
+from purepruning.arrays import iota, namespace
 from purepruning.config.config import Config
+from purepruning.linear_algebra import in_batches, matmul, repeat
 from purepruning.pruners.reconstruction import Pattern, reconstruct, solved_layers
 from purepruning.selection.keys import ordered_bits
 from purepruning.selection.problem import kernel_of

@@ -20,20 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purepruning.arguments import scalar
-from purepruning.arrays import (
-    by_numpy,
-    cholesky,
-    compiled,
-    contiguous,
-    int32,
-    is_concrete,
-    namespace,
-    plus_diagonal,
-    stop_gradient,
-)
+from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, grid
 from purepruning.layers import Layer
+from purepruning.linear_algebra import cholesky, contiguous, plus_diagonal
 from purepruning.masks import apply_masks
 from purepruning.matrices import Form, as_matrices, form, from_matrices
 from purepruning.pruners.calibrated import totals_of

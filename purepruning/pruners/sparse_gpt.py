@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arrays import (
-    iota,
-    matmul,
-    minus_outer,
-    namespace,
-    put_rows,
-    repeat,
-    rows_at,
-)
+from purepruning.arrays import iota, namespace
 from purepruning.config.config import Config
+from purepruning.linear_algebra import matmul, minus_outer, put_rows, repeat, rows_at
 from purepruning.pruners.reconstruction import Pattern, reconstruct, share, upper_factor
 from purepruning.stats.inputs import InputStats
 from purepruning.types import Masks, Params

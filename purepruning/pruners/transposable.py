@@ -9,18 +9,11 @@ from typing import Any
 import numpy as np
 
 from purepruning.arguments import shown
-from purepruning.arrays import (
-    by_numpy,
-    compiled,
-    int32,
-    is_concrete,
-    matmul,
-    namespace,
-    stop_gradient,
-)
+from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
 from purepruning.config.config import Config, check_config
 from purepruning.granularity import NM
 from purepruning.layers import Layer
+from purepruning.linear_algebra import matmul
 from purepruning.matrices import as_matrices, form, from_matrices
 from purepruning.selection.prune import check_values, weights_of
 from purepruning.trees import flatten

@@ -14,13 +14,13 @@ from purepruning.arrays import (
     has_values,
     is_array,
     is_torch,
-    matmul,
     namespace,
     stop_gradient,
     zeros,
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
+from purepruning.linear_algebra import matmul
 from purepruning.matrices import form, input_axes, input_rows
 from purepruning.stats.accumulate import (
     CompensatedSum,

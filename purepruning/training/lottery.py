@@ -31,7 +31,7 @@ from purepruning.masks import (
 from purepruning.schedules import schedule as clock
 from purepruning.schedules.schedule import MOST_EVENTS, Schedule, ScheduleState
 from purepruning.selection.prune import weights_of
-from purepruning.training.transforms import keeps, set_masks
+from purepruning.training.masks_in_state import keeps, set_masks
 from purepruning.trees import flatten
 
 

@@ -34,7 +34,8 @@ from purepruning.random_bits import key_words, noise, own_words
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import checked_counts, prune
-from purepruning.training.transforms import KeepPrunedState, keep_pruned, zero_moments
+from purepruning.training.keep_pruned import keep_pruned, zero_moments
+from purepruning.training.masks_in_state import KeepPrunedState
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 

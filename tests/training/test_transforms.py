@@ -15,7 +15,8 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 from purepruning.masks import apply_masks, expand
-from purepruning.training.transforms import KeepPrunedState, get_masks, keep_pruned, set_masks
+from purepruning.training.keep_pruned import keep_pruned
+from purepruning.training.masks_in_state import KeepPrunedState, get_masks, set_masks
 from purepruning.trees import flatten
 from tests.fast import jit_once, some_key
 from tests.messages import raises
@@ -557,7 +558,7 @@ def test_explicit_meshes():
     code = """
         import jax, jax.numpy as jnp, optax
         from purepruning.masks import apply_masks, density, expand
-        from purepruning.training.transforms import keep_pruned
+        from purepruning.training.keep_pruned import keep_pruned
 
         mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
         jax.set_mesh(mesh)

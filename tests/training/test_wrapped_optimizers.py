@@ -10,7 +10,8 @@ import pytest
 from optax import contrib
 
 from purepruning.masks import apply_masks
-from purepruning.training.transforms import get_masks, keep_pruned, set_masks
+from purepruning.training.keep_pruned import keep_pruned
+from purepruning.training.masks_in_state import get_masks, set_masks
 from tests.fast import jit_once
 from tests.messages import raises
 
