@@ -29,16 +29,16 @@ MARKERS = dict(zip(COLOURS, "oosv^DdPXs*x", strict=True))
 
 
 def write(path: Path, outcomes: Sequence[Any], settings: Any) -> None:
-    """Writes a plot with a column for each contest, and a row for each stage."""
+    """Writes a plot with a column for each comparison, and a row for each stage."""
     figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.subplots(len(STAGES), len(outcomes), sharex=True, sharey="row")
     for row, stage in zip(grid, STAGES, strict=True):
-        for axes, (contest, dense, results) in zip(row, outcomes, strict=True):
-            axes.set_title(f"{contest.title}, {STAGES[stage]}", fontsize=10)
+        for axes, (comparison, dense, results) in zip(row, outcomes, strict=True):
+            axes.set_title(f"{comparison.title}, {STAGES[stage]}", fontsize=10)
             axes.axhline(100 * dense.mean(), color="black", linewidth=0.8, linestyle=":")
             for i, result in enumerate(results):
                 shift = 0.3 * (i - len(results) / 2)
-                _curve(axes, result.contestant.name, shift, settings, getattr(result, stage))
+                _curve(axes, result.method.name, shift, settings, getattr(result, stage))
             axes.grid(alpha=0.2)
             axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:

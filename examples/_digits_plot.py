@@ -34,8 +34,8 @@ def write(
             axes.set_title(f"{UNITS[units]}, {STAGES[stage]}", fontsize=10)
             axes.axhline(100 * dense.mean(), color="black", linewidth=0.8, linestyle=":")
             for result in results:
-                if result.contestant.granularity == units:
-                    _curve(axes, result.contestant.name, settings, getattr(result, stage))
+                if result.method.granularity == units:
+                    _curve(axes, result.method.name, settings, getattr(result, stage))
             axes.grid(alpha=0.2)
             axes.spines[["top", "right"]].set_visible(False)
     _label(grid, settings)

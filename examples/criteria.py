@@ -3,7 +3,7 @@
     python examples/criteria.py
 
 Trains one network per seed, prunes each by every criterion to several sparsities, fine-tunes them
-all, prints tables and writes a plot. There are three contests: single weights and whole channels of
+all, prints tables and writes a plot. Three comparisons: single weights and whole channels of
 the network of ``digits.py``, and channels of the same with batch norms, which slim needs. In each,
 all prune the same number of units of every layer: what differs is which ones.
 
@@ -38,7 +38,7 @@ import purepruning as pp
 NORM_RULES = [{"op_types": ["BatchNorm"]}]
 
 
-class Contestant(NamedTuple):
+class Method(NamedTuple):
     """A criterion, what is done before it prunes, and the units it ranks."""
 
     name: str
@@ -46,22 +46,22 @@ class Contestant(NamedTuple):
     granularity: str
 
 
-class Contest(NamedTuple):
-    """Contestants that prune the same networks. Random pruning is the floor they must beat."""
+class Comparison(NamedTuple):
+    """Methods that prune the same networks. Random pruning is the floor they must beat."""
 
     title: str
     model: Any
-    contestants: tuple[Contestant, ...]
+    methods: tuple[Method, ...]
 
 
-def contest(title: str, model: Any, granularity: str, ways: dict[str, networks.Way]) -> Contest:
+def compare(title: str, model: Any, granularity: str, ways: dict[str, networks.Way]) -> Comparison:
     ways = {"random": networks.at_random, **ways}
-    everyone = (Contestant(name, way, granularity) for name, way in ways.items())
-    return Contest(title, model, tuple(everyone))
+    everyone = (Method(name, way, granularity) for name, way in ways.items())
+    return Comparison(title, model, tuple(everyone))
 
 
-CONTESTS = (
-    contest(
+COMPARISONS = (
+    compare(
         "single weights",
         networks.PLAIN,
         "element",
@@ -72,7 +72,7 @@ CONTESTS = (
             "movement": networks.by_movement,
         },
     ),
-    contest(
+    compare(
         "channels",
         networks.PLAIN,
         "output_channel",
@@ -90,7 +90,7 @@ CONTESTS = (
             "movement": networks.by_movement,
         },
     ),
-    contest(
+    compare(
         "channels with norms",
         networks.WITH_NORMS,
         "output_channel",
@@ -113,11 +113,11 @@ QUICK = {
 
 def main() -> None:
     arguments, console, start = parse_arguments(), Console(), time.perf_counter()
-    settings, contests = Settings(np.arange(arguments.seeds, dtype=np.int32)), CONTESTS
+    settings, comparisons = Settings(np.arange(arguments.seeds, dtype=np.int32)), COMPARISONS
     if arguments.quick:
         settings = Settings(np.arange(2, dtype=np.int32), (0.5, 0.9), 4, 1)
-        contests = tuple(quick(held) for held in CONTESTS)
-    outcomes = compete(contests, load_data(), settings, console)
+        comparisons = tuple(quick(held) for held in COMPARISONS)
+    outcomes = compete(comparisons, load_data(), settings, console)
     for held, dense, results in outcomes:
         console.print(table(held.title, dense, results, settings))
         console.print("\n".join(upsets(results, settings)), end="\n\n")
@@ -126,9 +126,9 @@ def main() -> None:
     console.print(f"Wrote {arguments.out}. {time.perf_counter() - start:.0f} seconds in all.")
 
 
-def quick(held: Contest) -> Contest:
-    some = tuple(c for c in held.contestants if c.name in QUICK[held.title])
-    return held._replace(contestants=some)
+def quick(held: Comparison) -> Comparison:
+    some = tuple(c for c in held.methods if c.name in QUICK[held.title])
+    return held._replace(methods=some)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,45 +143,43 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compete(
-    contests: Sequence[Contest], data: Any, settings: Settings, console: Console
-) -> list[tuple[Contest, np.ndarray, list[Result]]]:
-    """Returns for every contest the accuracies of the dense networks, (seeds,), and the results."""
+    comparisons: Sequence[Comparison], data: Any, settings: Settings, console: Console
+) -> list[tuple[Comparison, np.ndarray, list[Result]]]:
+    """Returns for every comparison the dense accuracies, (seeds,), and the results."""
     outcomes = []
     training = batches(data.train_images, settings.seeds, settings.training_epochs, 0)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(1 + len(held.contestants) for held in contests))
-        for held in contests:
+        task = progress.add_task("", total=sum(1 + len(held.methods) for held in comparisons))
+        for held in comparisons:
             progress.update(task, advance=1, description=f"{held.title}: training")
             params, accuracies = networks.train(held.model, data, settings.seeds, training)
             dense = np.asarray(accuracies)  # waits, so that the first one's time is its own
             results = []
-            for contestant in held.contestants:
-                what = f"{held.title}: {contestant.name}"
+            for method in held.methods:
+                what = f"{held.title}: {method.name}"
                 progress.update(task, advance=1, description=what)
-                results.append(outcome(contestant, held.model, data, params, settings))
+                results.append(outcome(method, held.model, data, params, settings))
             outcomes.append((held, dense, results))
     return outcomes
 
 
-def outcome(
-    contestant: Contestant, model: Any, data: Any, params: Any, settings: Settings
-) -> Result:
+def outcome(method: Method, model: Any, data: Any, params: Any, settings: Settings) -> Result:
     """Returns what one criterion makes of the dense networks, whose ``params`` are stacked."""
     start, seeds = time.perf_counter(), settings.seeds
     search = batches(data.train_images, seeds, settings.training_epochs, 2)
     tuning = batches(data.train_images, seeds, settings.tuning_epochs, 1)
     layers = networks.layers(model, data.test_images)
-    rules = NORM_RULES if contestant.way is networks.by_slimming else RULES
-    config = pp.resolve(rules, layers, granularity=contestant.granularity)
+    rules = NORM_RULES if method.way is networks.by_slimming else RULES
+    config = pp.resolve(rules, layers, granularity=method.granularity)
     # The counts of all sparsities become arrays, the only leaves of the config, to vmap over.
     config = config.with_sparsity(settings.sparsities)
-    if contestant.way is networks.by_movement:
+    if method.way is networks.by_movement:
         steps = search.shape[1]
         run = {"begin_step": steps // 10, "end_step": steps * 7 // 10}
         config = pp.movement.schedule(config, steps, **run)
-    found, masks = networks.find(contestant.way, model, data, params, config, search, seeds)
+    found, masks = networks.find(method.way, model, data, params, config, search, seeds)
     accuracies = networks.fine_tune(model, data, found, masks, tuning)
-    return Result(contestant, *map(np.asarray, accuracies), time.perf_counter() - start)
+    return Result(method, *map(np.asarray, accuracies), time.perf_counter() - start)
 
 
 def table(title: str, dense: np.ndarray, results: Sequence[Result], settings: Settings) -> Table:
@@ -200,7 +198,7 @@ def table(title: str, dense: np.ndarray, results: Sequence[Result], settings: Se
         view.add_column(f"{sparsity:.0%}", justify="right", no_wrap=True)
     view.add_column("s", justify="right", no_wrap=True)
     for result in results:
-        for name, stage in ((result.contestant.name, result.pruned), ("  tuned", result.tuned)):
+        for name, stage in ((result.method.name, result.pruned), ("  tuned", result.tuned)):
             seconds = f"{result.seconds:.0f}" if stage is result.pruned else ""
             view.add_row(name, *map(percent, stage.T), seconds)
         view.add_section()

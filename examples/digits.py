@@ -43,7 +43,7 @@ BATCH = 64
 TRAINING_RATE, TUNING_RATE = 5e-3, 2e-3  # Adam's, with cosine decay
 
 
-class Contestant(NamedTuple):
+class Method(NamedTuple):
     """A pruner and the units it ranks. Random pruning is the floor that the others must beat."""
 
     name: str
@@ -51,13 +51,13 @@ class Contestant(NamedTuple):
     granularity: str
 
 
-CONTESTANTS = (
-    Contestant("level", pp.level, "element"),
-    Contestant("random", pp.random_pruning, "element"),
-    Contestant("l1_norm", pp.l1_norm, "output_channel"),
-    Contestant("l2_norm", pp.l2_norm, "output_channel"),
-    Contestant("fpgm", pp.fpgm, "output_channel"),
-    Contestant("random", pp.random_pruning, "output_channel"),
+METHODS = (
+    Method("level", pp.level, "element"),
+    Method("random", pp.random_pruning, "element"),
+    Method("l1_norm", pp.l1_norm, "output_channel"),
+    Method("l2_norm", pp.l2_norm, "output_channel"),
+    Method("fpgm", pp.fpgm, "output_channel"),
+    Method("random", pp.random_pruning, "output_channel"),
 )
 UNITS = {"element": "weights", "output_channel": "channels"}
 
@@ -81,9 +81,9 @@ class Settings(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a contestant's networks; arrays are (seeds, sparsities)."""
+    """What became of a method's networks; arrays are (seeds, sparsities)."""
 
-    contestant: Contestant
+    method: Method
     pruned: np.ndarray
     tuned: np.ndarray
     density: np.ndarray
@@ -135,35 +135,35 @@ def batches(images: np.ndarray, seeds: np.ndarray, epochs: int, stage: int) -> n
 def compete(
     framework: ModuleType, data: Data, settings: Settings, console: Console
 ) -> tuple[np.ndarray, list[Result]]:
-    """Returns the accuracies of the dense networks, (seeds,), and the contestants' results."""
+    """Returns the accuracies of the dense networks, (seeds,), and the methods' results."""
     results = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("training", total=1 + len(CONTESTANTS))
+        task = progress.add_task("training", total=1 + len(METHODS))
         training = batches(data.train_images, settings.seeds, settings.training_epochs, 0)
         params, accuracies = framework.train(data, settings.seeds, training, TRAINING_RATE)
-        dense = np.asarray(accuracies)  # waits, so that the first contestant's time is its own
-        for contestant in CONTESTANTS:
-            progress.update(task, advance=1, description=f"{contestant.name}, fine-tuning")
-            results.append(contest(framework, contestant, data, params, settings))
+        dense = np.asarray(accuracies)  # waits, so that the first method's time is its own
+        for method in METHODS:
+            progress.update(task, advance=1, description=f"{method.name}, fine-tuning")
+            results.append(compare(framework, method, data, params, settings))
     return dense, results
 
 
-def contest(
-    framework: ModuleType, contestant: Contestant, data: Data, params: Any, settings: Settings
+def compare(
+    framework: ModuleType, method: Method, data: Data, params: Any, settings: Settings
 ) -> Result:
     """Returns what one pruner makes of the dense networks, whose ``params`` are stacked."""
     start = time.perf_counter()
     layers = framework.layers(data.test_images)
-    config = pp.resolve(RULES, layers, granularity=contestant.granularity)
+    config = pp.resolve(RULES, layers, granularity=method.granularity)
     # The counts of all sparsities become arrays, the only leaves of the config, to vmap over.
     config = config.with_sparsity(settings.sparsities)
     # None of the criteria needs statistics; random pruning needs a seed in their place.
-    stats = settings.seeds if contestant.pruner is pp.random_pruning else None
-    masks = framework.prune(contestant.pruner, params, stats, config)
+    stats = settings.seeds if method.pruner is pp.random_pruning else None
+    masks = framework.prune(method.pruner, params, stats, config)
     tuning = batches(data.train_images, settings.seeds, settings.tuning_epochs, 1)
     outcome = framework.fine_tune(data, params, masks, tuning, TUNING_RATE)
     pruned, tuned, density = map(np.asarray, outcome)
-    return Result(contestant, pruned, tuned, density, time.perf_counter() - start)
+    return Result(method, pruned, tuned, density, time.perf_counter() - start)
 
 
 def table(dense: np.ndarray, results: Sequence[Result], settings: Settings) -> Table:
@@ -181,7 +181,7 @@ def table(dense: np.ndarray, results: Sequence[Result], settings: Settings) -> T
     for name in ("sparsity", "density", "before", "pruned", "fine-tuned", "seconds"):
         view.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        name, units = result.contestant.name, UNITS[result.contestant.granularity]
+        name, units = result.method.name, UNITS[result.method.granularity]
         for i, sparsity in enumerate(settings.sparsities):
             accuracies = map(percent, (dense, result.pruned[:, i], result.tuned[:, i]))
             cells = f"{sparsity:.0%}", f"{result.density[:, i].mean():.1%}", *accuracies
@@ -198,10 +198,10 @@ def percent(accuracies: np.ndarray) -> str:
 
 def upsets(results: Sequence[Result], settings: Settings) -> list[str]:
     """Returns a line for every criterion behind random pruning, ± standard error."""
-    floors = {r.contestant.granularity: r for r in results if r.contestant.name == "random"}
+    floors = {r.method.granularity: r for r in results if r.method.name == "random"}
     lines = []
     for result in results:
-        floor = floors[result.contestant.granularity]
+        floor = floors[result.method.granularity]
         for when in ("pruned", "tuned"):
             # Networks of one seed are pruned from the same dense one: compare them in pairs.
             leads = 100 * (getattr(result, when) - getattr(floor, when))
@@ -210,7 +210,7 @@ def upsets(results: Sequence[Result], settings: Settings) -> list[str]:
                 behind, error = -leads[:, i].mean(), errors[i]
                 noise = ", within the noise" if behind < 2 * error else ""
                 lines.append(
-                    f"{result.contestant.name} at {settings.sparsities[i]:.0%}, {when}: "
+                    f"{result.method.name} at {settings.sparsities[i]:.0%}, {when}: "
                     f"{behind:.1f} ± {error:.1f} points behind random pruning{noise}"
                 )
     return lines or ["No criterion is behind random pruning anywhere."]

@@ -96,23 +96,23 @@ def analyse(call: Call, outputs: Any, tables: bool = False) -> Analysis:
     program, names = call.program, list(call.params)
     paths = dict(zip(program.inputs, names, strict=False))
     uses = leaf_uses(program, paths)
-    fates = output_fates(call, outputs)
+    kinds = output_kinds(call, outputs)
     flow = Flow()
     values: dict[str, Value] = {}
     for name in sorted(names):
         floating = jnp.issubdtype(call.params[name].dtype, jnp.inexact)
         values[name] = flow.leaf(name, tuple(call.params[name].shape), True, table=not floating)
     for name in names:
-        if not uses[name] and name not in fates:
+        if not uses[name] and name not in kinds:
             flow.keep(values[name], "not used by the function")
     operands = [values[name] for name in names]
     operands += [whole(x.shape) for x in call.given]
     found, traced = walk(program, operands, flow, uses, RULES)
-    for value, fate in zip(found, fates, strict=True):
-        if fate is True:
+    for value, kind in zip(found, kinds, strict=True):
+        if kind is True:
             flow.keep(value, "an output")
-        elif isinstance(fate, str) and fate in values and values[fate].shape == value.shape:
-            flow.unify([values[fate], value], "comes back as it went in")
+        elif isinstance(kind, str) and kind in values and values[kind].shape == value.shape:
+            flow.unify([values[kind], value], "comes back as it went in")
     coupling, numbers = build(
         flow,
         {path: v.shape for path, v in values.items()},
@@ -136,28 +136,28 @@ def _times(program: Program, trace: Trace, times: int = 1) -> dict[tuple[int, in
     return found
 
 
-def output_fates(call: Call, outputs: Any) -> list[bool | str]:
+def output_kinds(call: Call, outputs: Any) -> list[bool | str]:
     """Returns for every leaf of a call's result whether it stays whole, or which leaf it replaces.
 
     Raises:
         TypeError, ValueError: ``outputs`` is no tree of booleans that is a prefix of the result.
     """
 
-    def spread(fate: Any, part: Any) -> Any:
-        if not isinstance(fate, State):
-            return jax.tree.map(lambda _: fate, part)
+    def spread(kind: Any, part: Any) -> Any:
+        if not isinstance(kind, State):
+            return jax.tree.map(lambda _: kind, part)
         flat = flatten(part)
-        return flat.rebuild({path: f"{fate.prefix}{path}" for path in flat.leaves})
+        return flat.rebuild({path: f"{kind.prefix}{path}" for path in flat.leaves})
 
     result = jax.tree.unflatten(call.out_tree, call.result)
     try:
-        fates = jax.tree.leaves(jax.tree.map(spread, outputs, result))
+        kinds = jax.tree.leaves(jax.tree.map(spread, outputs, result))
     except (ValueError, TypeError) as error:
         raise type(error)(
             f"outputs must be a tree of booleans, a prefix of the result: {error}"
         ) from None
     check_outputs(outputs)
-    return fates
+    return kinds
 
 
 def check_outputs(outputs: Any) -> None:

@@ -200,7 +200,7 @@ def fitted(call: Call, plan: Plan, outputs: Any) -> tuple[Analysis, np.ndarray]:
     Raises:
         ValueError: the plan does not fit the call.
     """
-    free = jax.tree.map(lambda fate: fate if isinstance(fate, State) else False, outputs)
+    free = jax.tree.map(lambda x: x if isinstance(x, State) else False, outputs)
     for given in (outputs, free):
         try:
             found = analyse(call, given, tables=True)
