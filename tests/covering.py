@@ -3,6 +3,7 @@
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,11 @@ def covering(
         missing -= combinations[i]
         taken.append(i)
     return [cases[i] for i in sorted(taken)]
+
+
+def every(n: int, cases: Iterable[Any]) -> list:
+    """Returns ``cases`` as parameters of a test; all but every n-th run with --full only."""
+    return [pytest.param(c, marks=[pytest.mark.full] * (i % n > 0)) for i, c in enumerate(cases)]
 
 
 def covered(cases: Sequence[tuple], keep: Iterable[tuple], ids: Iterable[str]) -> list:

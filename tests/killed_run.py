@@ -21,7 +21,6 @@ import optax
 import purepruning as pp
 
 STEPS = 150
-KILLS = 20
 SIZES = {"a": (12, 16), "b": (16, 8)}
 RULES = [
     {"op_names": ["a"], "final_sparsity": 0.9, "end_epoch": 120, "frequency": 10},
@@ -79,7 +78,7 @@ def fork(file, last_words):
         os._exit(status)
 
 
-def main(folder):
+def main(folder, kills):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -94,15 +93,15 @@ def main(folder):
         pid, read = fork(file, words)
         done = 0
         # At any moment: before the first step, in the middle of one, while it writes.
-        for _ in range(moments.randrange(6) if len(killed) < KILLS else STEPS + 1):
+        for _ in range(moments.randrange(6) if len(killed) < kills else STEPS + 1):
             if not os.read(read, 1):
                 break
             done += 1
-        if len(killed) < KILLS:
+        if len(killed) < kills:
             time.sleep(moments.uniform(0, 0.004))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        if len(killed) == KILLS:
+        if len(killed) == kills:
             break
         if os.WIFSIGNALED(status):
             killed.append(done)
@@ -112,4 +111,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

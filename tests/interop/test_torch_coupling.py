@@ -13,6 +13,7 @@ from purepruning_interop import torch as ppt
 from purepruning_interop.torch.couple import analyse
 from tests.coupling.torch_patterns import PATTERNS, Net, cast, conv, fill, image, parameter, tokens
 from tests.coupling.torch_traps import TRAPS
+from tests.covering import every
 from tests.fast import some_key
 from tests.interop.torch_law import half, state_of
 
@@ -33,7 +34,13 @@ def test_every_pattern_has_units_or_none_as_expected(pattern):
         assert coupling.n_units > 0
     elif pattern.expect.startswith("frozen"):
         assert coupling.n_units == 0
-    exported = analyse(model, inputs, {}, how="exported").coupling  # by another tracer
+
+
+@pytest.mark.parametrize("pattern", every(4, PATTERNS + TRAPS), ids=lambda p: p.name)
+def test_another_tracer_finds_the_same(pattern):
+    model, inputs = cast(*pattern.build(), torch.float64)
+    coupling = ppt.couple(fill(model, seed=0), *inputs)
+    exported = analyse(model, inputs, {}, how="exported").coupling
     check_same(exported, coupling)
     assert frozen_reason(exported).keys() == frozen_reason(coupling).keys()
 

@@ -1,8 +1,5 @@
 """The layer table of torch modules; every expectation is written by hand."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -291,21 +288,3 @@ def test_parameter_with_too_few_axes():
     model.weight = nn.Parameter(torch.zeros(12))
     with pytest.raises(ValueError, match=r"'weight' of Linear has shape \(12,\).* 2 axes"):
         adapter.layers(model)
-
-
-@pytest.mark.parametrize(
-    ("adapter", "others"),
-    [
-        ("torch", ["flax", "equinox", "haiku"]),
-        ("linen", ["torch", "equinox", "haiku"]),
-        ("nnx", ["torch", "equinox", "haiku"]),
-        ("equinox", ["torch", "flax", "haiku"]),
-        ("haiku", ["torch", "equinox"]),
-    ],
-)
-def test_an_adapter_imports_no_framework_but_its_own(adapter, others):
-    code = f"import sys, purepruning_interop.{adapter}; print(*sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True, text=True
-    )
-    assert not set(others) & set(result.stdout.split())

@@ -48,7 +48,7 @@ ROWS = {
     "dorefa": (dorefa.weights, config_of(4), None),
 }
 #: Rows that between them take every way through the code; the others run with --full.
-ALWAYS = {"qat affine", "qat groups", "lsq", "dorefa"}
+ALWAYS = {"qat groups", "lsq", "dorefa"}
 MARKED = {
     name: pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in ROWS
 }

@@ -91,6 +91,7 @@ def test_sensitivity():
     assert tuned[-1] > before - 0.1
 
 
+@pytest.mark.full
 def test_amc():
     model, config = nets.torch_net(), SEEDS["amc"]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

@@ -21,15 +21,16 @@ from tests.messages import raises
 KILLED_RUN = Path(__file__).parent.parent / "killed_run.py"
 
 
-def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(tmp_path):
-    command = [sys.executable, "-W", "error", str(KILLED_RUN), str(tmp_path)]
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.full)])
+def test_a_run_that_is_killed_often_ends_as_if_it_had_not_been(tmp_path, kills):
+    command = [sys.executable, "-W", "error", str(KILLED_RUN), str(tmp_path), str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     errors = (tmp_path / "errors.txt").read_text() if (tmp_path / "errors.txt").exists() else ""
     assert done.returncode == 0, done.stderr + errors
     report = json.loads(done.stdout)
     assert report["status"] == 0, errors
-    assert len(report["steps_before_kill"]) == 20
-    assert sum(map(bool, report["steps_before_kill"])) > 10
+    assert len(report["steps_before_kill"]) == kills
+    assert sum(map(bool, report["steps_before_kill"])) > kills // 2
     whole, killed = (
         safetensors.numpy.load_file(tmp_path / f"{name}.safetensors")
         for name in ("whole", "killed")

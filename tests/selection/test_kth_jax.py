@@ -80,7 +80,7 @@ def problems(draw):
 
 @hows
 @given(scores=problems(), shares=st.lists(st.floats(0, 1), min_size=5, max_size=5))
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_every_piece_loses_its_own_lowest(how, scores, shares):
     counts = [round(s * n) for s, n in zip(shares, SIZES, strict=True)]
     pruned, nan = run(how, False, scores, counts)
@@ -103,7 +103,7 @@ def shared_oracle(scores, budget, caps):
 
 @hows
 @given(scores=problems(), shares=st.lists(st.floats(0, 1), min_size=6, max_size=6))
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_pieces_share_a_budget(how, scores, shares):
     caps = [round(s * n) for s, n in zip(shares[:5], SIZES, strict=True)]
     budget = round(shares[5] * sum(caps))

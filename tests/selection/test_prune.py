@@ -124,7 +124,7 @@ def scores_and_count(draw, sizes=SIZES):
 
 @paths
 @given(case=scores_and_count())
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_prunes_the_k_lowest(path, case):
     scores, count = case
     np.testing.assert_array_equal(kept(path, scores, count), ~oracle.lowest(scores, count))
@@ -337,7 +337,7 @@ def caps_of(config):
     share=st.floats(0, 1),
     caps=st.sampled_from([1.0, {"a": 0.1, "d": 0.3, "b": 0.0}]),
 )
-@settings(max_examples=24)
+@settings(max_examples=12)
 def test_layers_together(path, seed, ties, share, caps):
     params = several(seed, ties)
     rules = [DEFAULT | {"max_sparsity_per_layer": caps}]
