@@ -45,6 +45,7 @@ def get_masks(opt_state: Any, params: Params) -> Masks:
         KeyError: a mask is for a parameter that is not in ``params``.
 
     >>> import jax.numpy as jnp, optax
+    >>> from purepruning import keep_pruned
     >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
     >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, False])}))
     >>> get_masks(tx.init(params), params)
@@ -80,6 +81,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
         TypeError: a mask is not boolean.
 
     >>> import jax.numpy as jnp, optax
+    >>> from purepruning import keep_pruned
     >>> tx = optax.chain(optax.sgd(0.1), keep_pruned({"w": jnp.array([True, True])}))
     >>> state = set_masks(tx.init({"w": jnp.ones(2)}), {"w": jnp.array([True, False])})
     >>> state[-1].masks
