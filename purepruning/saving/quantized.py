@@ -147,7 +147,8 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
     Raises:
         FileNotFoundError: one of the files is missing.
         KeyError: the file has no parameter of a name in ``params``.
-        ValueError: a file is damaged, or was not written by :func:`save_quantized`.
+        ValueError: a file is damaged, or was not written by :func:`save_quantized`, or a parameter
+            has another shape than in ``params``.
     """
     target, tree = file_path(path, "load_quantized"), flatten(params)
     header, arrays = read_whole(target, "quantized", FORMAT_VERSION)
@@ -183,7 +184,14 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
         if name not in values and name not in arrays:
             message = f"load_quantized: {target} has no parameter {name!r}"
             raise KeyError(missing(message, name, [*values, *arrays]))
-        found[name] = _as_leaf(like, values.get(name, arrays.get(name)))
+        value = values[name] if name in values else arrays[name]
+        if tuple(value.shape) != tuple(like.shape):
+            raise ValueError(
+                f"load_quantized: {target}: the parameter {name!r} has shape "
+                f"{tuple(value.shape)}, that of params {tuple(like.shape)}; give params of the "
+                "model that was saved"
+            )
+        found[name] = _as_leaf(like, value)
     return QuantizedModel(tree.rebuild(found), weights, ranges)
 
 

@@ -181,7 +181,8 @@ def test_export_and_speedup(tmp_path):
     macs, params, _ = compressor.count_flops_params((1, 1, 8, 8))
     assert macs == 16 * 8 * 9 + 4 * 16 * 72 + 64 * 32 + 32 * 10
     assert params == 80 + 16 + 1168 + 2080 + 330
-    files = compressor.export_model("small", folder_name=str(tmp_path), speedup=True)
+    files = compressor.export_model("small.v1", folder_name=str(tmp_path), speedup=True)
+    assert files["model"] == str(tmp_path / "small.v1.safetensors")
     small = compressor.apply_speedup(X)
     torch.testing.assert_close(small(X), before)
     assert load_file(files["model"])["conv2.weight"].shape == (8, 4, 3, 3)

@@ -88,6 +88,8 @@ def test_mistakes_are_named(tmp_path):
     pp.save_quantized(path, quantised, weights, RANGES, config)
     with raises(KeyError, "load_quantized", "no parameter 'fd.w'", "'fc.w'"):
         pp.load_quantized(path, {"fd.w": W})
+    with raises(ValueError, "load_quantized", "'fc.w' has shape (", "(2, 3)"):
+        pp.load_quantized(path, {**params, "fc.w": np.zeros((2, 3), np.float32)})
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)

@@ -383,7 +383,8 @@ class Compressor:
 
         Quantised weights are integers, with NNI's calibration in the JSON file beside them. With
         ``speedup`` weights are those of the smaller model, and the plan that rebuilds it is written
-        too. Another suffix than ``.safetensors`` is replaced, for nothing is pickled.
+        too. The suffix of a pickle (``.pth``, ``.pt``, ``.bin``) or of Keras is replaced by
+        ``.safetensors``, for nothing is pickled.
 
         Args:
             model_path: file in the folder.
@@ -394,7 +395,7 @@ class Compressor:
         """
         folder = Path(folder_name)
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / model_path).with_suffix(".safetensors")
+        file = _as_safetensors(folder / model_path)
         files = {"model": str(file)}
         if self._step.kind == "quantization":
             self._export_quantized(file)
@@ -415,7 +416,7 @@ class Compressor:
             }
             write_whole(file, safetensors.numpy.save(arrays))
             if mask_path is not None and self.masks is not None:
-                files["masks"] = str((folder / mask_path).with_suffix(".safetensors"))
+                files["masks"] = str(_as_safetensors(folder / mask_path))
                 pp.save_masks(files["masks"], self.masks, self._params())
         report: dict[str, Any] = {
             "recipe": self._resolved(),
@@ -704,6 +705,17 @@ class Compressor:
 
 
 _BY_ACTIVATION = ("activation_apoz_rank_filter", "activation_mean_rank_filter")
+
+
+#: What the model files of other formats end in.
+_OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".h5", ".keras")
+
+
+def _as_safetensors(file: Path) -> Path:
+    """Returns the file's name with ``.safetensors`` in the place of another format's suffix."""
+    if file.suffix in (".safetensors", *_OTHER_FORMATS):
+        return file.with_suffix(".safetensors")
+    return file.with_name(f"{file.name}.safetensors")
 
 
 def _detached(seen: Any) -> Any:
