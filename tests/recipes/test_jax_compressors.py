@@ -137,6 +137,20 @@ def test_every_search_meets_its_budget(framework, name):
     assert gone(compressor) >= (8 * 9 + 16 * 72) // 2
 
 
+@pytest.mark.parametrize("framework", ["linen", pytest.param("equinox", marks=pytest.mark.full)])
+def test_evaluators_get_the_pruned_model_in_the_place_of_the_given_one(framework):
+    (model,), given = model_of(framework)
+    seen = []
+
+    def evaluator(model):
+        seen.append(sum(int((x == 0).sum()) for x in kernels(model).values()))
+        return 0.5
+
+    few = {"evaluator": evaluator, "sparsity_per_iter": 0.25}
+    create_compressor(model, seed("sensitivity", framework), **given, **few).compress()
+    assert max(seen) >= (8 * 9 + 16 * 72) // 2
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_amc(framework):

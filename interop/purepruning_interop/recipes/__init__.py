@@ -1,9 +1,10 @@
 """Recipes as data: what to prune or quantise, in auptimizer's JSON or a native form."""
 
-from purepruning_interop.recipes.compressor import Compressor, create_compressor
+from purepruning_interop.recipes.compressor import Compressor
+from purepruning_interop.recipes.create import create_compressor
 from purepruning_interop.recipes.ranges import Range
 from purepruning_interop.recipes.recipe import Recipe, Step, read_recipe, write_resolved
-from purepruning_interop.recipes.searching import Found, expand, search_recipe, with_values
+from purepruning_interop.recipes.search_ranges import Found, expand, search_recipe, with_values
 
 __all__ = [
     # Reading, and what is read.

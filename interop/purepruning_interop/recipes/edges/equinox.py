@@ -9,8 +9,6 @@ import equinox as eqx
 from purepruning_interop import equinox as adapter
 from purepruning_interop.recipes.edges import _jax
 
-IN_PLACE = False
-
 
 def params(model: Any) -> Any:
     """Returns the arrays that are trained."""
@@ -27,7 +25,7 @@ def restored(model: Any, state: Any) -> Any:
     return eqx.combine(state, model)
 
 
-pure = written = restored
+written = restored
 arrays = snapshot
 zeros = _jax.zeros
 

@@ -9,8 +9,6 @@ import jax
 from purepruning_interop import linen as adapter
 from purepruning_interop.recipes.edges import _jax
 
-IN_PLACE = False
-
 
 class Bound:
     """A module and its variables, which are what a caller gives and gets.
@@ -39,7 +37,7 @@ def restored(model: Bound, state: Any) -> Bound:
     return Bound(model.module, state)
 
 
-pure = written = restored
+written = restored
 
 
 arrays = params

@@ -9,8 +9,6 @@ from flax import nnx
 from purepruning_interop import nnx as adapter
 from purepruning_interop.recipes.edges import _jax
 
-IN_PLACE = True
-
 
 def params(model: nnx.Module) -> Any:
     """Returns the parameters."""

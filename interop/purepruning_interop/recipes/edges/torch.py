@@ -9,8 +9,6 @@ import torch
 
 from purepruning_interop import torch as adapter
 
-IN_PLACE = True
-
 
 def params(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the parameters by name."""
@@ -68,16 +66,6 @@ def keep(
 ) -> adapter.training.KeepPruned:
     """Returns the handle of a hook that keeps pruned weights at zero."""
     return adapter.keep_pruned(model, masks, optimizer)
-
-
-def after_steps(optimizer: Any, call: Callable[[], bool]) -> None:
-    """Calls a function after every step of an optimizer, until it returns True."""
-
-    def after(*_: Any) -> None:
-        if call():
-            hook.remove()
-
-    hook = optimizer.register_step_post_hook(after)
 
 
 def before_steps(optimizer: Any, call: Callable[[], bool]) -> None:
