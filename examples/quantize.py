@@ -217,12 +217,13 @@ def run(
 def table(results: list[Result]) -> Table:
     view = Table(title="Quantised digits", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("network", no_wrap=True)
-    for name in ("accuracy in percent", "bytes on disk", "ONNX, ms"):
+    timed = any(result.milliseconds is not None for result in results)
+    for name in ("accuracy in percent", "bytes on disk", *["ONNX, ms"] * timed):
         view.add_column(name, justify="right", no_wrap=True)
     for result in results:
         accuracy = f"{100 * result.accuracies.mean():.1f} ± {100 * result.accuracies.std():.1f}"
         time_ = "" if result.milliseconds is None else f"{result.milliseconds:.2f}"
-        view.add_row(result.recipe.name, accuracy, f"{result.bytes:,}", time_)
+        view.add_row(result.recipe.name, accuracy, f"{result.bytes:,}", *[time_] * timed)
     return view
 
 
@@ -232,17 +233,21 @@ def plot(path: Path, results: list[Result]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, result in enumerate(results):
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (result, marker) in enumerate(zip(results, "osD^v<>PX*d", strict=False)):
         mean, spread = 100 * result.accuracies.mean(), 100 * result.accuracies.std()
-        axes.errorbar(result.bytes, mean, spread, fmt="o", capsize=3, color="tab:blue")
-        axes.annotate(
-            result.recipe.name,
-            (result.bytes, mean),
-            xytext=(6, 12 * (i % 3) - 14),
-            textcoords="offset points",
-        )
-    axes.set(xscale="log", xlabel="bytes on disk", ylabel="test accuracy in percent")
+        name, size = result.recipe.name, result.bytes / 1024
+        axes.errorbar(size, mean, spread, fmt=marker, capsize=3, color=f"C{i}", label=name)
+    axes.set(
+        title="A small CNN on scikit-learn's digits: mean and deviation of the seeds",
+        xscale="log",
+        xlabel="KiB on disk",
+        ylabel="test accuracy, %",
+    )
+    axes.set_xticks([10, 20, 50, 100], ["10", "20", "50", "100"])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
