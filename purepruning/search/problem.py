@@ -438,11 +438,16 @@ def _with_budgets(of: Problem, budget: Mapping[str, float]) -> Problem:
         unit = of.resources[name].unit
         if not (math.isfinite(number) and number > 0):
             raise ValueError(f"budget[{name!r}] must be a positive number, got {shown(given)}")
+        if 1 < number < 2:
+            raise ValueError(
+                f"budget[{name!r}] must be a fraction of what there is, in (0, 1], or a number of at "
+                f"least 2, got {shown(given)}"
+            )
         limit = number * dense[name] if number <= 1 else number
         budgets[name] = math.floor(limit / unit * (1 + 1e-12))
         if of.resources[name].monotone and least[name] > limit * (1 + 1e-12):
             raise ValueError(
                 f"budget[{name!r}] is {limit:,.6g}, but {least[name]:,.6g} of {dense[name]:,.6g} "
-                "are left if every group loses all it may; ask for less, or raise caps"
+                "are left if every group loses all it may; raise the budget, or caps"
             )
     return dataclasses.replace(of, budgets=budgets)

@@ -82,10 +82,12 @@ def test_mistakes_in_problems():
     config = nets.table_of()
     with raises(KeyError, "budget", "'mac'", "'weights'"):
         pp.search.problem(config, {"mac": 0.5})
-    with raises(ValueError, "weights", "40", "20", "caps"):
+    with raises(ValueError, "weights", "40", "20", "raise the budget, or caps"):
         pp.search.problem(config, {"weights": 20})
     with raises(ValueError, "weights", "-1"):
         pp.search.problem(config, {"weights": -1})
+    with raises(ValueError, "weights", "(0, 1]", "at least 2", "1.5"):
+        pp.search.problem(config, {"weights": 1.5})
     with raises(KeyError, "caps", "'l3'", "'l0'"):
         pp.search.problem(config, {"weights": 0.5}, caps={"l3": 0.5})
     with raises(ValueError, "'ms'", "(11,)", "(3,)"):
