@@ -440,8 +440,8 @@ def _with_budgets(of: Problem, budget: Mapping[str, float]) -> Problem:
             raise ValueError(f"budget[{name!r}] must be a positive number, got {shown(given)}")
         if 1 < number < 2:
             raise ValueError(
-                f"budget[{name!r}] must be a fraction of what there is, in (0, 1], or a number of at "
-                f"least 2, got {shown(given)}"
+                f"budget[{name!r}] must be a fraction of what there is, in (0, 1], or a number "
+                f"of at least 2, got {shown(given)}"
             )
         limit = number * dense[name] if number <= 1 else number
         budgets[name] = math.floor(limit / unit * (1 + 1e-12))
