@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arrays import compiled, int32, is_numpy, namespace, replicated
+from purepruning.arrays import compiled, empty, int32, is_numpy, namespace, replicated
 from purepruning.layers import Layer
 from purepruning.matrices import as_matrices, form, from_matrices
+from purepruning.selection import kth_host
 from purepruning.selection.criterion import Score, Source
-from purepruning.selection.keys import HIGHEST
+from purepruning.selection.keys import HIGHEST, Piece
 from purepruning.selection.problem import Problem, Solved, kernel_of, n_stacked
 
 
@@ -32,31 +33,67 @@ def row_masks(sources: dict[str, Source], counts: dict[str, Any], plan: Problem)
 
 def _row_mask(source: Source, count: Any, *, score: Score, layer: Layer) -> tuple[Any, Any]:
     """Returns the mask of a layer, and whether a score is NaN."""
-    xp, f = namespace(source.weight), form("rows", layer)
-    keys = replicated(score.piece(source).keys(xp)[0])
-    stacks, n = n_stacked(layer), f.members * f.out // n_stacked(layer)
-    rows = xp.reshape(as_matrices(keys, f), (stacks * n, f.columns))
+    xp, f, piece = namespace(source.weight), form("rows", layer), score.piece(source)
+    stacks = n_stacked(layer)
     # What the count exceeds a layer's weights by, under jit, takes nothing.
-    count = xp.clip(int32(xp, count, keys), 0, n * f.columns)
+    count = xp.clip(int32(xp, count, source.weight), 0, f.members * f.out * f.columns // stacks)
+    if is_numpy(source.weight):
+        keep, nan = _on_host(piece, int(count), layer)
+    else:
+        keys = replicated(piece.keys(xp)[0])
+        keep, nan = _of_keys(as_matrices(keys, f), count, stacks), xp.any(keys == HIGHEST)
+    return from_matrices(xp.reshape(keep, (f.members, f.out, f.columns)), f), nan
+
+
+def _of_keys(keys: Any, count: Any, stacks: int) -> Any:
+    """Returns which weights stay, ``(rows, columns)``, from keys ``(members, out, columns)``."""
+    xp, columns = namespace(keys), keys.shape[2]
+    rows = xp.reshape(keys, (-1, columns))
+    n = rows.shape[0] // stacks
     each, rest = count // n, count % n
-    pruned = _lowest(rows, each)
-    one_more = _lowest(rows, xp.clip(each + 1, 0, f.columns)) & ~pruned
+
+    def lowest(count: Any) -> Any:
+        return kernel_of(rows).lowest(rows, xp.full_like(rows[:, 0], 0) + count, None)
+
+    pruned = lowest(each)
+    one_more = lowest(xp.clip(each + 1, 0, columns)) & ~pruned
     next_key = xp.min(xp.where(one_more, rows, HIGHEST), axis=1)
     # A row that is pruned whole has no next one.
     left = xp.reshape(xp.any(one_more, axis=1), (stacks, n))
     ranked = xp.where(left, xp.clip(xp.reshape(next_key, (stacks, n)), max=HIGHEST - 1), HIGHEST)
     chosen = kernel_of(rows).lowest(ranked, xp.full_like(ranked[:, 0], 0) + rest, None) & left
-    pruned = pruned | (one_more & xp.reshape(chosen, (-1, 1)))
-    keep = xp.reshape(~pruned, (f.members, f.out, f.columns))
-    return from_matrices(keep, f), xp.any(keys == HIGHEST)
+    return ~(pruned | (one_more & xp.reshape(chosen, (-1, 1))))
 
 
-def _lowest(rows: Any, count: Any) -> Any:
-    """Returns which keys of each row are the ``count`` lowest, of equal ones the first."""
-    if not is_numpy(rows):
-        counts = namespace(rows).full_like(rows[:, 0], 0) + count
-        return kernel_of(rows).lowest(rows, counts, None)
-    n = int(count)
+def _on_host(piece: Piece, count: int, layer: Layer) -> tuple[np.ndarray, bool]:
+    """Returns the same by NumPy, some rows at a time, and whether a score is NaN."""
+    f = form("rows", layer)
+    rows, stacks = f.members * f.out, n_stacked(layer)
+    each, rest = divmod(count, rows // stacks)
+    keep = empty((rows, f.columns), np.bool)
+    next_key, next_place = np.empty(rows, np.int32), np.empty(rows, np.int64)
+
+    def as_rows(x: np.ndarray) -> np.ndarray:
+        return as_matrices(x, f).reshape(rows, f.columns)
+
+    for some, keys in kth_host.keys_of_rows(piece, as_rows):
+        if keys is None:
+            return keep, True
+        pruned = _lowest(keys, each)
+        np.logical_not(pruned, out=keep[some])
+        if rest:
+            behind = np.where(pruned, HIGHEST, keys)
+            next_place[some] = behind.argmin(axis=1)
+            next_key[some] = behind.min(axis=1)
+    if rest:
+        ranked = next_key.reshape(stacks, -1)
+        chosen = kth_host.lowest(ranked, np.full(stacks, rest), None).reshape(-1)
+        keep[chosen, next_place[chosen]] = False
+    return keep, False
+
+
+def _lowest(rows: np.ndarray, n: int) -> np.ndarray:
+    """Returns which keys of each row are the ``n`` lowest, of equal ones the first."""
     if n in (0, rows.shape[1]):
         return np.full(rows.shape, n > 0)
     last = np.partition(rows, n - 1, axis=1)[:, n - 1 : n]

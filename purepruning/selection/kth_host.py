@@ -130,6 +130,26 @@ def by_groups(
     return result.reshape(shape), False
 
 
+def keys_of_rows(
+    piece: Piece, as_rows: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[slice, np.ndarray | None]]:
+    """Yields some rows at a time: which, and their keys, None if there is a NaN.
+
+    Args:
+        piece: what is ranked.
+        as_rows: from arrays in the piece's shape to ``(rows, columns)``.
+    """
+    arrays = [as_rows(a) for a in piece.arrays]
+    index = as_rows(flat_index(NUMPY, piece.arrays[0])) if piece.indexed else None
+    n, columns = arrays[0].shape
+    # Where rows are not dense in memory, several share what is read with an element of one.
+    step = max(CHUNK // columns, 16)
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        parts = tuple(np.ascontiguousarray(a[some]) for a in arrays)
+        yield some, ordered(piece.scores(parts, None if index is None else index[some]))
+
+
 def _blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
     """Yields parts of the first two axes, of some ``CHUNK`` elements each."""
     rows, columns, *rest = shape

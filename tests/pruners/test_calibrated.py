@@ -7,6 +7,7 @@ import purepruning as pp
 from purepruning import Layer
 from purepruning.pruners import ria, wanda
 from purepruning.pruners.calibrated import of_columns
+from purepruning.selection import kth_host
 from purepruning.stats import inputs
 from tests import oracle
 from tests.messages import raises
@@ -35,25 +36,29 @@ def test_golden_scores(module, expected, framework):
 
 
 @pytest.mark.parametrize("mode", ["jax_eager", "jax_jit", "torch_eager"])
-def test_every_output_loses_equally_many(mode):
+@pytest.mark.parametrize("rows", [7, 40])
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_output_loses_equally_many(mode, rows, turned, monkeypatch):
     """Exactly as many as the count, of every row the lowest; what is left over, lowest first."""
+    monkeypatch.setattr(kth_host, "CHUNK", 1)  # then 16 rows at a time
     rng = np.random.default_rng(0)
-    weight = rng.integers(1, 9, (7, 10)).astype(np.float32)  # many ties
-    layer = Layer("fc", "Linear", "w", weight.shape, (0,), (1,))
+    weight = rng.integers(1, 9, (rows, 10)).astype(np.float32)  # many ties
+    given = np.ascontiguousarray(weight.T) if turned else weight
+    layer = Layer("fc", "Linear", "w", given.shape, (int(turned),), (int(not turned),))
     x = rng.integers(-3, 4, (20, 10)).astype(np.float32)
-    stats = inputs.init({"w": weight}, [layer])
+    stats = inputs.init({"w": given}, [layer])
     stats = inputs.update(stats, {"fc": x}, [layer])
     config = pp.resolve([{"op_types": ["Linear"]}], [layer])
     scores = np.float32(weight) * np.sqrt(np.float32((x * x).sum(0)))
     order = np.argsort(scores, axis=1, kind="stable")
     rank = np.argsort(order, axis=1, kind="stable")
-    for count in (0, 7, 21, 24, 68):
-        each, rest = divmod(count, 7)
+    for count in (0, rows, 3 * rows, 3 * rows + 3, 10 * rows - 2):
+        each, rest = divmod(count, rows)
         following = np.take_along_axis(scores, order, 1)[:, min(each, 9)]
         extra = oracle.lowest(following, rest)
         expected = rank >= each + extra[:, None]
-        mask = MODES[mode](pp.wanda, {"w": weight}, stats, config.with_counts({"fc": count}))["w"]
-        np.testing.assert_array_equal(mask, expected)
+        mask = MODES[mode](pp.wanda, {"w": given}, stats, config.with_counts({"fc": count}))["w"]
+        np.testing.assert_array_equal(mask, expected.T if turned else expected)
 
 
 def test_global_scope_ranks_all_weights_together():
