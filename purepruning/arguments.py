@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import is_concrete, is_dense, is_torch
+from purepruning.arrays import (
+    by_numpy,
+    compiled,
+    is_concrete,
+    is_dense,
+    is_numpy,
+    is_torch,
+    namespace,
+)
 
 
 def shown(value: Any) -> str:
@@ -200,6 +208,28 @@ def scalar(
         raise ValueError(f"{where} must lie in {bounds}, got {got}")
     # A scalar of NumPy or JAX cannot be multiplied by a tensor.
     return float(value) if real or (is_torch(like) and not is_torch(value)) else value
+
+
+def is_finite(x: Any) -> bool:
+    """Whether all numbers of an array are finite; where they are not known, so they seem."""
+    if not is_concrete(x):
+        return True
+    finite = by_numpy(_finite, x)
+    # Inside a trace, what is computed of known values is not known either.
+    return not is_concrete(finite) or bool(finite)
+
+
+def _finite(x: Any) -> Any:
+    return compiled(x, _all_finite)(x)
+
+
+def _all_finite(x: Any) -> Any:
+    xp = namespace(x)
+    # One pass over memory where operations are not compiled: a sum over NaN or infinity is neither
+    # finite, though one that is not may have overflown.
+    if (is_torch(x) or is_numpy(x)) and bool(xp.isfinite(xp.sum(x))):
+        return True
+    return xp.all(xp.isfinite(x))
 
 
 def whole_number(value: Any, where: str, lowest: int, highest: int | None = None) -> int:

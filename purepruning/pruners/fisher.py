@@ -33,7 +33,8 @@ def fisher(params: Params, stats: GradientStats, config: Config, *, damping: Any
     LeCun et al. 1989, "Optimal Brain Damage"; Theis et al. 2018, arXiv:1801.05787.
 
     Raises:
-        TypeError: ``stats`` are no gradient statistics, or of another framework.
+        TypeError: ``stats`` are no gradient statistics, or of another framework; so is ``damping``.
+        ValueError: ``damping`` is negative, or has axes.
         KeyError, ValueError: they are empty, or not of single weights of the layers of ``config``.
             See also :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
@@ -50,7 +51,8 @@ def fisher(params: Params, stats: GradientStats, config: Config, *, damping: Any
     ([[True, False]], [[False, True]])
     """
     totals = totals_of("fisher", params, stats, config, "squares")
-    damping = scalar(damping, "fisher: damping", zero=True)
+    like = next((total.high for total in totals.values()), None)
+    damping = scalar(damping, "fisher: damping", zero=True, like=like)
     for layer in config.layers:
         if tuple(totals[layer.name].high.shape) != layer.shape:
             raise ValueError(

@@ -13,13 +13,15 @@ of which so many are zero as the config says. Each is a function of one layer's 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from purepruning.arguments import scalar
+from purepruning.arguments import is_finite, scalar
 from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, grid
@@ -100,34 +102,19 @@ def reconstruct(
         KeyError, ValueError: they are empty, not of the layers of ``config``, or hold no Gram
             matrices (``inputs.init(..., keep=["grams"])``).
         ValueError: the config is of channels, of global scope, coupled, inverted or has masks; a
-            block does not divide a weight, or lies over several taps; or a Gram matrix cannot be
-            factored, where values are known. Under ``jit`` that gives NaN.
+            block does not divide a weight, or lies over several taps; or, where values are known, a
+            weight is NaN or infinite, or a Gram matrix cannot be factored. Under ``jit`` those give
+            NaN.
     """
     given = _checked(name, params, stats, config, damping)
     if not given.weights:
         return params, given.tree.rebuild({})
     tree = given.tree
 
-    def solved(weights: Any, grams: Any, counts: Any, damping: Any) -> Any:
-        found, masks = {}, {}
-        for layer in config.layers:
-            of_layer = compiled(weights[layer.weight], _layer, "solve", "layer", "pattern")
-            new, keep = of_layer(
-                weights[layer.weight],
-                grams[layer.name],
-                counts.get(layer.name, 0),
-                damping,
-                solve=solve,
-                layer=layer,
-                pattern=given.patterns[layer.name],
-            )
-            if not all(map(_seems_finite, (weights[layer.weight], new))):
-                raise ValueError(
-                    f"{name}: layer {layer.name!r}: its weights are, or came out, NaN or infinite; "
-                    "see whether they and the statistics are finite, and give a larger damping"
-                )
-            found[layer.weight], masks[layer.weight] = new, keep
-        return found, with_biases(masks, tree, config)
+    def solved(*arrays: Any) -> Any:
+        found = _of_layers(*arrays, name=name, given=given, config=config, of=_layer, solve=solve)
+        new, masks = ({x.weight: found[x.name][i] for x in config.layers} for i in range(2))
+        return new, with_biases(masks, tree, config)
 
     new, masks = given.run(name, solved)
     masks = tree.rebuild(masks)
@@ -144,22 +131,43 @@ def solved_layers(
 ) -> dict[str, Any]:
     """Returns by layer name what ``function`` makes of its matrices; arguments as ``solve``'s."""
     given = _checked(name, params, stats, config, damping, counted=False)
-
-    def solved(weights: Any, grams: Any, counts: Any, damping: Any) -> Any:
-        return {
-            layer.name: compiled(weights[layer.weight], _matrices, "solve", "layer", "pattern")(
-                weights[layer.weight],
-                grams[layer.name],
-                0,
-                damping,
-                solve=function,
-                layer=layer,
-                pattern=given.patterns[layer.name],
-            )
-            for layer in config.layers
-        }
-
+    solved = functools.partial(
+        _of_layers, name=name, given=given, config=config, of=_matrices, solve=function
+    )
     found: dict[str, Any] = given.run(name, solved)
+    return found
+
+
+def _of_layers(
+    weights: dict[str, Any],
+    grams: dict[str, Any],
+    counts: dict[str, Any],
+    damping: Any,
+    *,
+    name: str,
+    given: _Given,
+    config: Config,
+    of: Callable[..., Any],
+    solve: Callable[..., Any],
+) -> dict[str, Any]:
+    """Returns by layer name what ``of``, :func:`_layer` or :func:`_matrices`, makes of it."""
+    found = {}
+    for layer in config.layers:
+        weight = weights[layer.weight]
+        found[layer.name] = compiled(weight, of, "solve", "layer", "pattern")(
+            weight,
+            grams[layer.name],
+            counts.get(layer.name, 0),
+            damping,
+            solve=solve,
+            layer=layer,
+            pattern=given.patterns[layer.name],
+        )
+        if not all(map(is_finite, (weight, *jax.tree.leaves(found[layer.name])))):
+            raise ValueError(
+                f"{name}: layer {layer.name!r}: its weights are, or came out, NaN or infinite; see "
+                "whether they and the statistics are finite, and give a larger damping"
+            )
     return found
 
 
@@ -209,14 +217,6 @@ def _checked(
         counts = {x.name: by_pool[pool.name] for pool in config.pools for x in pool.layers}
     weights = {path: stop_gradient(x) for path, x in weights.items()}
     return _Given(tree, weights, grams, counts, damping, patterns)
-
-
-def _seems_finite(x: Any) -> bool:
-    if not is_concrete(x):
-        return True
-    finite = namespace(x).all(namespace(x).isfinite(x))
-    # Inside a trace, what is computed of known values is not known either.
-    return not is_concrete(finite) or bool(finite)
 
 
 def _pattern(name: str, layer: Layer, config: Config) -> Pattern:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from purepruning.arguments import instance, missing, shown
+from purepruning.arguments import instance, is_finite, missing, shown
 from purepruning.arrays import (
     array_like,
-    by_numpy,
-    compiled,
     has_values,
     is_array,
     is_concrete,
-    is_numpy,
     is_torch,
-    namespace,
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers, checked_table
@@ -106,14 +102,7 @@ def refuse_others(
 
 def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
-    flags = {
-        name: [by_numpy(_finite, x) for x in some if is_concrete(x)]
-        for name, some in arrays.items()
-    }
-    # Inside a trace, what is computed of known values is not known either.
-    bad = [
-        name for name, some in flags.items() if any(is_concrete(f) and not bool(f) for f in some)
-    ]
+    bad = [name for name, some in arrays.items() if not all(map(is_finite, some))]
     if bad:
         raise ValueError(
             f"{where}: {what} of layer {', '.join(map(repr, bad))} is NaN or infinite; the "
@@ -128,16 +117,3 @@ def refuse_empty(where: str, seen: Mapping[str, WideCount]) -> None:
             raise ValueError(
                 f"{where}: statistics of layer {name!r} are empty: nothing was added by update"
             )
-
-
-def _finite(x: Any) -> Any:
-    return compiled(x, _is_finite)(x)
-
-
-def _is_finite(x: Any) -> Any:
-    xp = namespace(x)
-    # One pass over memory where operations are not compiled: a sum over NaN or infinity is neither
-    # finite, though one that is not may have overflown.
-    if (is_torch(x) or is_numpy(x)) and bool(xp.isfinite(xp.sum(x))):
-        return True
-    return xp.all(xp.isfinite(x))

@@ -21,13 +21,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import function, instance, missing, scalar, shown
+from purepruning.arguments import function, instance, is_finite, missing, scalar, shown
 from purepruning.arrays import (
     by_numpy,
     compiled,
     has_values,
     is_array,
-    is_concrete,
     is_torch,
     namespace,
     stop_gradient,
@@ -294,21 +293,11 @@ def _masks_of(
 
 def _refuse_non_finite(where: str, config: Config, arrays: Mapping[str, Any]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
-    flags = {layer.name: by_numpy(_finite, arrays[layer.weight]) for layer in config.layers}
-    bad = [name for name, flag in flags.items() if is_concrete(flag) and not bool(flag)]
+    bad = [layer.name for layer in config.layers if not is_finite(arrays[layer.weight])]
     if bad:
         raise ValueError(
             f"{where}: weights of layer {', '.join(map(repr, bad))} are NaN or infinite"
         )
-
-
-def _finite(x: Any) -> Any:
-    return compiled(x, _is_finite)(x)
-
-
-def _is_finite(x: Any) -> Any:
-    xp = namespace(x)
-    return xp.all(xp.isfinite(x))
 
 
 def _split(keep: Any, v: Any, w: Any, z: Any) -> tuple[Any, Any, Any, Any]:

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from purepruning.arguments import fraction, instance, missing, one_of, scalar, shown, whole_number
+from purepruning.arguments import (
+    fraction,
+    instance,
+    is_finite,
+    missing,
+    one_of,
+    scalar,
+    shown,
+    whole_number,
+)
 from purepruning.arrays import (
     by_numpy,
     has_values,
@@ -362,6 +371,9 @@ def sr_ste(grads: Any, params: Params, masks: Masks, *, decay: Any = 2e-4) -> An
     Raises:
         KeyError, ValueError, TypeError: as :func:`purepruning.apply_masks`.
         KeyError: a gradient is missing.
+        ValueError: a masked weight or its gradient is NaN or infinite, where values are known.
+            Under ``jit`` and ``vmap`` what comes of it is too.
+        TypeError: ``decay`` is of another framework than the parameters.
 
     >>> import jax.numpy as jnp
     >>> params, masks = {"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([True, False])}
@@ -370,13 +382,18 @@ def sr_ste(grads: Any, params: Params, masks: Masks, *, decay: Any = 2e-4) -> An
     """
     leaves, tree = flatten(params).leaves, flatten(grads)
     keep = by_path(masks, params)
-    decay = scalar(decay, "sr_ste: decay", zero=True)
+    like = next((leaves[path] for path in keep), None)
+    decay = scalar(decay, "sr_ste: decay", zero=True, like=like)
     new = dict(tree.leaves)
     for path, mask in keep.items():
         weight, xp = leaves[path], namespace(leaves[path])
         if not has_values(weight) or not xp.isdtype(weight.dtype, "real floating"):
             raise TypeError(f"sr_ste: params: {path!r} must be floating, got {shown(weight)}")
         slope = _slope("sr_ste", path, new, weight)
+        if not (is_finite(weight) and is_finite(slope)):
+            raise ValueError(
+                f"sr_ste: {path!r} is NaN or infinite in params or gradients; leave this step out"
+            )
         new[path] = by_numpy(_pulled, slope, weight, mask, decay)
     return tree.rebuild(new)
 

@@ -12,6 +12,7 @@ import purepruning as pp
 from purepruning import Layer
 from purepruning.stats import gradients
 from purepruning.stats.accumulate import value
+from tests.messages import raises
 from tests.modes import as_jax, as_torch
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -255,3 +256,19 @@ def test_fisher_is_half_the_mean_of_squares_of_examples():
         masks = pp.fisher(params, stats, config, damping=damping)
         got = np.concatenate([np.asarray(masks[n]).reshape(-1) for n in total])
         np.testing.assert_array_equal(got, expected)
+
+
+def test_a_damping_of_another_framework():
+    """A number of JAX serves tensors; one of torch is refused elsewhere, in words."""
+    layer = Layer("fc", "Linear", "w", (1, 2), (0,), (1,))
+    weight, slope = {"w": np.float32([[1, -2]])}, {"w": np.float32([[-3, 1]])}
+    config = pp.resolve(0.5, [layer])
+
+    def pruned(framework, damping):
+        params, grads = framework(weight), framework(slope)
+        stats = gradients.update(gradients.init(params, config), params, grads, config)
+        return pp.fisher(params, stats, config, damping=damping)["w"].tolist()
+
+    assert pruned(as_torch, jnp.float32(9)) == [[False, True]]
+    with raises(TypeError, "fisher: damping", "another framework"):
+        pruned(as_jax, torch.tensor(9.0))

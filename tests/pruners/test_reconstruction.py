@@ -189,6 +189,16 @@ def test_what_cannot_be_rebuilt_is_refused(row):
     refuses(ValueError, "layer 'stack'", "damping")
 
 
+@pytest.mark.parametrize("framework", [as_jax, as_torch])
+def test_errors_of_nan_are_refused(framework):
+    w, _, layer, stats = problem()
+    w = w.copy()
+    w[2, 3] = np.nan
+    config = pp.resolve([{"op_types": ["Linear"]}], [layer])
+    with raises(ValueError, "obc_errors", "layer 'fc'", "NaN"):
+        pp.obc_errors(framework({"w": w}), moved(framework, stats), config)
+
+
 # One matrix, and what is right for it.
 
 OUT, COLUMNS = 6, 40

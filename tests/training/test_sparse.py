@@ -256,3 +256,24 @@ def test_sr_ste_pulls_what_is_pruned_to_zero():
         expected = grads + 0.25 * np.where(np.asarray(masks["w"]), 0, weight)
         np.testing.assert_array_equal(np.asarray(got), expected)
     assert (expected != 0.5).sum() in (5, 6)  # one weight is zero
+
+
+@pytest.mark.parametrize("framework", [as_jax, as_torch])
+def test_sr_ste_refuses_nan(framework):
+    masks = framework({"w": np.array([True, False])})
+    for params, grads in (([np.nan, 2], [3, 4]), ([1, 2], [3, np.inf])):
+        with raises(ValueError, "sr_ste", "'w'", "NaN"):
+            pp.sr_ste(
+                framework({"w": np.float32(grads)}), framework({"w": np.float32(params)}), masks
+            )
+
+
+def test_a_decay_of_another_framework():
+    """A number of JAX serves tensors; one of torch is refused elsewhere, in words."""
+    numbers, mask = {"w": np.float32([4, 1])}, {"w": np.array([True, False])}
+    weights, masks = as_torch(numbers), as_torch(mask)
+    got = pp.sr_ste(weights, weights, masks, decay=jnp.float32(0.25))
+    assert got["w"].tolist() == [4, 1.25]
+    weights, masks = as_jax(numbers), as_jax(mask)
+    with raises(TypeError, "sr_ste: decay", "another framework"):
+        pp.sr_ste(weights, weights, masks, decay=torch.tensor(0.25))
