@@ -154,6 +154,12 @@ ROWS = (
     Row(prune_scores, CHANNEL, "global", stats=magnitudes),
     Row(prune_scores, TILES, stats=magnitudes, channels=None),
 )
+#: A layer's units take the same way for all criteria of a family, so that these run with --full.
+MORE = (
+    Row(functools.partial(pp.fisher, damping=1.0), CHANNEL, stats=slopes_of_elements),
+    Row(pp.wanda, CHANNEL, "global", stats=norms),
+)
+EVERY_ROW = ROWS + MORE
 
 
 #: All kinds of selection. Where that alone matters, XLA compiles these rows, each for seconds.
@@ -183,13 +189,24 @@ def floats(seed=0):
     return normal | {path: np.ones(shape, np.float32) for path, shape in BIASES.items()}
 
 
+def marks(row):
+    return [pytest.mark.full] if row in MORE else []
+
+
+def each(*parts):
+    """Cases of a row, and maybe a mode, as parameters."""
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=marks(case[0])) for case in parts
+    ]
+
+
 def cases(applies=lambda row: True):
     """Every row a law applies to, in both frameworks; others give the same, which is a law too."""
     return pytest.mark.parametrize(
         ("row", "run"),
         [
-            pytest.param(row, MODES[mode], id=f"{row}-{mode}")
-            for row in ROWS
+            pytest.param(row, MODES[mode], id=f"{row}-{mode}", marks=marks(row))
+            for row in EVERY_ROW
             if applies(row)
             for mode in ("jax_eager", "torch_eager")
         ],
@@ -201,16 +218,20 @@ def needs_stats(row):
     return row.stats is not nothing and row.pruner is not pp.random_pruning
 
 
-rows = pytest.mark.parametrize("row", ROWS, ids=str)
+rows = pytest.mark.parametrize("row", each(*zip(EVERY_ROW)))
 # Where nothing depends on the scope or on what the weights are, some of the rows are enough.
 layer_rows = pytest.mark.parametrize(
-    "row", [x for x in ROWS if x.scope == "layer" and x.pruner is not pp.random_pruning], ids=str
+    "row",
+    each(
+        *((x,) for x in EVERY_ROW if x.scope == "layer" and x.pruner is not pp.random_pruning),
+    ),
 )
 # Scores are a plain dict; test_movement.py and test_criteria_of_users.py have what is wrong there.
-WITH_STATS = [x for x in ROWS if needs_stats(x) and x.stats not in (movement, magnitudes)]
-with_stats = pytest.mark.parametrize("row", WITH_STATS, ids=str)
+WITH_STATS = [x for x in EVERY_ROW if needs_stats(x) and x.stats not in (movement, magnitudes)]
+SOME_WITH_STATS = [x for x in WITH_STATS if x not in MORE]
+with_stats = pytest.mark.parametrize("row", each(*zip(WITH_STATS)))
 counted = pytest.mark.parametrize(
-    "row", [row for row in ROWS if not isinstance(row.granularity, NM)], ids=str
+    "row", each(*((row,) for row in EVERY_ROW if not isinstance(row.granularity, NM)))
 )
 
 
@@ -285,8 +306,9 @@ def parts(row, *mode):
     return pruner, row.granularity, row.scope, *mode
 
 
-EVERY_RUN = [(row, mode) for row in ROWS for mode in MODES if is_run(row, mode)]
-COMPILED = [(row, mode) for row, mode in EVERY_RUN if mode.startswith(("jax_jit", "jax_vmap"))]
+EVERY_RUN = [(row, mode) for row in EVERY_ROW for mode in MODES if is_run(row, mode)]
+RUNS = [(row, mode) for row, mode in EVERY_RUN if row not in MORE]
+COMPILED = [(row, mode) for row, mode in RUNS if mode.startswith(("jax_jit", "jax_vmap"))]
 
 
 # What compiles, for a second each, is run for every pair of pruner, granularity, scope and mode.
@@ -294,7 +316,7 @@ COMPILED = [(row, mode) for row, mode in EVERY_RUN if mode.startswith(("jax_jit"
     ("row", "mode"),
     covered(
         EVERY_RUN,
-        [*covering(COMPILED, factors=parts), *(run for run in EVERY_RUN if run not in COMPILED)],
+        [*covering(COMPILED, factors=parts), *(run for run in RUNS if run not in COMPILED)],
         [f"{row}-{mode}" for row, mode in EVERY_RUN],
     ),
 )
@@ -356,10 +378,11 @@ def test_pruning_again_to_the_same_count_changes_nothing(row, run):
 
 @pytest.mark.parametrize(
     ("row", "mode"),
-    [(row, mode) for row in ROWS for mode in ("torch_eager", "torch_vmap")]
-    + [(row, mode) for row in SELECTIONS for mode in ("jax_device", "torch_device")]
-    + [(ROWS[0], "jax_vmap_params")],
-    ids=str,
+    each(
+        *((row, mode) for row in EVERY_ROW for mode in ("torch_eager", "torch_vmap")),
+        *((row, mode) for row in SELECTIONS for mode in ("jax_device", "torch_device")),
+        (ROWS[0], "jax_vmap_params"),
+    ),
 )
 def test_what_is_pruned_stays_pruned(row, mode):
     """Other weights, of which other units would go; those that went are part of the count."""
@@ -385,14 +408,15 @@ def test_what_is_pruned_stays_pruned(row, mode):
 
 @pytest.mark.parametrize(
     ("row", "mode"),
-    [
-        (row, mode)
-        for row in ROWS
-        for mode in ("torch_eager", "torch_device", "jax_device")
-        if row.scope == "layer" and row.granularity != NM(1, 2)
-        if mode == "torch_eager" or row in SELECTIONS
-    ],
-    ids=str,
+    each(
+        *(
+            (row, mode)
+            for row in EVERY_ROW
+            for mode in ("torch_eager", "torch_device", "jax_device")
+            if row.scope == "layer" and row.granularity != NM(1, 2)
+            if mode == "torch_eager" or row in SELECTIONS
+        )
+    ),
 )
 def test_inverted_scores_prune_the_most_important(row, mode):
     """Of the units that stay at one count, exactly those go at the count of the others."""
@@ -486,8 +510,8 @@ def test_a_bias_can_be_left_alone(row):
     ("row", "framework"),
     covered(
         [(row, framework) for row in WITH_STATS for framework in ("jax", "torch")],
-        [(row, "torch") for row in WITH_STATS]
-        + [(row, "jax") for (row,) in covering(zip(WITH_STATS), factors=parts, strength=1)],
+        [(row, "torch") for row in SOME_WITH_STATS]
+        + [(row, "jax") for (row,) in covering(zip(SOME_WITH_STATS), factors=parts, strength=1)],
         [f"{row}-{framework}" for row in WITH_STATS for framework in ("jax", "torch")],
     ),
 )
@@ -622,10 +646,10 @@ def test_a_granularity_without_meaning_raises_before_any_array_work(pruner, gran
 
 
 # Neither a hash nor a count is ever NaN.
-of_floats = [row for row in ROWS if row.pruner not in (pp.random_pruning, pp.apoz_rank)]
+of_floats = [row for row in EVERY_ROW if row.pruner not in (pp.random_pruning, pp.apoz_rank)]
 
 
-@pytest.mark.parametrize("row", of_floats, ids=str)
+@pytest.mark.parametrize("row", each(*zip(of_floats)))
 def test_nan_is_an_error_that_names_its_layers(row):
     params, layers = integers(), (row.layers[1], row.layers[-1])
     for layer in layers:
