@@ -106,6 +106,17 @@ class Target:
         return self.layer.name
 
     @property
+    def owner(self) -> Layer:
+        """The layer that owns the weight.
+
+        Raises:
+            TypeError: it is an activation function, which has none.
+        """
+        wanted = "the Layer that owns the weight"
+        instance(self.layer, Layer, f"target {self.site!r}: layer", wanted)
+        return cast(Layer, self.layer)
+
+    @property
     def site(self) -> str:
         """Where it is, as ``replace`` calls it: ``"conv1:input"``."""
         return f"{self.name}:{self.what}"
@@ -400,8 +411,7 @@ def grouped(target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Its own shape, but for groups, where the last input axis is split in two. Stacked layers have
     scales of their own.
     """
-    layer = target.layer
-    assert isinstance(layer, Layer)
+    layer = target.owner
     shape = layer.shape
     if target.granularity == "tensor":
         apart = layer.stack_axes

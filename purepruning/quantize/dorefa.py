@@ -55,8 +55,7 @@ def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
 def _weight(weight: Any, target: Target) -> Any:
     xp = namespace(weight)
     squeezed = xp.tanh(xp.astype(weight, xp.float32))
-    stacks = target.layer.stack_axes  # type: ignore[union-attr]
-    axes = tuple(a for a in range(weight.ndim) if a not in stacks)
+    axes = tuple(a for a in range(weight.ndim) if a not in target.owner.stack_axes)
     # The magnitude's derivative at zero differs between frameworks; the largest is not there.
     signs = stop_gradient(xp.where(squeezed < 0, -1.0, 1.0))
     largest = xp.max(squeezed * signs, axis=axes, keepdims=True)

@@ -89,7 +89,7 @@ def of(
         if target.site not in levels:
             message = f"integers.of: there are no levels of {target.site!r}"
             raise KeyError(missing(message, target.site, levels))
-        weight = on_host(found[target.layer.weight])  # type: ignore[union-attr]
+        weight = on_host(found[target.owner.weight])
         result[target.site] = _integers(weight, levels[target.site], target)
     return result
 
@@ -151,7 +151,7 @@ def weight_levels(
     def each(weights: Mapping[str, Any]) -> dict[str, Levels]:
         found = {}
         for target in config.weights:
-            weight: Array = weights[target.layer.weight]  # type: ignore[union-attr]
+            weight: Array = weights[target.owner.weight]
             xp = namespace(weight)
             wide = xp.astype(weight, xp.float32)
             found[target.site] = function(xp.reshape(wide, grouped(target)[0]), target)

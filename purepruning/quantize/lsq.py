@@ -67,7 +67,7 @@ def init(
         scales = {}
         for target in config.weights:
             shape, axes = grouped(target)
-            weight = weights[target.layer.weight]  # type: ignore[union-attr]
+            weight = weights[target.owner.weight]
             xp = namespace(weight)
             size = xp.abs(xp.reshape(xp.astype(weight, xp.float32), shape))
             mean = xp.mean(size, axis=axes, keepdims=True) if axes else size

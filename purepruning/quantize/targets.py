@@ -9,7 +9,6 @@ import jax
 
 from purepruning.arguments import instance, missing, shown
 from purepruning.arrays import by_numpy, has_values, is_array, namespace
-from purepruning.layers import Layer
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization, grouped
 from purepruning.trees import flatten
 from purepruning.types import Params
@@ -30,8 +29,7 @@ def each_weight(
     def all_of_them(weights: Mapping[str, Any], more: Any) -> dict[str, Any]:
         result = {}
         for target in config.weights:
-            assert isinstance(target.layer, Layer)
-            path = target.layer.weight
+            path = target.owner.weight
             weight = weights[path]
             xp = namespace(weight)
             new = function(xp.reshape(weight, grouped(target)[0]), target, *more)
@@ -54,8 +52,7 @@ def weights_of(where: str, params: Params, config: QuantizationConfig) -> dict[s
     leaves = flatten(params).leaves
     found = {}
     for target in config.weights:
-        layer = target.layer
-        assert isinstance(layer, Layer)
+        layer = target.owner
         if layer.weight not in leaves:
             message = f"{where}: params have no weight {layer.weight!r} of layer {layer.name!r}"
             raise KeyError(missing(message, layer.weight, leaves))

@@ -19,7 +19,6 @@ import safetensors.numpy
 
 from purepruning.arguments import instance, missing, shown
 from purepruning.arrays import array_like, has_values, is_array, is_concrete, is_torch
-from purepruning.layers import Layer
 from purepruning.quantize import integers
 from purepruning.quantize.config import QuantizationConfig, check_quantization
 from purepruning.quantize.integers import IntegerWeight
@@ -104,14 +103,13 @@ def save_quantized(
     arrays: dict[str, np.ndarray] = {}
     rows: dict[str, Any] = {}
     for t in config.weights:
-        assert isinstance(t.layer, Layer)
         if t.site not in weights:
             raise KeyError(missing(f"{where}: no integers of {t.site!r}", t.site, weights))
         weight = weights[t.site]
         instance(
             weight, IntegerWeight, f"{where}: weights[{t.site!r}]", "what integers.of returned"
         )
-        name = t.layer.weight
+        name = t.owner.weight
         arrays |= {f"{name}:integers": integers.pack(weight), f"{name}:scale": weight.scale}
         arrays[f"{name}:zero_point"] = weight.zero_point
         rows[name] = {

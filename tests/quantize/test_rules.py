@@ -254,6 +254,12 @@ def test_what_is_no_rule():
         pp.resolve_quantization(rule, TABLES["torch"][0])
 
 
+def test_an_activation_function_owns_no_weight():
+    target = pp.quantize.Target(Activation("relu1", "ReLU"), "weight", 8)
+    with raises(TypeError, "target 'relu1:weight': layer", "the Layer that owns the weight"):
+        pp.quantize.naive.weights({}, None, pp.quantize.QuantizationConfig((target,)))
+
+
 def test_a_config_is_static_under_jit():
     config = resolved(ANY)
     assert jax.tree.leaves(config) == []

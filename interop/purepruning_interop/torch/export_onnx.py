@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from purepruning.arguments import missing
-from purepruning.layers import Layer
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.integers import IntegerWeight, Levels
 from purepruning_interop.torch.capture import replace
@@ -91,14 +90,13 @@ class _Quantised(torch.nn.Module):
         self.model = model
         self._weights: list[tuple[str, Any, Any]] = []
         for i, target in enumerate(config.weights):
-            assert isinstance(target.layer, Layer)
             q, scale, zero, axis = _of_weight(weights[target.site], target)
             self.register_buffer(f"integers{i}", q)
             self.register_buffer(f"scale{i}", scale)
             self.register_buffer(f"zero{i}", zero)
             bounds = torch.iinfo(q.dtype)
             one = (float(scale[0]), int(zero[0])) if axis is None else (axis,)
-            self._weights.append((target.layer.weight, one, (bounds.min, bounds.max, q.dtype)))
+            self._weights.append((target.owner.weight, one, (bounds.min, bounds.max, q.dtype)))
         self._at = {t.site: _at_site(levels[t.site], t) for t in config.activations}
 
     def forward(self, *inputs: Any) -> Any:
@@ -115,8 +113,6 @@ class _Quantised(torch.nn.Module):
 
 def _of_weight(weight: IntegerWeight, target: Target) -> tuple[Any, Any, Any, int | None]:
     """Returns integers, scales and zero points as tensors, and the axis of channels."""
-    layer = target.layer
-    assert isinstance(layer, Layer)
     q, scale, zero = weight.integers.astype(np.int64), weight.scale, weight.zero_point
     dtype = weight.integers.dtype
     if not (zero == np.round(zero)).all():  # halfway between two levels
@@ -134,7 +130,7 @@ def _of_weight(weight: IntegerWeight, target: Target) -> tuple[Any, Any, Any, in
             "inputs, which DequantizeLinear of this opset has not; quantise by channel"
         )
     by_channel = scale.size > 1
-    axis = layer.out_axes[0] if by_channel else None
+    axis = target.owner.out_axes[0] if by_channel else None
     shape = (scale.size,)
     zeros = np.broadcast_to(zero, scale.shape).reshape(shape).astype(dtype)
     scales = np.ascontiguousarray(scale.reshape(shape))

@@ -14,7 +14,6 @@ from torchao.quantization import (
     PerGroup,
 )
 
-from purepruning.layers import Layer
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 
 
@@ -42,12 +41,10 @@ def to_torchao_config(config: QuantizationConfig) -> Any:
 
 
 def _config(where: str, target: Target, read: Target | None) -> Any:
-    layer = target.layer
-    assert isinstance(layer, Layer)
-    if layer.type != "Linear" or target.bits > 8:
+    if target.owner.type != "Linear" or target.bits > 8:
         raise ValueError(
             f"{where}: torchao quantises linear layers to at most 8 bits, and {target.name!r} is a "
-            f"{layer.type} of {target.bits}; leave it out"
+            f"{target.owner.type} of {target.bits}; leave it out"
         )
     grouped = isinstance(target.granularity, int)
     granularity = PerGroup(target.granularity) if grouped else PerAxis(0)
