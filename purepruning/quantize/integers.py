@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import missing
 from purepruning.arrays import by_numpy, namespace
 from purepruning.quantize.config import QuantizationConfig, Target, grouped
-from purepruning.quantize.targets import weights_of
+from purepruning.quantize.targets import check_sites, weights_of
 from purepruning.types import Array, Params
 
 
@@ -84,11 +83,9 @@ def of(
     array([[102,  99]], dtype=uint8)
     """
     found = weights_of("integers.of", quantised, config)
+    check_sites("integers.of: levels", levels, config.weights, "levels of the quantizer")
     result = {}
     for target in config.weights:
-        if target.site not in levels:
-            message = f"integers.of: there are no levels of {target.site!r}"
-            raise KeyError(missing(message, target.site, levels))
         weight = on_host(found[target.owner.weight])
         result[target.site] = _integers(weight, levels[target.site], target)
     return result

@@ -17,14 +17,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.arguments import missing
 from purepruning.arrays import by_numpy, namespace, stop_gradient
-from purepruning.quantize.config import QuantizationConfig, Target, group_size, grouped
+from purepruning.quantize.config import (
+    QuantizationConfig,
+    Target,
+    check_quantization,
+    group_size,
+    grouped,
+)
 from purepruning.quantize.integers import Levels
 from purepruning.quantize.targets import (
     AtSite,
     arrays_at,
-    check_seen,
+    check_sites,
     each_weight,
     map_arrays,
     refuse_start,
@@ -61,7 +66,8 @@ def init(
         ValueError: the rules have a start step, or an integer range without a positive number.
     """
     refuse_start("lsq.init", config)
-    check_seen("lsq.init", {} if seen is None else seen, config)
+    seen = {} if seen is None else seen
+    check_sites("lsq.init: seen", seen, config.activations, "replace(..., at=lsq.watch(config))")
 
     def of_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
         scales = {}
@@ -76,7 +82,7 @@ def init(
 
     scales = by_numpy(of_weights, weights_of("lsq.init", params, config))
     for target in config.activations:
-        calls = (seen or {})[target.site]
+        calls = seen[target.site]
         calls = calls if isinstance(calls, list) else [calls]
         xp = namespace(calls[0])
         means = [xp.mean(call) for call in calls]
@@ -102,7 +108,7 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
     [[1.5, -1.5, 3.0]]
     """
     refuse_start("lsq.weights", config)
-    _check_scales("lsq.weights", scales, config.weights)
+    check_sites("lsq.weights: scales", scales, config.weights, "lsq.init")
 
     def quantized(weight: Any, target: Target, scales: Mapping[str, Any]) -> Any:
         return quantize(weight, scales[target.site], *_range(target), group_size(target))
@@ -112,7 +118,8 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
 
 def levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
-    _check_scales("lsq.levels", scales, config.weights)
+    check_quantization("lsq.levels", config)
+    check_sites("lsq.levels: scales", scales, config.weights, "lsq.init")
     return {t.site: Levels(scales[t.site], 0.0, *_range(t)) for t in config.weights}
 
 
@@ -123,7 +130,7 @@ def activations(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[s
         KeyError: there is no scale of a site.
     """
     refuse_start("lsq.activations", config)
-    _check_scales("lsq.activations", scales, config.activations)
+    check_sites("lsq.activations: scales", scales, config.activations, "lsq.init")
 
     def at(target: Target) -> AtSite:
         def quantized(x: Any) -> Any:
@@ -192,10 +199,3 @@ def _mean_magnitude(arrays: list[Any]) -> Any:
     xp = namespace(arrays[0])
     total = sum(xp.sum(xp.abs(stop_gradient(xp.astype(x, xp.float32)))) for x in arrays)
     return total / sum(math.prod(x.shape) for x in arrays)
-
-
-def _check_scales(where: str, scales: Any, targets: tuple[Target, ...]) -> None:
-    for target in targets:
-        if target.site not in scales:
-            message = f"{where}: there is no scale of {target.site!r}"
-            raise KeyError(missing(message, target.site, scales))

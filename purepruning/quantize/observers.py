@@ -28,9 +28,8 @@ from purepruning.arrays import (
     zeros,
 )
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
-from purepruning.quantize.targets import AtSite, arrays_at, check_seen
+from purepruning.quantize.targets import AtSite, any_leaf, arrays_at, check_sites
 from purepruning.stats import accumulate
-from purepruning.trees import flatten
 from purepruning.types import Params
 
 Kind = Literal["min_max", "moving_average", "histogram"]
@@ -77,7 +76,7 @@ def init(params: Params, config: QuantizationConfig, kind: Kind = "min_max") -> 
     """
     check_quantization("observers.init", config)
     one_of("observers.init: kind", kind, ("min_max", "moving_average", "histogram"))
-    like = next(iter(flatten(params).leaves.values()))
+    like = any_leaf("observers.init", params)
 
     def new() -> Observer:
         zero = zeros(like, (), "float32")
@@ -94,6 +93,7 @@ def init(params: Params, config: QuantizationConfig, kind: Kind = "min_max") -> 
 def watch(state: Observers, config: QuantizationConfig) -> dict[str, AtSite]:
     """Returns functions for ``replace`` that leave values as they are and find what is observed."""
     check_quantization("observers.watch", config)
+    check_sites("observers.watch: state", state, config.activations, "observers.init")
 
     def at(target: Target) -> AtSite:
         summary = bin_counts if isinstance(state[target.site], Histogram) else range_of
@@ -109,13 +109,17 @@ def watch(state: Observers, config: QuantizationConfig) -> dict[str, AtSite]:
 def update(state: Observers, seen: Mapping[str, Any], config: QuantizationConfig) -> Observers:
     """Returns the observers after a batch; ``seen`` is what ``replace`` found.
 
-    Of a layer that is called several times, all calls are one batch.
+    Of a layer that is called several times, all calls are one batch. Observers of sites that are
+    not in ``config`` stay as they are.
 
     Raises:
-        KeyError: nothing was seen at a site.
+        KeyError: there is no observer of a site, or nothing was seen there.
     """
-    check_seen("observers.update", seen, config)
-    return {site: after(observer, seen[site]) for site, observer in state.items()}
+    check_quantization("observers.update", config)
+    check_sites("observers.update: state", state, config.activations, "observers.init")
+    check_sites("observers.update: seen", seen, config.activations, "replace")
+    sites = [target.site for target in config.activations]
+    return {**state, **{site: after(state[site], seen[site]) for site in sites}}
 
 
 def after(observer: Observer, seen: Any) -> Any:
@@ -129,7 +133,7 @@ def after(observer: Observer, seen: Any) -> Any:
         return Histogram(counts)
     batch = whole_range(seen)
     if isinstance(observer, Range):
-        return merge_one(observer, batch)
+        return _covering([observer, batch])
     xp = namespace(batch.low)
     weight = observer.weight
     fresh = weight == 0
@@ -162,16 +166,13 @@ def merge(a: Observers, b: Observers) -> Observers:
     return {site: merge_one(a[site], b[site]) for site in a}
 
 
-def merge_one(a: Observer, b: Observer) -> Any:
-    """Returns the observer of what both have seen."""
-    if isinstance(a, Histogram) and isinstance(b, Histogram):
+def merge_one(a: Any, b: Any) -> Any:
+    """Returns the observer of what two of one kind have seen."""
+    if isinstance(a, Histogram):
         return Histogram(accumulate.merge_counts(a.counts, b.counts))
-    if isinstance(a, MovingAverage) and isinstance(b, MovingAverage):
+    if isinstance(a, MovingAverage):
         return MovingAverage(*(x + y for x, y in zip(a, b, strict=True)))
-    assert isinstance(a, Range)
-    assert isinstance(b, Range)
-    xp = namespace(a.low)
-    return Range(xp.minimum(a.low, b.low), xp.maximum(a.high, b.high))
+    return _covering([a, b])
 
 
 def ranges(state: Observers, *, coverage: float = 1.0) -> dict[str, Range]:
@@ -223,15 +224,20 @@ def range_of(arrays: list[Any]) -> Range:
     """Returns the smallest and largest number of arrays, float32, without gradients."""
     xp = namespace(arrays[0])
     found = [stop_gradient(xp.astype(x, xp.float32)) for x in arrays]
-    lows, highs = [xp.min(x) for x in found], [xp.max(x) for x in found]
-    return Range(functools.reduce(xp.minimum, lows), functools.reduce(xp.maximum, highs))
+    return _covering([Range(xp.min(x), xp.max(x)) for x in found])
 
 
 def whole_range(seen: Any) -> Range:
     """Returns the range over several calls, and over the steps of loops."""
     calls = [seen] if isinstance(seen, Range) else list(seen)
     xp = namespace(calls[0].low)
-    lows, highs = [xp.min(c.low) for c in calls], [xp.max(c.high) for c in calls]
+    return _covering([Range(xp.min(call.low), xp.max(call.high)) for call in calls])
+
+
+def _covering(ranges: list[Range]) -> Range:
+    """Returns the smallest range that contains all of these."""
+    xp = namespace(ranges[0].low)
+    lows, highs = zip(*ranges, strict=True)
     return Range(functools.reduce(xp.minimum, lows), functools.reduce(xp.maximum, highs))
 
 

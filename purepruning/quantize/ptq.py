@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.quantize.config import QuantizationConfig, Target
+from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.fake import fake_quantize
 from purepruning.quantize.integers import Levels, weight_levels
 from purepruning.quantize.observers import Range
 from purepruning.quantize.ranges import quantized_weight, range_levels, scale_of
 from purepruning.quantize.targets import (
     AtSite,
-    check_seen,
+    check_sites,
     each_weight,
     map_arrays,
     refuse_start,
@@ -44,7 +44,8 @@ def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
 
 def activation_levels(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for inputs and outputs of these ranges."""
-    check_seen("ptq.activation_levels", ranges, config)
+    check_quantization("ptq.activation_levels", config)
+    check_sites("ptq.activation_levels: ranges", ranges, config.activations, "observers.ranges")
     return {t.site: Levels(*scale_of(t, *ranges[t.site]), *t.range) for t in config.activations}
 
 
@@ -56,7 +57,8 @@ def activations(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict
     Raises:
         KeyError: there is no range of a site.
     """
-    check_seen("ptq.activations", ranges, config)
+    check_quantization("ptq.activations", config)
+    check_sites("ptq.activations: ranges", ranges, config.activations, "observers.ranges")
 
     def at(target: Target) -> AtSite:
         scale = scale_of(target, *ranges[target.site])

@@ -22,8 +22,14 @@ from purepruning.quantize.config import QuantizationConfig, Target, check_quanti
 from purepruning.quantize.fake import fake_quantize
 from purepruning.quantize.integers import Levels, weight_levels
 from purepruning.quantize.ranges import quantized_weight, range_levels, scale_of
-from purepruning.quantize.targets import AtSite, arrays_at, each_weight, map_arrays
-from purepruning.trees import flatten
+from purepruning.quantize.targets import (
+    AtSite,
+    any_leaf,
+    arrays_at,
+    check_sites,
+    each_weight,
+    map_arrays,
+)
 from purepruning.types import Params
 
 
@@ -42,9 +48,8 @@ class State(NamedTuple):
 def init(params: Params, config: QuantizationConfig) -> State:
     """Returns the state before the first step; ``params`` say for which framework and device."""
     check_quantization("qat.init", config)
-    like = next(iter(flatten(params).leaves.values()))
-    averages = observers.init(params, config, "moving_average")
-    return State(zeros(like, (), "int32"), averages)
+    step = zeros(any_leaf("qat.init", params), (), "int32")
+    return State(step, observers.init(params, config, "moving_average"))
 
 
 def weights(params: Params, state: State, config: QuantizationConfig) -> Params:
@@ -91,6 +96,7 @@ def activations(
     """
     _check_state("qat.activations", state)
     check_quantization("qat.activations", config)
+    check_sites("qat.activations: state.averages", state.averages, config.activations, "qat.init")
     flag(training, "qat.activations: training")
 
     def at(target: Target) -> AtSite:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -96,14 +96,35 @@ def map_arrays(function: Callable[[Any], Any], value: Any) -> Any:
     return jax.tree.map(lambda x: function(x) if is_array(x) and is_float(x) else x, value)
 
 
-def check_seen(where: str, seen: Any, config: QuantizationConfig) -> None:
-    """Raises where ``seen`` is not what an adapter's ``replace`` found at the config's sites."""
-    check_quantization(where, config)
-    instance(seen, Mapping, f"{where}: seen", "what replace found, a mapping by site")
-    for target in config.activations:
-        if target.site not in seen:
-            message = f"{where}: nothing was seen at {target.site!r}"
-            raise KeyError(missing(message, target.site, seen))
+def check_sites(where: str, given: Any, targets: Iterable[Target], source: str) -> None:
+    """Raises where an argument, a mapping by site, lacks a target's.
+
+    Args:
+        where: begins messages: the function and the argument's name.
+        given: the argument.
+        targets: whose sites it must have.
+        source: the function that returns such a mapping.
+
+    Raises:
+        TypeError: it is no mapping.
+        KeyError: it has nothing of a target.
+    """
+    instance(given, Mapping, where, f"what {source} returned, a mapping by site")
+    for target in targets:
+        if target.site not in given:
+            message = missing(f"{where}: there is nothing of {target.site!r}", target.site, given)
+            raise KeyError(f"{message}; give what {source} returned for this config")
+
+
+def any_leaf(where: str, params: Params) -> Any:
+    """Returns one of the parameters, which says for which framework and device something is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for leaf in flatten(params).leaves.values():
+        return leaf
+    raise ValueError(f"{where}: params hold no array, got {shown(params)}; give the model's")
 
 
 def refuse_start(where: str, config: QuantizationConfig) -> None:

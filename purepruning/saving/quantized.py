@@ -23,7 +23,7 @@ from purepruning.quantize import integers
 from purepruning.quantize.config import QuantizationConfig, check_quantization
 from purepruning.quantize.integers import IntegerWeight
 from purepruning.quantize.observers import Range
-from purepruning.quantize.targets import weights_of
+from purepruning.quantize.targets import check_sites, weights_of
 from purepruning.saving.files import (
     BROKEN,
     check_sum,
@@ -92,8 +92,8 @@ def save_quantized(
     target, leaves = file_path(path, where), flatten(params).leaves
     check_quantization(where, config)
     weights_of(where, params, config)
-    instance(weights, Mapping, f"{where}: weights", "what integers.of returned, a mapping by site")
-    instance(ranges, Mapping, f"{where}: ranges", "a mapping from sites to ranges")
+    check_sites(f"{where}: weights", weights, config.weights, "integers.of")
+    check_sites(f"{where}: ranges", ranges, config.activations, "observers.ranges")
     for name, x in leaves.items():
         if not (is_array(x) and has_values(x) and is_concrete(x)):
             raise TypeError(
@@ -103,8 +103,6 @@ def save_quantized(
     arrays: dict[str, np.ndarray] = {}
     rows: dict[str, Any] = {}
     for t in config.weights:
-        if t.site not in weights:
-            raise KeyError(missing(f"{where}: no integers of {t.site!r}", t.site, weights))
         weight = weights[t.site]
         instance(
             weight, IntegerWeight, f"{where}: weights[{t.site!r}]", "what integers.of returned"
@@ -212,8 +210,6 @@ def _calibration(
             row["weight_scale"] = weights[t.site].scale.tolist()
             row["weight_zero_point"] = weights[t.site].zero_point.tolist()
             continue
-        if t.site not in ranges:
-            raise KeyError(missing(f"{where}: no range of {t.site!r}", t.site, ranges))
         instance(ranges[t.site], Range, f"{where}: ranges[{t.site!r}]", "a Range")
         for name, bound in zip(("min", "max"), ranges[t.site], strict=True):
             row[f"tracked_{name}_{t.what}"] = float(integers.on_host(bound))

@@ -98,7 +98,7 @@ def test_what_is_not_quantised_is_refused():
     levels = qat.levels(PARAMS, config)
     with raises(ValueError, "integers.of", "'fc'", "none of its levels", "the same quantizer"):
         integers.of(PARAMS, levels, config)
-    with raises(KeyError, "no levels of 'conv:weight'", "'fc:weight'"):
+    with raises(KeyError, "integers.of: levels", "nothing of 'conv:weight'", "'fc:weight'"):
         integers.of(by_range(PARAMS, config)[0], {"fc:weight": levels["fc:weight"]}, config)
 
 

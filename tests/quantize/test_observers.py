@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning.quantize import observers, ptq
+from purepruning.quantize import observers, ptq, qat
 from purepruning.quantize.observers import Histogram, MovingAverage, Range
 from tests.messages import raises
 
@@ -153,8 +153,25 @@ def test_mistakes_are_named():
         observers.init(PARAMS, CONFIG, "max")
     with raises(TypeError, "'fc:input'", "no array of floats"):
         observers.watch(state, CONFIG)[SITE](jnp.arange(3))
-    with raises(KeyError, "ptq.activations", "'fc:input'"):
+    with raises(KeyError, "ptq.activations: ranges", "'fc:input'", "give what observers.ranges"):
         ptq.activations({}, CONFIG)
+    with raises(TypeError, "ptq.activations: ranges", "a mapping by site", "None"):
+        ptq.activations(None, CONFIG)
+    for of in (observers.watch, lambda state, config: observers.update(state, {}, config)):
+        with raises(KeyError, "state", "'fc:input'", "'fd:input'", "give what observers.init"):
+            of({"fd:input": state[SITE]}, CONFIG)
+    nothing = qat.init(PARAMS, pp.quantize.QuantizationConfig())
+    with raises(KeyError, "qat.activations: state.averages", "'fc:input'", "give what qat.init"):
+        qat.activations(nothing, CONFIG)
+    for init in (observers.init, qat.init):
+        with raises(ValueError, "params hold no array", "an empty dict", "give the model's"):
+            init({}, CONFIG)
+
+
+def test_observers_of_sites_that_are_not_asked_for_stay():
+    state = {**observed("min_max", BATCHES), "fd:input": Range(F(-1), F(1))}
+    found = observers.update(state, {SITE: Range(F(-90), F(90))}, CONFIG)
+    assert [float(x) for site in (SITE, "fd:input") for x in found[site]] == [-90, 90, -1, 1]
 
 
 @frameworks

@@ -80,9 +80,9 @@ def test_both_frameworks_write_the_same_bytes(tmp_path):
 def test_mistakes_are_named(tmp_path):
     params, quantised, weights, config = model("jax")
     path = tmp_path / "model.safetensors"
-    with raises(KeyError, "save_quantized", "no integers of 'fc:weight'"):
+    with raises(KeyError, "save_quantized: weights", "nothing of 'fc:weight'", "integers.of"):
         pp.save_quantized(path, quantised, {}, RANGES, config)
-    with raises(KeyError, "save_quantized", "no range of 'fc:input'"):
+    with raises(KeyError, "save_quantized: ranges", "nothing of 'fc:input'", "observers.ranges"):
         pp.save_quantized(path, quantised, weights, {}, config)
     assert not path.exists()
     pp.save_quantized(path, quantised, weights, RANGES, config)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from purepruning.arguments import missing
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.integers import IntegerWeight, Levels
+from purepruning.quantize.targets import check_sites
 from purepruning_interop.torch.capture import replace
 from purepruning_interop.torch.program import check
 
@@ -51,12 +51,8 @@ def export_onnx(
     where = "export_onnx(model, path, ...)"
     check(where, model)
     check_quantization(where, config)
-    for target in config.targets:
-        known: Mapping[str, Any] = weights if target.what == "weight" else levels
-        if target.site not in known:
-            raise KeyError(
-                missing(f"{where}: nothing is known of {target.site!r}", target.site, known)
-            )
+    check_sites(f"{where}: weights", weights, config.weights, "integers.of")
+    check_sites(f"{where}: levels", levels, config.activations, "ptq.activation_levels")
     quantised = _Quantised(model, weights, levels, config)
     batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     exporter = logging.getLogger("torch.onnx")
