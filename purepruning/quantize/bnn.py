@@ -65,7 +65,8 @@ def activations(config: QuantizationConfig) -> dict[str, AtSite]:
         ValueError: as :func:`weights`.
     """
     _check("bnn.activations", config)
-    constant = [t.name for t in config.activations if t.layer.type in _NEVER_NEGATIVE]
+    outputs = [t for t in config.activations if t.what == "output"]
+    constant = [t.name for t in outputs if t.layer.type in _NEVER_NEGATIVE]
     if constant:
         warnings.warn(
             f"bnn.activations: the output of {', '.join(map(repr, constant))} is never negative: "

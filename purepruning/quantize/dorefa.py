@@ -12,7 +12,7 @@ from typing import Any
 
 from purepruning.arguments import whole_number
 from purepruning.arrays import iota, map_gradient, namespace, stop_gradient
-from purepruning.quantize.config import QuantizationConfig, Target
+from purepruning.quantize.config import MOST_BITS, QuantizationConfig, Target
 from purepruning.quantize.fake import fake_quantize, round_through
 from purepruning.quantize.integers import Levels, in_steps
 from purepruning.quantize.targets import (
@@ -105,7 +105,8 @@ def activations(
     found: dict[str, AtSite] = {target.site: at(target) for target in config.activations}
     if gradient_bits is None:
         return found
-    words, bits = key_words(key), whole_number(gradient_bits, "gradient_bits", 1, 24)
+    bits = whole_number(gradient_bits, "dorefa.activations: gradient_bits", 1, MOST_BITS)
+    words = key_words(key)
 
     def backward(name: str, first: AtSite | None) -> AtSite:
         def quantize(value: Any) -> tuple[Any, None]:

@@ -86,8 +86,9 @@ def fake_quantize(x: Array, scale: Any, zero_point: Any, low: int, high: int) ->
     """
     xp = namespace(x)
     wide = xp.astype(x, xp.float32)
-    constant, scale = stop_gradient(wide), stop_gradient(scale)
-    whole = xp.round(constant * (1 / scale)) + stop_gradient(zero_point)
+    constant = stop_gradient(wide)
+    scale, zero_point = stop_gradient(scale), stop_gradient(zero_point)
+    whole = xp.round(constant * (1 / scale)) + zero_point
     clipped = xp.clip(whole, low, high)
     through = xp.where(whole == clipped, wide - constant, 0.0)  # zero, with a derivative of one
     # A zero is one anyway; said so, it is seen where the coupling of channels is read off.

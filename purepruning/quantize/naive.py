@@ -6,13 +6,14 @@ had; here numbers are rounded unless ``rounding="truncate"``, and scales are tho
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from purepruning.arguments import one_of
 from purepruning.arrays import namespace, stop_gradient
-from purepruning.quantize.config import QuantizationConfig, Target, grouped
-from purepruning.quantize.fake import Scale, symmetric
+from purepruning.quantize.config import QuantizationConfig, Target
 from purepruning.quantize.integers import Levels, weight_levels
+from purepruning.quantize.ranges import range_levels, weight_scale
 from purepruning.quantize.targets import each_weight, refuse_start
 from purepruning.types import Params
 
@@ -37,6 +38,9 @@ def weights(
         config: the resolved rules.
         rounding: ``"truncate"`` rounds towards zero, as NNI does.
 
+    Raises:
+        ValueError: the rules have a start step, or say 1 bit, which has no integer beside 0.
+
     >>> import jax.numpy as jnp
     >>> import purepruning as pp
     >>> params = {"fc.w": jnp.array([[0.3, -1.27]])}
@@ -46,32 +50,32 @@ def weights(
     [[0.3, -1.27]]
     """
     one_of("naive.weights: rounding", rounding, ("nearest", "truncate"))
-    refuse_start("naive.weights", config)
 
     def quantized(weight: Any, target: Target) -> Any:
         xp = namespace(weight)
         wide = xp.astype(weight, xp.float32)
         constant = stop_gradient(wide)
-        scale = naive_scale(constant, target).scale
+        scale = weight_scale(constant, target).scale
         whole = (xp.trunc if rounding == "truncate" else xp.round)(constant * (1 / scale))
         return xp.astype(whole * scale + (wide - constant), weight.dtype)
 
-    return each_weight("naive.weights", params, config, quantized)
+    return each_weight("naive.weights", params, _symmetric("naive.weights", config), quantized)
 
 
 def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
-    return weight_levels("naive.levels", params, config, _levels)
+    return weight_levels("naive.levels", params, _symmetric("naive.levels", config), range_levels)
 
 
-def _levels(weight: Any, target: Target) -> Levels:
-    high = 2 ** (target.bits - 1) - 1
-    return Levels(*naive_scale(weight, target), -high, high)
-
-
-def naive_scale(weight: Any, target: Target) -> Scale:
-    """Returns the symmetric scale, or scales, of a weight in the shape of :func:`grouped`."""
-    xp = namespace(weight)
-    axes, high = grouped(target)[1], 2 ** (target.bits - 1) - 1
-    largest = xp.max(xp.abs(weight), axis=axes, keepdims=True) if axes else xp.abs(weight)
-    return symmetric(largest, largest, -high, high)
+def _symmetric(where: str, config: QuantizationConfig) -> QuantizationConfig:
+    """Returns the config with the scheme that weights have here."""
+    refuse_start(where, config)
+    for target in config.weights:
+        if target.bits == 1:
+            raise ValueError(
+                f"{where}: rule {target.rule} has 1 bit, whose only integer here is 0; write 2 "
+                "bits, or take bnn"
+            )
+    return QuantizationConfig(
+        tuple(dataclasses.replace(t, scheme="symmetric", dtype=None) for t in config.weights)
+    )

@@ -140,6 +140,7 @@ def refuse_start(where: str, config: QuantizationConfig) -> None:
 
 def refuse_granularity(where: str, config: QuantizationConfig) -> None:
     """Raises where weights have several scales in rules for a quantizer that has none."""
+    check_quantization(where, config)
     for target in config.weights:
         if target.granularity != "tensor":
             raise ValueError(

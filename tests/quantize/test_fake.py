@@ -34,6 +34,8 @@ def test_values_and_gradients_by_hand():
         y = fake_quantize(t, 0.5, 2, 0, 7)
         y.backward()
         assert [y.item(), t.grad.item()] == [wanted, passed]
+    of_both = jax.grad(fake_quantize, argnums=(1, 2))(jnp.float32(0.3), 0.5, 2.0, 0, 7)
+    assert [float(g) for g in of_both] == [0, 0]
 
 
 @pytest.mark.parametrize("rule", [affine, symmetric])

@@ -132,6 +132,8 @@ def test_binarised_outputs_of_relus_are_constant_and_warned_of(framework):
         at = bnn.activations(config)
     y, _ = at["relu1:output"](jnp.array([0.0, 2.0]))
     assert y.tolist() == [1, 1]
+    reads = {"quant_types": ["input"], "quant_bits": 1, "op_types": ["ReLU"]}
+    assert len(bnn.activations(resolved(reads, framework))) == 3  # those have both signs
 
 
 def test_activations_are_named_alike():
@@ -258,6 +260,18 @@ def test_an_activation_function_owns_no_weight():
     target = pp.quantize.Target(Activation("relu1", "ReLU"), "weight", 8)
     with raises(TypeError, "target 'relu1:weight': layer", "the Layer that owns the weight"):
         pp.quantize.naive.weights({}, None, pp.quantize.QuantizationConfig((target,)))
+
+
+def test_bits_that_a_quantizer_has_not():
+    config = resolved(ANY | {"quant_bits": 1})
+    for where, of in {
+        "naive.weights": lambda: pp.quantize.naive.weights({}, None, config),
+        "naive.levels": lambda: pp.quantize.naive.levels({}, config),
+    }.items():
+        with raises(ValueError, where, "rule 0 has 1 bit", "write 2 bits, or take bnn"):
+            of()
+    with raises(ValueError, "dorefa.activations: gradient_bits must be at most 24, got 25"):
+        pp.quantize.dorefa.activations(config, key=0, gradient_bits=25)
 
 
 def test_a_config_is_static_under_jit():
