@@ -18,7 +18,15 @@ import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import instance, missing, shown
-from purepruning.arrays import array_like, has_values, is_array, is_concrete, is_torch
+from purepruning.arrays import (
+    array_like,
+    has_values,
+    is_array,
+    is_concrete,
+    is_numpy,
+    is_torch,
+    jax_array,
+)
 from purepruning.quantize import integers
 from purepruning.quantize.config import QuantizationConfig, check_quantization
 from purepruning.quantize.integers import IntegerWeight
@@ -63,7 +71,8 @@ def save_quantized(
 ) -> None:
     """Writes a quantised model to ``path``, in safetensors, and its calibration to a JSON file.
 
-    The latter has the same name, with ``.json`` at the end. Both appear whole or not at all.
+    The latter is ``model.json`` beside ``model.safetensors``, and has ``.json`` added to any other
+    name. Both appear whole or not at all.
 
     Args:
         path: the safetensors file.
@@ -118,7 +127,7 @@ def save_quantized(
             "low": weight.low,
             "dtype": str(weight.integers.dtype),
         }
-    arrays |= {name: integers.on_host(x) for name, x in leaves.items() if name not in rows}
+    arrays |= {name: _as_stored(x) for name, x in leaves.items() if name not in rows}
     header = {
         "format": "quantized",
         "format_version": FORMAT_VERSION,
@@ -147,6 +156,8 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
             has another shape than in ``params``.
     """
     target, tree = file_path(path, "load_quantized"), flatten(params)
+    if not tree.leaves:
+        raise ValueError(f"load_quantized: params hold no parameter, got {shown(params)}")
     header, arrays = read_whole(target, "quantized", FORMAT_VERSION)
     weights, values = {}, {}
     try:
@@ -170,8 +181,6 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
     except BROKEN as error:
         raise unreadable(target, "quantized", error) from error
     found = {}
-    if not tree.leaves:
-        raise ValueError(f"load_quantized: params hold no parameter, got {shown(params)}")
     for name, like in tree.leaves.items():
         if not is_array(like):
             raise TypeError(
@@ -192,7 +201,7 @@ def load_quantized(path: str | os.PathLike[str], params: Params) -> QuantizedMod
 
 
 def _json_of(path: Path) -> Path:
-    return path.with_suffix(".json")
+    return path.with_name(path.name.removesuffix(".safetensors") + ".json")
 
 
 def _calibration(
@@ -228,7 +237,14 @@ def _ranges(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Range]:
 
 
 def _as_leaf(like: Any, x: Any) -> Any:
-    """Returns an array of NumPy as a tensor where ``like`` is one, in its dtype."""
-    if not is_torch(like):
-        return x.astype(like.dtype)
-    return array_like(like, x).to(like.dtype)
+    """Returns an array of NumPy in the framework and dtype of ``like``."""
+    if is_torch(like):
+        return array_like(like, x).to(like.dtype)
+    x = x.astype(like.dtype)
+    return x if is_numpy(like) else jax_array(x)
+
+
+def _as_stored(x: Any) -> np.ndarray:
+    """Returns an array of NumPy; in float32 if of a dtype that safetensors' NumPy side has not."""
+    found = integers.on_host(x)
+    return found.astype(np.float32) if found.dtype.kind == "V" else found

@@ -82,6 +82,25 @@ def test_round_trip_is_exact(name, bits, keys, framework):
         assert again.dtype == q.dtype
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_half_precision(bits, dtype):
+    """Numbers that 8 bits need are rounded in bfloat16; they are the levels in it."""
+    config = config_of(bits, quant_scheme="per_channel_symmetric")
+    for as_array in (
+        lambda x: jnp.asarray(x, dtype),
+        lambda x: torch.tensor(x, dtype=getattr(torch, dtype)),
+    ):
+        params = {name: as_array(x) for name, x in PARAMS.items()}
+        quantised, levels = by_range(params, config)
+        for site, weight in integers.of(quantised, levels, config).items():
+            found = integers.on_host(quantised[site.removesuffix(":weight")])
+            assert str(found.dtype) == dtype
+            np.testing.assert_array_equal(weight.values().astype(found.dtype), found)
+        with raises(ValueError, "integers.of", "none of its levels"):
+            integers.of(params, levels, config)
+
+
 def test_masked_weights_are_exact_where_zero_is_a_level():
     masks = {"fc": RNG.random((6, 8)) < 0.5}
     config = config_of(8)

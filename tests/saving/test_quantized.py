@@ -37,7 +37,7 @@ def test_comes_back_bit_for_bit(framework, tmp_path):
     pp.save_quantized(path, quantised, weights, RANGES, config)
     found = pp.load_quantized(path, params)
     for name, x in quantised.items():
-        assert isinstance(found.params[name], torch.Tensor) == (framework == "torch")
+        assert isinstance(found.params[name], type(x))
         np.testing.assert_array_equal(np.asarray(found.params[name]), np.asarray(x))
     np.testing.assert_array_equal(
         found.weights["fc:weight"].integers, weights["fc:weight"].integers
@@ -52,6 +52,33 @@ def test_comes_back_bit_for_bit(framework, tmp_path):
     }
     assert calibration["fc"]["tracked_max_output"] == pytest.approx(0.1)
     assert calibration["fc"]["weight_bits"] == 3
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_what_is_not_quantised_keeps_half_precision(framework, tmp_path):
+    as_array = {"jax": jnp.asarray, "torch": torch.tensor}[framework]
+    bfloat16 = {"jax": jnp.bfloat16, "torch": torch.bfloat16}[framework]
+    params = {"a": as_array(W, dtype=bfloat16), "b": as_array([0.1, -3.0], dtype=bfloat16)}
+    layer = pp.make_layer(params, "a", "Linear", name="fc", out_axes=0, in_axes=1)
+    config = pp.resolve_quantization(RULES[0], [layer])
+    quantised = ptq.weights(params, None, config)
+    weights = integers.of(quantised, ptq.levels(params, config), config)
+    path = tmp_path / "model.safetensors"
+    pp.save_quantized(path, quantised, weights, {}, config)
+    found = pp.load_quantized(path, params).params
+    for name, x in quantised.items():
+        assert found[name].dtype == bfloat16
+        np.testing.assert_array_equal(integers.on_host(found[name]), integers.on_host(x))
+
+
+def test_every_file_has_a_calibration_of_its_own(tmp_path):
+    _, quantised, weights, config = model("jax")
+    names = ("run.1", "run.2", "run.safetensors", "run.x.safetensors", "run.json")
+    for name in names:
+        pp.save_quantized(tmp_path / name, quantised, weights, RANGES, config)
+    calibrations = {"run.1.json", "run.2.json", "run.json", "run.x.json", "run.json.json"}
+    assert {x.name for x in tmp_path.iterdir()} == {*names, *calibrations}
+    pp.load_quantized(tmp_path / "run.1", quantised)
 
 
 def test_weights_take_their_width(tmp_path):
