@@ -75,6 +75,30 @@ def test_computes_what_the_fake_quantised_module_does(bits, of, keys, tmp_path):
     assert nodes.count("DequantizeLinear") == 4
 
 
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.attention(x, x, x)[0])
+
+
+def test_outputs_that_are_tuples(tmp_path):
+    torch.manual_seed(0)
+    model, x = Attention().eval().requires_grad_(False), torch.randn(4, 5, 8)
+    rule = {"quant_types": ["output"], "quant_bits": 8, "op_types": ["MultiheadAttention"]}
+    config = pp.resolve_quantization(rule, ppt.layers(model))
+    state = observers.init(dict(model.named_parameters()), config)
+    _, seen = ppt.replace(model, x, at=observers.watch(state, config))
+    ranges = observers.ranges(observers.update(state, seen, config))
+    wanted, _ = ppt.replace(model, x, at=ptq.activations(ranges, config))
+    found, nodes = run(model, x, {}, ranges, config, tmp_path / "model.onnx")
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-5)
+    assert nodes.count("QuantizeLinear") > 0
+
+
 @pytest.mark.parametrize(("quantizer", "bits"), [(bnn, 1), (dorefa, 2)])
 def test_levels_about_zero_are_doubled(quantizer, bits, tmp_path):
     model, x, config, params, _ = prepared(bits, 8)

@@ -14,7 +14,7 @@ import torch
 
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.integers import IntegerWeight, Levels
-from purepruning.quantize.targets import check_sites
+from purepruning.quantize.targets import check_sites, map_arrays
 from purepruning_interop.torch.capture import replace
 from purepruning_interop.torch.program import check
 
@@ -146,10 +146,10 @@ def _at_site(levels: Levels, target: Target) -> Any:
     narrow = (levels.low, levels.high) != (bounds.min, bounds.max)
     given = scale, zero, bounds.min, bounds.max, dtype
 
-    def quantise(x: Any) -> tuple[Any, None]:
+    def quantised(x: Any) -> Any:
         q = torch.ops.quantized_decomposed
         if narrow:
             x = torch.clamp(x, (levels.low - zero) * scale, (levels.high - zero) * scale)
-        return q.dequantize_per_tensor(q.quantize_per_tensor(x, *given), *given), None
+        return q.dequantize_per_tensor(q.quantize_per_tensor(x, *given), *given)
 
-    return quantise
+    return lambda value: (map_arrays(quantised, value), None)
