@@ -176,15 +176,19 @@ def found_by_site(
     """Returns what was found at each site, from the calls that were seen.
 
     Raises:
-        ValueError: a layer was never called.
+        ValueError: layers were never called.
     """
-    result = {}
-    for site in at:
-        found = [call[site] for call in calls.get((modules[site.name], site.side), ())]
-        if not found:
-            raise ValueError(
-                f"{where}: layer {site.name!r} is never called in this forward pass; its weights "
-                "may be used without calling it, or a method other than __call__"
-            )
-        result[site] = found[0] if len(found) == 1 else found
-    return result
+    found = {
+        site: [call[site] for call in calls.get((modules[site.name], site.side), ())] for site in at
+    }
+    never = [site for site, values in found.items() if not values]
+    if never:
+        names, quant_types = (list(dict.fromkeys(some)) for some in zip(*never, strict=True))
+        first, *more = map(repr, names)
+        rule = {"op_names": names, "quant_types": quant_types, "exclude": True}
+        raise ValueError(
+            f"{where}: layer {first} is never called in this forward pass"
+            f"{', nor is '.join(['', *more])}; its weights may be used without calling it, or a "
+            f"method other than __call__; leave it out, of a quantizer's rules by {rule} at the end"
+        )
+    return {site: values[0] if len(values) == 1 else values for site, values in found.items()}

@@ -286,11 +286,12 @@ def _selected(
     try:
         return satisfying(number, rule, table)
     except ValueError as error:
-        if any(isinstance(row, Activation) for row in table) or _whats(number, rule) == ("weight",):
+        if _whats(number, rule) == ("weight",):
             raise
         raise ValueError(
-            f"{error}; for rules on activation functions give resolve_quantization the adapter's "
-            "activations(model, ...)"
+            f"{error}; for activation functions give resolve_quantization the adapter's "
+            "activations(model, ...); one that they do not list, such as jnp.maximum(x, 0), has "
+            "no name: quantise the 'input' of the layer that reads it"
         ) from None
 
 

@@ -84,9 +84,10 @@ def arrays_at(where: str, target: Target, value: Any) -> list[Any]:
     """
     arrays = [x for x in jax.tree.leaves(value) if is_array(x) and is_float(x)]
     if not arrays:
+        rule = {"op_names": [target.name], "quant_types": [target.what], "exclude": True}
         raise TypeError(
-            f"{where}: at {target.site!r} there is no array of floats, but {shown(value)}; leave "
-            f"layer {target.name!r} out of rule {target.rule}"
+            f"{where}: at {target.site!r} there is no array of floats, but {shown(value)}; add "
+            f"{rule} behind rule {target.rule}"
         )
     return arrays
 

@@ -288,5 +288,6 @@ def test_other_shapes_and_activations_that_are_not_called(adapter):
     params, call = MAKERS[adapter](False)
     with raises(ValueError, "'first:output'", "of the same shapes and dtypes"):
         call(params, X, {"first:output": lambda x: (x[..., :1], x)})
-    with raises(ValueError, "'relu2'", "never called"):
-        call(params, X, {"relu2:output": lambda x: (x, x)})
+    rule = "{'op_names': ['relu2', 'relu3'], 'quant_types': ['output'], 'exclude': True}"
+    with raises(ValueError, "layer 'relu2' is never called", "nor is 'relu3'", rule):
+        call(params, X, {f"relu{n}:output": lambda x: (x, x) for n in (1, 2, 3)})

@@ -151,7 +151,8 @@ def test_mistakes_are_named():
         observers.merge(state, observed("histogram", []))
     with raises(ValueError, "kind", "'min_max'"):
         observers.init(PARAMS, CONFIG, "max")
-    with raises(TypeError, "'fc:input'", "no array of floats"):
+    advice = "{'op_names': ['fc'], 'quant_types': ['input'], 'exclude': True} behind rule 0"
+    with raises(TypeError, "'fc:input'", "no array of floats", advice):
         observers.watch(state, CONFIG)[SITE](jnp.arange(3))
     with raises(KeyError, "ptq.activations: ranges", "'fc:input'", "give what observers.ranges"):
         ptq.activations({}, CONFIG)

@@ -252,8 +252,11 @@ def test_what_is_no_rule():
     with raises(TypeError, "activations: every row"):
         pp.resolve_quantization(ANY, TABLES["torch"][0], ["relu1"])
     rule = ANY | {"quant_types": ["output"], "op_types": ["ReLU"]}
-    with raises(ValueError, "'ReLU'", "activations(model, ...)"):
+    reads = "quantise the 'input' of the layer that reads it"
+    with raises(ValueError, "'ReLU'", "activations(model, ...)", reads):
         pp.resolve_quantization(rule, TABLES["torch"][0])
+    with raises(ValueError, "'GELU'", "they do not list", reads):
+        resolved(rule | {"op_types": ["GELU"]})
 
 
 def test_an_activation_function_owns_no_weight():
