@@ -84,8 +84,7 @@ def init(params: Params, config: QuantizationConfig, kind: Kind = "min_max") -> 
             return Range(zero + float("inf"), zero - float("inf"))
         if kind == "moving_average":
             return MovingAverage(zero, zeros(like, (), "float32"), zeros(like, (), "float32"))
-        counts = (zeros(like, (_BINS,), "int32"), zeros(like, (_BINS,), "int32"))
-        return Histogram(accumulate.WideCount(*counts))
+        return Histogram(accumulate.empty_total(accumulate.WideCount, like, (_BINS,)))
 
     return {target.site: new() for target in config.activations}
 

@@ -11,12 +11,12 @@ exact, and a sum is off by no more than the rounding of adding its larger floats
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from purepruning.arguments import instance, shown
-from purepruning.arrays import by_numpy, has_values, is_array, is_torch, namespace
+from purepruning.arrays import by_numpy, has_values, is_array, is_torch, namespace, zeros
 
 _BITS = 20  # of the lower part of a count: up to 2,048 of them can be added without a carry
 
@@ -40,6 +40,17 @@ class CompensatedSum(NamedTuple):
 
 #: By layer name.
 Totals: TypeAlias = Mapping[str, WideCount | CompensatedSum]
+
+_Total = TypeVar("_Total", WideCount, CompensatedSum)
+
+
+def empty_total(kind: type[_Total], like: Any, shape: tuple[int, ...] = ()) -> _Total:
+    """Returns a total of nothing, in the framework and on the device of ``like``.
+
+    Its arrays are its own: they may be donated, or reduced in place.
+    """
+    dtype = "int32" if kind is WideCount else "float32"
+    return kind(zeros(like, shape, dtype), zeros(like, shape, dtype))
 
 
 def count(total: WideCount, n: Any) -> WideCount:

@@ -6,17 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.arguments import instance, missing, one_of, shown
+from purepruning.arguments import instance, one_of, shown
 from purepruning.arrays import (
     by_numpy,
     compiled,
     erfc,
-    has_values,
     is_array,
-    is_torch,
     namespace,
     stop_gradient,
-    zeros,
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
@@ -26,16 +23,17 @@ from purepruning.stats.accumulate import (
     WideCount,
     add,
     count,
-    merge_counts,
-    merge_sums,
+    empty_total,
 )
 from purepruning.stats.checks import (
+    captured,
     check_totals,
     match,
     refuse_non_finite,
-    refuse_others,
     watched,
+    weight_of,
 )
+from purepruning.stats.merging import merged
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -80,35 +78,24 @@ def init(params: Params, layers: Config | Layers) -> ActivationStats:
         KeyError: a layer's weight is not in ``params``.
         ValueError: a layer's output channels are not seen in its output.
     """
-    leaves = flatten(params).leaves
-    table = watched("activations.init", layers)
-    for layer in table:
-        where = f"activations.init: layer {layer.name!r}"
-        if layer.weight not in leaves:
-            message = f"{where}: params have no {layer.weight!r}"
-            raise KeyError(missing(message, layer.weight, leaves))
-        weight = leaves[layer.weight]
-        if not is_array(weight) or tuple(weight.shape) != layer.shape:
-            raise ValueError(
-                f"{where}: {layer.weight!r} must be an array of shape {layer.shape} in params, as "
-                f"in the layer table, got {shown(weight)}"
-            )
-    shapes = {layer.name: channels("activations.init", layer) for layer in table}
+    where = "activations.init"
+    leaves, table = flatten(params).leaves, watched(where, layers)
+    weights = {layer.name: weight_of(where, "params", layer, leaves) for layer in table}
+    shapes = {layer.name: channels(where, layer) for layer in table}
 
-    # Every total has arrays of its own: they may be donated, or reduced in place.
-    def nothing(kind: Any, dtype: str, *, scalar: bool = False) -> dict[str, Any]:
-        def array(layer: Layer) -> Any:
-            return zeros(leaves[layer.weight], () if scalar else shapes[layer.name], dtype)
+    def single() -> dict[str, WideCount]:
+        return {name: empty_total(WideCount, weight) for name, weight in weights.items()}
 
-        return {layer.name: kind(array(layer), array(layer)) for layer in table}
+    def of_channels(kind: Any) -> dict[str, Any]:
+        return {name: empty_total(kind, weight, shapes[name]) for name, weight in weights.items()}
 
     return ActivationStats(
-        samples=nothing(WideCount, "int32", scalar=True),
-        positions=nothing(WideCount, "int32", scalar=True),
-        zeros=nothing(WideCount, "int32"),
-        sums=nothing(CompensatedSum, "float32"),
-        magnitudes=nothing(CompensatedSum, "float32"),
-        squares=nothing(CompensatedSum, "float32"),
+        samples=single(),
+        positions=single(),
+        zeros=of_channels(WideCount),
+        sums=of_channels(CompensatedSum),
+        magnitudes=of_channels(CompensatedSum),
+        squares=of_channels(CompensatedSum),
     )
 
 
@@ -161,14 +148,7 @@ def update(
     for field, totals in stats._asdict().items():
         single = field in ("samples", "positions")
         match(where, totals, dict.fromkeys(sizes, ()) if single else sizes)
-    batches = {layer.name: _outputs(where, layer, outputs) for layer in table}
-    for layer in table:
-        like = stats.zeros[layer.name].high
-        if any(is_torch(x) != is_torch(like) for x in batches[layer.name]):
-            raise TypeError(
-                f"{where}: the output of layer {layer.name!r} and its statistics are of two "
-                "frameworks, JAX and torch"
-            )
+    batches = {layer.name: _outputs(where, layer, outputs, stats) for layer in table}
     refuse_non_finite(where, "the output", batches)
     new = _copy(stats)
     for layer in table:
@@ -187,20 +167,7 @@ def merge(a: ActivationStats, b: ActivationStats) -> ActivationStats:
     Raises:
         ValueError: they are of different layers, or of different channels.
     """
-    for stats in (a, b):
-        instance(
-            stats, ActivationStats, "activations.merge: stats", "what activations.init returned"
-        )
-        check_totals("activations.merge", stats)
-    for field, totals in a._asdict().items():
-        refuse_others(f"activations.merge: {field}", totals, getattr(b, field))
-
-    def both(merge: Any, x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
-        return {name: merge(x[name], y[name]) for name in x}
-
-    counts = (both(merge_counts, x, y) for x, y in zip(a[:3], b[:3], strict=True))
-    sums = (both(merge_sums, x, y) for x, y in zip(a[3:], b[3:], strict=True))
-    return ActivationStats(*counts, *sums)
+    return merged("activations", ActivationStats, a, b)
 
 
 def channels(where: str, layer: Layer) -> tuple[int, int]:
@@ -217,22 +184,13 @@ def channels(where: str, layer: Layer) -> tuple[int, int]:
     return math.prod(layer.shape[a] for a in layer.stack_axes), layer.out_channels
 
 
-def _outputs(where: str, layer: Layer, outputs: Mapping[str, Any]) -> list[Any]:
+def _outputs(
+    where: str, layer: Layer, outputs: Mapping[str, Any], stats: ActivationStats
+) -> list[Any]:
     """Returns the outputs of a layer, checked against what the table says of them."""
-    if layer.name not in outputs:
-        raise KeyError(
-            missing(
-                f"{where}: no output of layer {layer.name!r}; the forward pass may not reach it",
-                layer.name,
-                outputs,
-            )
-        )
-    found = outputs[layer.name]
-    arrays = found if isinstance(found, list) else [found]
+    arrays = captured(where, "output", layer, outputs, stats.samples[layer.name])
     where = f"{where}: the output of layer {layer.name!r}"
     for x in arrays:
-        if not (is_array(x) and has_values(x)):
-            raise TypeError(f"{where} must be an array, got {shown(x)}")
         xp = namespace(x)
         if not xp.isdtype(x.dtype, "real floating") or x.dtype == xp.float16:
             raise TypeError(

@@ -83,21 +83,52 @@ def placed(where: str, name: str, total: Any, like: Any) -> Any:
     return type(total)(*(array_like(like, x) for x in total))
 
 
-def refuse_others(
-    where: str,
-    a: Totals,
-    b: Totals,
-) -> None:
-    """Raises unless ``a`` and ``b`` are of the same layers and shapes."""
-    for name in [*a, *b]:
-        if name not in a or name not in b:
-            raise ValueError(f"{where}: only one of the statistics has layer {name!r}")
-        one, other = tuple(a[name].high.shape), tuple(b[name].high.shape)
-        if one != other:
-            raise ValueError(
-                f"{where}: statistics of layer {name!r} have shapes {one} and {other}; are they "
-                "of two models?"
+def weight_of(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:
+    """Returns the leaf of a layer's weight; ``what`` says what the leaves are.
+
+    Raises:
+        KeyError: there is none.
+        TypeError: it is no array.
+        ValueError: it has another shape than in the layer table.
+    """
+    where = f"{where}: layer {layer.name!r}"
+    if layer.weight not in leaves:
+        raise KeyError(missing(f"{where}: {what} have no {layer.weight!r}", layer.weight, leaves))
+    x = leaves[layer.weight]
+    if not is_array(x):
+        raise TypeError(f"{where}: {layer.weight!r} must be an array in {what}, got {shown(x)}")
+    if tuple(x.shape) != layer.shape:
+        raise ValueError(
+            f"{where}: {layer.weight!r} has shape {tuple(x.shape)} in {what}, but {layer.shape} in "
+            "the layer table"
+        )
+    return x
+
+
+def captured(
+    where: str, what: str, layer: Layer, given: Mapping[str, Any], total: WideCount
+) -> list[Any]:
+    """Returns what was captured of a layer, its inputs or outputs, of which ``total`` is to count.
+
+    Raises:
+        KeyError: nothing was.
+        TypeError: one is no array with values, or of another framework than the total.
+    """
+    if layer.name not in given:
+        message = f"{where}: no {what} of layer {layer.name!r}; the forward pass may not reach it"
+        raise KeyError(missing(message, layer.name, given))
+    found = given[layer.name]
+    arrays = found if isinstance(found, list) else [found]
+    where = f"{where}: the {what} of layer {layer.name!r}"
+    for x in arrays:
+        if not (is_array(x) and has_values(x)):
+            raise TypeError(f"{where} must be an array, got {shown(x)}")
+        if is_torch(x) != is_torch(total.high):
+            raise TypeError(
+                f"{where} and its statistics are of two frameworks, JAX and torch; make them by "
+                "init of the parameters that the model runs with"
             )
+    return arrays
 
 
 def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:

@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.arguments import instance, missing, shown, some_of
+from purepruning.arguments import instance, shown, some_of
 from purepruning.arrays import (
     by_numpy,
     compiled,
     has_values,
-    is_array,
     is_torch,
     namespace,
     stop_gradient,
-    zeros,
 )
 from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
@@ -26,10 +24,10 @@ from purepruning.stats.accumulate import (
     WideCount,
     add,
     count,
-    merge_counts,
-    merge_sums,
+    empty_total,
 )
-from purepruning.stats.checks import check_totals, match, refuse_non_finite, refuse_others
+from purepruning.stats.checks import check_totals, match, refuse_non_finite, weight_of
+from purepruning.stats.merging import merged
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -86,18 +84,16 @@ def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",))
     for layer in config.layers:
         _weight("gradients.init", "params", layer, leaves)
 
-    def nothing(kind: Kept) -> dict[str, CompensatedSum]:
+    def sums(kind: Kept) -> dict[str, CompensatedSum]:
         if kind not in kinds:
             return {}
-
-        def array(layer: Layer) -> Any:
-            return zeros(leaves[layer.weight], shape(layer, config.granularity), "float32")
-
-        return {layer.name: CompensatedSum(array(layer), array(layer)) for layer in config.layers}
+        return {
+            x.name: empty_total(CompensatedSum, leaves[x.weight], shape(x, config.granularity))
+            for x in config.layers
+        }
 
     like = next(iter(leaves.values()), None)
-    steps = WideCount(zeros(like, (), "int32"), zeros(like, (), "int32"))
-    return GradientStats(steps, *map(nothing, KEPT))
+    return GradientStats(empty_total(WideCount, like), *map(sums, KEPT))
 
 
 def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> GradientStats:
@@ -192,16 +188,7 @@ def merge(a: GradientStats, b: GradientStats) -> GradientStats:
     Raises:
         ValueError: they keep different things, or are of different layers or units.
     """
-    for stats in (a, b):
-        instance(stats, GradientStats, "gradients.merge: stats", "what gradients.init returned")
-        check_totals("gradients.merge", stats)
-    for kind in KEPT:
-        refuse_others(f"gradients.merge: {kind}", getattr(a, kind), getattr(b, kind))
-    sums = (
-        {name: merge_sums(x[name], y[name]) for name in x}
-        for x, y in zip(a[1:], b[1:], strict=True)
-    )
-    return GradientStats(merge_counts(a.steps, b.steps), *sums)
+    return merged("gradients", GradientStats, a, b)
 
 
 def shape(layer: Layer, granularity: Granularity) -> tuple[int, ...]:
@@ -253,18 +240,10 @@ def _leaves(grads: Any) -> dict[str, Any]:
 
 def _weight(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:
     """Returns the leaf of a layer's weight, checked."""
+    x = weight_of(where, what, layer, leaves)
     where = f"{where}: layer {layer.name!r}"
-    if layer.weight not in leaves:
-        raise KeyError(missing(f"{where}: {what} have no {layer.weight!r}", layer.weight, leaves))
-    x = leaves[layer.weight]
-    got = tuple(getattr(x, "shape", ()))
-    if got != layer.shape:
-        raise ValueError(
-            f"{where}: {layer.weight!r} has shape {got} in {what}, but {layer.shape} in the layer "
-            "table"
-        )
-    if what != "params" and not (is_array(x) and has_values(x)):
+    if what != "params" and not has_values(x):
         raise TypeError(f"{where}: {layer.weight!r} must be an array in {what}, got {shown(x)}")
-    if not is_array(x) or not namespace(x).isdtype(x.dtype, "real floating"):
+    if not namespace(x).isdtype(x.dtype, "real floating"):
         raise TypeError(f"{where}: {layer.weight!r} must be floating in {what}, got {shown(x)}")
     return x

@@ -7,16 +7,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from purepruning.arguments import instance, missing, shown, some_of
+from purepruning.arguments import instance, some_of
 from purepruning.arrays import (
     by_numpy,
     compiled,
-    has_values,
-    is_array,
-    is_torch,
     namespace,
     stop_gradient,
-    zeros,
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
@@ -27,16 +23,17 @@ from purepruning.stats.accumulate import (
     WideCount,
     add,
     count,
-    merge_counts,
-    merge_sums,
+    empty_total,
 )
 from purepruning.stats.checks import (
+    captured,
     check_totals,
     match,
     refuse_non_finite,
-    refuse_others,
     watched,
+    weight_of,
 )
+from purepruning.stats.merging import merged
 from purepruning.trees import flatten
 from purepruning.types import Params
 
@@ -107,35 +104,18 @@ def init(
         ValueError: a layer multiplies its inputs by no matrix, or is a convolution whose window is
             not known; ``keep`` names something else.
     """
-    kinds = some_of("inputs.init: keep", keep, KEPT)
-    leaves = flatten(params).leaves
-    table = watched("inputs.init", layers)
-    shapes = {layer.name: _shapes("inputs.init", layer) for layer in table}
-    for layer in table:
-        if layer.weight not in leaves:
-            message = f"inputs.init: layer {layer.name!r}: params have no {layer.weight!r}"
-            raise KeyError(missing(message, layer.weight, leaves))
-        weight = leaves[layer.weight]
-        if not is_array(weight) or tuple(weight.shape) != layer.shape:
-            raise ValueError(
-                f"inputs.init: layer {layer.name!r}: {layer.weight!r} must be an array of shape "
-                f"{layer.shape} in params, as in the layer table, got {shown(weight)}"
-            )
+    where = "inputs.init"
+    kinds = some_of(f"{where}: keep", keep, KEPT)
+    leaves, table = flatten(params).leaves, watched(where, layers)
+    shapes = {layer.name: _shapes(where, layer) for layer in table}
+    weights = {layer.name: weight_of(where, "params", layer, leaves) for layer in table}
 
-    def nothing(kind: Kept) -> dict[str, CompensatedSum]:
+    def sums(kind: Kept) -> dict[str, CompensatedSum]:
         if kind not in kinds:
             return {}
+        return {n: empty_total(CompensatedSum, x, shapes[n][kind]) for n, x in weights.items()}
 
-        def array(layer: Layer) -> Any:
-            return zeros(leaves[layer.weight], shapes[layer.name][kind], "float32")
-
-        return {layer.name: CompensatedSum(array(layer), array(layer)) for layer in table}
-
-    def counter(layer: Layer) -> WideCount:
-        like = leaves[layer.weight]
-        return WideCount(zeros(like, (), "int32"), zeros(like, (), "int32"))
-
-    return InputStats({layer.name: counter(layer) for layer in table}, *map(nothing, KEPT))
+    return InputStats({n: empty_total(WideCount, x) for n, x in weights.items()}, *map(sums, KEPT))
 
 
 def update(stats: InputStats, inputs: Mapping[str, Any], layers: Config | Layers) -> InputStats:
@@ -179,13 +159,7 @@ def update(stats: InputStats, inputs: Mapping[str, Any], layers: Config | Layers
     for kind in keep:
         match(where, getattr(stats, kind), {name: s[kind] for name, s in shapes.items()})
     match(where, stats.positions, dict.fromkeys(shapes, ()))
-    given = {layer.name: _inputs(where, layer, inputs) for layer in table}
-    for name, arrays in given.items():
-        if any(is_torch(x) != is_torch(stats.positions[name].high) for x in arrays):
-            raise TypeError(
-                f"{where}: the input of layer {name!r} and its statistics are of two frameworks, "
-                "JAX and torch; make them by inputs.init of the parameters that the model runs with"
-            )
+    given = {layer.name: _inputs(where, layer, inputs, stats) for layer in table}
     refuse_non_finite(where, "the input", given)
     new = InputStats(*(dict(field) for field in stats))  # type: ignore[arg-type]
     for layer in table:
@@ -208,17 +182,7 @@ def merge(a: InputStats, b: InputStats) -> InputStats:
     Raises:
         ValueError: they keep different things, or are of different layers or shapes.
     """
-    for stats in (a, b):
-        instance(stats, InputStats, "inputs.merge: stats", "what inputs.init returned")
-        check_totals("inputs.merge", stats)
-    for field, totals in a._asdict().items():
-        refuse_others(f"inputs.merge: {field}", totals, getattr(b, field))
-    counts = {name: merge_counts(a.positions[name], b.positions[name]) for name in a.positions}
-    sums = (
-        {name: merge_sums(x[name], y[name]) for name in x}
-        for x, y in zip(a[1:], b[1:], strict=True)
-    )
-    return InputStats(counts, *sums)
+    return merged("inputs", InputStats, a, b)
 
 
 def _shapes(where: str, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -233,20 +197,14 @@ def _shapes(where: str, layer: Layer) -> dict[str, tuple[int, ...]]:
     return {"sums": row, "squares": row, "grams": (*row, f.columns)}
 
 
-def _inputs(where: str, layer: Layer, inputs: Mapping[str, Any]) -> list[Any]:
+def _inputs(where: str, layer: Layer, inputs: Mapping[str, Any], stats: InputStats) -> list[Any]:
     """Returns the inputs of a layer, checked against what the table says of them."""
-    if layer.name not in inputs:
-        message = f"{where}: no input of layer {layer.name!r}; the forward pass may not reach it"
-        raise KeyError(missing(message, layer.name, inputs))
-    found = inputs[layer.name]
-    arrays = found if isinstance(found, list) else [found]
+    arrays = captured(where, "input", layer, inputs, stats.positions[layer.name])
     where = f"{where}: the input of layer {layer.name!r}"
     wanted = [layer.shape[a] for a in layer.stack_axes]
     ins = [layer.shape[a] for a in layer.in_axes]
     ins[0] *= layer.groups
     for x in arrays:
-        if not (is_array(x) and has_values(x)):
-            raise TypeError(f"{where} must be an array, got {shown(x)}")
         if not namespace(x).isdtype(x.dtype, "real floating"):
             raise TypeError(f"{where} must be floating, got {x.dtype}")
         least = len(wanted) + len(layer.spatial_axes) + len(ins)
