@@ -7,8 +7,7 @@ from typing import Any
 from purepruning.arguments import instance
 from purepruning.config.config import Config, check_config
 from purepruning.granularity import Grid
-from purepruning.layers import Layer
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import CompensatedSum, WideCount, value
 from purepruning.stats.activations import ActivationStats, channels
@@ -95,10 +94,6 @@ def _checked(pruner: str, params: Any, stats: Any, config: Config) -> Any:
     }
 
 
-def _of(totals: Any, layer: Layer) -> Any:
-    return totals[layer.name]
-
-
 def _apoz(weight: Any, layer_stats: tuple[WideCount, WideCount, CompensatedSum], g: Grid) -> Any:
     positions, zeros, _ = layer_stats
     others = WideCount(positions.high - zeros.high, positions.low - zeros.low)
@@ -110,7 +105,7 @@ def _mean(weight: Any, layer_stats: tuple[WideCount, WideCount, CompensatedSum],
     return value(sums) / value(positions)
 
 
-_APOZ = Criterion("apoz_rank", channel=_apoz, of=_of)
+_APOZ = Criterion("apoz_rank", channel=_apoz, of=by_name)
 
 
-_MEAN = Criterion("mean_activation_rank", channel=_mean, of=_of)
+_MEAN = Criterion("mean_activation_rank", channel=_mean, of=by_name)

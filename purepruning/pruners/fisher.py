@@ -7,11 +7,8 @@ from typing import Any
 from purepruning.arguments import scalar
 from purepruning.arrays import namespace
 from purepruning.config.config import Config
-from purepruning.exact_sum import exact_sum
-from purepruning.granularity import Grid, fold
-from purepruning.layers import Layer
 from purepruning.pruners.of_gradients import totals_of
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name, summed
 from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import CompensatedSum, value
 from purepruning.stats.gradients import GradientStats
@@ -63,10 +60,6 @@ def fisher(params: Params, stats: GradientStats, config: Config, *, damping: Any
     return prune(_FISHER, params, given, config)
 
 
-def _of(given: dict[str, Any], layer: Layer) -> Any:
-    return given[layer.name]
-
-
 def _element(weight: Any, layer_stats: tuple[CompensatedSum, Any, Any]) -> Any:
     xp = namespace(weight)
     total, steps, damping = layer_stats
@@ -74,8 +67,7 @@ def _element(weight: Any, layer_stats: tuple[CompensatedSum, Any, Any]) -> Any:
     return 0.5 * (value(total) / steps + weight * weight * damping)
 
 
-def _unit(weight: Any, layer_stats: tuple[CompensatedSum, Any, Any], g: Grid) -> Any:
-    return fold(namespace(weight), _element(weight, layer_stats), g, exact_sum)
+_unit = summed(_element)
 
 
-_FISHER = Criterion("fisher", element=_element, channel=_unit, block=_unit, of=_of)
+_FISHER = Criterion("fisher", element=_element, channel=_unit, block=_unit, of=by_name)

@@ -8,11 +8,9 @@ from typing import Any
 from purepruning.arguments import function
 from purepruning.arrays import along, grad
 from purepruning.config.config import Config
-from purepruning.pruners.of_gradients import of_layer, of_units, totals_of
-from purepruning.selection.criterion import Criterion
-from purepruning.selection.keys import Piece
+from purepruning.pruners.of_gradients import of_elements, of_units, totals_of
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.prune import prune
-from purepruning.stats.accumulate import CompensatedSum, value
 from purepruning.stats.gradients import GradientStats
 from purepruning.types import Masks, Params
 
@@ -67,12 +65,4 @@ def hessian_gradient(loss: Callable[[Params], Any], params: Params) -> Params:
     return along(slope, params, slope(params))
 
 
-def _element(weight: Any, layer_stats: CompensatedSum) -> Piece:
-    return Piece(tuple(layer_stats), _signed, indexed=False)
-
-
-def _signed(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
-    return value(CompensatedSum(*arrays))
-
-
-_GRASP = Criterion("grasp", element=_element, channel=of_units, block=of_units, of=of_layer)
+_GRASP = Criterion("grasp", element=of_elements, channel=of_units, block=of_units, of=by_name)

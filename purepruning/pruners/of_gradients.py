@@ -9,7 +9,7 @@ from purepruning.arrays import namespace
 from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, fold
-from purepruning.layers import Layer
+from purepruning.selection.keys import Piece
 from purepruning.stats import gradients
 from purepruning.stats.accumulate import CompensatedSum, value
 from purepruning.stats.checks import check_totals, match, placed, refuse_empty
@@ -43,8 +43,8 @@ def totals_of(
     shapes = {}
     for layer in config.layers:
         shapes[layer.name] = gradients.shape(layer, config.granularity)
-        of_elements = tuple(getattr(getattr(totals.get(layer.name), "high", None), "shape", ()))
-        if kind != "grouped" and of_elements == layer.shape:
+        found = tuple(getattr(getattr(totals.get(layer.name), "high", None), "shape", ()))
+        if kind != "grouped" and found == layer.shape:
             shapes[layer.name] = layer.shape
     match(pruner, totals, shapes)
     refuse_empty(pruner, {layer.name: stats.steps for layer in config.layers})
@@ -55,9 +55,13 @@ def totals_of(
     }
 
 
-def of_layer(totals: dict[str, CompensatedSum], layer: Layer) -> CompensatedSum:
-    """Returns what a criterion is given of one layer."""
-    return totals[layer.name]
+def of_elements(weight: Any, layer_stats: CompensatedSum) -> Piece:
+    """Returns single weights, which score their total."""
+    return Piece(tuple(layer_stats), _total, indexed=False)
+
+
+def _total(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
+    return value(CompensatedSum(*arrays))
 
 
 def of_units(weight: Any, layer_stats: CompensatedSum, g: Grid) -> Any:

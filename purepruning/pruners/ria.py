@@ -7,10 +7,9 @@ from typing import Any
 from purepruning.arrays import namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum
-from purepruning.granularity import Grid, fold
 from purepruning.matrices import as_matrices, from_matrices
 from purepruning.pruners.calibrated import Columns, of_columns, totals_of
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, summed
 from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import value
 from purepruning.stats.inputs import InputStats
@@ -63,8 +62,7 @@ def _share(size: Any, axis: int) -> Any:
     return xp.where(total == 0, 0.0, size / xp.where(total == 0, 1.0, total))
 
 
-def _unit(weight: Any, layer_stats: Columns, g: Grid) -> Any:
-    return fold(namespace(weight), _element(weight, layer_stats), g, exact_sum)
+_unit = summed(_element)
 
 
 _RIA = Criterion("ria", element=_element, channel=_unit, block=_unit, of=of_columns)

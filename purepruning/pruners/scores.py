@@ -18,7 +18,7 @@ from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
 from purepruning.layers import Layer
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.prune import prune
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params, Scores
@@ -99,10 +99,6 @@ def _check_shape(
         )
 
 
-def _of(scores: Mapping[str, Any], layer: Layer) -> Any:
-    return scores[layer.name]
-
-
 def _element(weight: Any, layer_stats: Any) -> Any:
     return layer_stats
 
@@ -114,4 +110,4 @@ def _unit(weight: Any, layer_stats: Any, g: Grid) -> Any:
     return fold(xp, xp.astype(layer_stats, xp.float32), g, exact_sum)
 
 
-_GIVEN = Criterion("prune_scores", element=_element, channel=_unit, block=_unit, of=_of)
+_GIVEN = Criterion("prune_scores", element=_element, channel=_unit, block=_unit, of=by_name)

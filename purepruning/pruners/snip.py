@@ -7,8 +7,8 @@ from typing import Any
 from purepruning.arrays import namespace
 from purepruning.config.config import Config
 from purepruning.granularity import Grid
-from purepruning.pruners.of_gradients import of_layer, of_units, totals_of
-from purepruning.selection.criterion import Criterion
+from purepruning.pruners.of_gradients import of_units, totals_of
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import prune
 from purepruning.stats.accumulate import CompensatedSum, value
@@ -65,4 +65,4 @@ def unit(weight: Any, layer_stats: CompensatedSum, g: Grid) -> Any:
     return namespace(weight).abs(of_units(weight, layer_stats, g))
 
 
-_SNIP = Criterion("snip", element=element, channel=unit, block=unit, of=of_layer)
+_SNIP = Criterion("snip", element=element, channel=unit, block=unit, of=by_name)

@@ -9,9 +9,9 @@ from purepruning.arguments import flag, function
 from purepruning.arrays import by_numpy, grad, is_array, namespace
 from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import power_of_two_scale
-from purepruning.pruners.of_gradients import of_layer, totals_of
+from purepruning.pruners.of_gradients import totals_of
 from purepruning.pruners.snip import element, unit
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.stats.gradients import GradientStats
 from purepruning.trees import flatten
@@ -112,4 +112,4 @@ def _is_float(x: Any) -> bool:
     return is_array(x) and namespace(x).isdtype(x.dtype, "real floating")
 
 
-_SYNFLOW = Criterion("synflow", element=element, channel=unit, block=unit, of=of_layer)
+_SYNFLOW = Criterion("synflow", element=element, channel=unit, block=unit, of=by_name)

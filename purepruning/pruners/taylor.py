@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from purepruning.arguments import flag
 from purepruning.config.config import Config
-from purepruning.pruners.of_gradients import of_layer, of_units, totals_of
-from purepruning.selection.criterion import Criterion
-from purepruning.selection.keys import Piece
+from purepruning.pruners.of_gradients import of_elements, of_units, totals_of
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.prune import prune
 from purepruning.stats import gradients
-from purepruning.stats.accumulate import CompensatedSum, value
 from purepruning.types import Masks, Params
 
 
@@ -61,12 +57,4 @@ def taylor_fo(
     return prune(_TAYLOR, params, totals_of("taylor_fo", params, stats, config, kind), config)
 
 
-def _element(weight: Any, layer_stats: CompensatedSum) -> Piece:
-    return Piece(tuple(layer_stats), _total, indexed=False)
-
-
-def _total(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
-    return value(CompensatedSum(*arrays))
-
-
-_TAYLOR = Criterion("taylor_fo", element=_element, channel=of_units, block=of_units, of=of_layer)
+_TAYLOR = Criterion("taylor_fo", element=of_elements, channel=of_units, block=of_units, of=by_name)

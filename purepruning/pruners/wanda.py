@@ -6,10 +6,8 @@ from typing import Any
 
 from purepruning.arrays import by_numpy, namespace, sqrt
 from purepruning.config.config import Config
-from purepruning.exact_sum import exact_sum
-from purepruning.granularity import Grid, fold
 from purepruning.pruners.calibrated import Columns, of_columns, totals_of
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, summed
 from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.stats.accumulate import value
 from purepruning.stats.inputs import InputStats
@@ -83,8 +81,7 @@ def _element(weight: Any, layer_stats: Columns) -> Any:
     return xp.abs(xp.astype(weight, xp.float32)) * layer_stats.spread(norms)
 
 
-def _unit(weight: Any, layer_stats: Columns, g: Grid) -> Any:
-    return fold(namespace(weight), _element(weight, layer_stats), g, exact_sum)
+_unit = summed(_element)
 
 
 _WANDA = Criterion("wanda", element=_element, channel=_unit, block=_unit, of=of_columns, rows=True)

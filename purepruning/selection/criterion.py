@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from purepruning.arrays import (
     namespace,
     replicated,
 )
+from purepruning.exact_sum import exact_sum
 from purepruning.granularity import Grid, any_of, fold
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
@@ -66,6 +67,20 @@ class Criterion(NamedTuple):
     rank: Callable[[Any, Any, Grid], Any] | None = None
     terms: Callable[[Any, Any], Any] | None = None
     rows: bool = False
+
+
+def by_name(stats: Mapping[str, Any], layer: Layer) -> Any:
+    """Returns what statistics by layer name say of one layer."""
+    return stats[layer.name]
+
+
+def summed(element: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Grid], Any]:
+    """Returns how units score the exact sum of what ``element`` returns for their weights."""
+
+    def unit(weight: Any, layer_stats: Any, g: Grid) -> Any:
+        return fold(namespace(weight), element(weight, layer_stats), g, exact_sum)
+
+    return unit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
 from purepruning.layers import Layer
 from purepruning.masks import by_path, spread_mask, zero_pruned
 from purepruning.selection.biases import with_biases
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.training.movement_schedule import at as at
@@ -370,5 +370,5 @@ _MOVEMENT = Criterion(
     element=_element,
     channel=_unit,
     block=_unit,
-    of=lambda scores, layer: scores[layer.name],
+    of=by_name,
 )

@@ -40,7 +40,7 @@ from purepruning.counts import counts_of
 from purepruning.layers import Layer
 from purepruning.masks import by_path, expand, spread_mask
 from purepruning.random_bits import key_words, noise, own_words
-from purepruning.selection.criterion import Criterion
+from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import checked_counts, prune
 from purepruning.training.keep_pruned import keep_pruned, zero_moments
@@ -430,11 +430,7 @@ def _by_chance(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
     return namespace(arrays[0]).where(arrays[0], math.inf, noise(index, layer_stats))
 
 
-def _of(given: dict[str, Any], layer: Layer) -> Any:
-    return given[layer.name]
-
-
 _DROP = Criterion("rewire", element=_element)
 
 
-_GROW = Criterion("rewire", element=_growing, of=_of)
+_GROW = Criterion("rewire", element=_growing, of=by_name)
