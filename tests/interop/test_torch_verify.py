@@ -202,3 +202,16 @@ def test_the_check_leaves_the_model_as_it_is():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training
+
+
+def test_checking_leaves_the_generators_of_accelerators_alone(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.ones(2, 4)
+    coupling = ppt.couple(model, x)
+    masks = {"0.weight": torch.arange(8).reshape(8, 1).expand(8, 4) < 4}
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # which nobody puts back
+    drawn = torch.get_rng_state()
+    assert ppt.shrink(model, masks, coupling, x).model[0].out_features == 4
+    assert seeded == []
+    assert torch.equal(torch.get_rng_state(), drawn)

@@ -280,9 +280,8 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(plain_kernels())
+        stack.enter_context(plain_kernels(seed))
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
         if noisy:
             stack.enter_context(Perturbed(0))
         if reading:

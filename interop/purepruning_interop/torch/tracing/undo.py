@@ -37,7 +37,8 @@ def undone(model: torch.nn.Module) -> Iterator[Callable[[], list[Any]]]:
 @contextlib.contextmanager
 def cleared_caches() -> Iterator[None]:
     """Clears the caches of functions to which something was added, for that had no values."""
-    caches = [x for x in gc.get_objects() if type(x) is functools._lru_cache_wrapper]
+    wrapper = functools._lru_cache_wrapper  # whose instances refer to it
+    caches = [x for x in gc.get_referrers(wrapper) if type(x) is wrapper]
     before = [(x, x.cache_info().misses) for x in caches if not _is_known(x)]
     try:
         yield
