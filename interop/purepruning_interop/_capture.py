@@ -131,6 +131,13 @@ def sides(at: Iterable[Site], modules: Mapping[str, Key]) -> dict[Key, tuple[str
 Of = Literal["outputs", "inputs"]
 
 
+def call_model(model: Any, method: Any, inputs: Any, kwargs: Any) -> Any:
+    """Returns what a model's call returns, or that of a method by name, or a function of it."""
+    if callable(method):
+        return method(model, *inputs, **kwargs)
+    return getattr(model, method or "__call__")(*inputs, **kwargs)
+
+
 def with_first(args: Any, kwargs: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Returns the arguments of a call with the first one changed.
 

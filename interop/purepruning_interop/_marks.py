@@ -34,8 +34,8 @@ from purepruning.jaxpr.internals import (
     jaxpr_and_consts,
     scan_sizes,
 )
-from purepruning.layers import Activation
 from purepruning_interop import _capture
+from purepruning_interop._activations import activation_name, activation_of, calls_of_activations
 from purepruning_interop._table import split_static
 
 _mark = identity("purepruning_mark")
@@ -311,92 +311,6 @@ def _bound(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
         results = bind(eqn.primitive, values, eqn.params)
     found: Sequence[Any] = results if eqn.primitive.multiple_results else [results]
     return found
-
-
-# Activation functions have no module: they are what calls of these names in a program are.
-
-#: Functions of ``jax.nn`` and primitives, and the canonical op types of what they compute.
-ACTIVATIONS = {
-    "relu": "ReLU",
-    "relu6": "ReLU6",
-    "leaky_relu": "LeakyReLU",
-    "elu": "ELU",
-    "celu": "CELU",
-    "selu": "SELU",
-    "gelu": "GELU",
-    "silu": "SiLU",
-    "mish": "Mish",
-    "tanh": "Tanh",
-    "hard_tanh": "Hardtanh",
-    "logistic": "Sigmoid",
-    "hard_sigmoid": "Hardsigmoid",
-    "hard_silu": "Hardswish",
-    "softplus": "Softplus",
-    "log_sigmoid": "LogSigmoid",
-    "soft_sign": "Softsign",
-}
-
-
-def activation_of(eqn: JaxprEqn) -> str | None:
-    """Returns the name of the activation function that an equation is a call of, or None.
-
-    Linen's nn.scan leaves calls behind whose result is not used; they are none.
-    """
-    if all(type(v).__name__ == "DropVar" for v in eqn.outvars):
-        return None
-    name = eqn.params.get("name", eqn.primitive.name)
-    if eqn.primitive.name == "custom_jvp_call":
-        inner = next(inner_jaxprs(eqn.params), None)
-        name = inner.eqns[0].params.get("name") if inner and len(inner.eqns) == 1 else None
-    return name if isinstance(name, str) and name in ACTIVATIONS else None
-
-
-def activation_name(function: str, number: int) -> str:
-    """Returns what the ``number``-th call of a function is called: ``"relu1"``, ``"relu6_1"``."""
-    return f"{function}_{number}" if function[-1].isdigit() else f"{function}{number}"
-
-
-def is_activation(name: str) -> bool:
-    """Whether a name is what :func:`activation_name` makes."""
-    function = name.rstrip("0123456789").removesuffix("_")
-    return name not in ACTIVATIONS and (function in ACTIVATIONS or name.startswith("relu6_"))
-
-
-def with_activations(names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what names stand for, activation functions among them for themselves."""
-    return {name: name for name in names if is_activation(name)} | dict(known)
-
-
-def calls_of_activations(eqn: JaxprEqn) -> Counter[str]:
-    """Returns how often an equation calls each activation function."""
-    function = activation_of(eqn)
-    if function is not None:
-        return Counter([function])
-    found: Counter[str] = Counter()
-    for inner in inner_jaxprs(eqn.params):
-        for e in inner.eqns:
-            found += calls_of_activations(e)
-    return found
-
-
-def activations(program: Program) -> tuple[Activation, ...]:
-    """Returns a row for every call of an activation function, in the order of the program."""
-    before: Counter[str] = Counter()
-    rows = []
-
-    def look(jaxpr: Jaxpr) -> None:
-        for eqn in jaxpr.eqns:
-            function = activation_of(eqn)
-            if function is None:
-                for inner in inner_jaxprs(eqn.params):
-                    look(inner)
-                continue
-            before[function] += 1
-            name = activation_name(function, before[function])
-            rows.append(Activation(name, ACTIVATIONS[function], function))
-
-    look(program.jaxpr.jaxpr)
-    return tuple(rows)
 
 
 def _call(runner: _Runner, eqn: JaxprEqn, values: Sequence[Any], before: Counter[str]) -> Any:

@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 
 from purepruning.layers import Activation, Layer
-from purepruning_interop import _capture, _marks
-from purepruning_interop._marks import KEY, collect, trace, with_activations
+from purepruning_interop import _capture
+from purepruning_interop._activations import activation_rows, with_activations
+from purepruning_interop._marks import KEY, collect, trace
 from purepruning_interop._table import join
 from purepruning_interop.equinox.layers import check, marking, walk
 
@@ -115,15 +116,9 @@ def activations(
     check("activations(model, *inputs)", model)
 
     def call(model: Any, inputs: Any, kwargs: Any) -> Any:
-        return _call(model, method, inputs, kwargs)
+        return _capture.call_model(model, method, inputs, kwargs)
 
-    return _marks.activations(trace(object(), call, model, inputs, kwargs))
-
-
-def _call(model: Any, method: Any, inputs: Any, kwargs: Any) -> Any:
-    if callable(method):
-        return method(model, *inputs, **kwargs)
-    return getattr(model, method or "__call__")(*inputs, **kwargs)
+    return activation_rows(trace(object(), call, model, inputs, kwargs).jaxpr.jaxpr)
 
 
 def _replace(
@@ -144,7 +139,7 @@ def _replace(
     sides = _capture.sides(at, modules)
 
     def call(model: Any, inputs: Any, kwargs: Any) -> Any:
-        return _call(_with_marks(model, "", sides), method, inputs, kwargs)
+        return _capture.call_model(_with_marks(model, "", sides), method, inputs, kwargs)
 
     result, calls = collect(
         where,

@@ -8,8 +8,9 @@ from typing import Any
 import haiku as hk
 
 from purepruning.layers import Activation, Layer
-from purepruning_interop import _capture, _marks
-from purepruning_interop._marks import run, trace, with_activations
+from purepruning_interop import _capture
+from purepruning_interop._activations import activation_rows, with_activations
+from purepruning_interop._marks import run, trace
 from purepruning_interop._table import join
 from purepruning_interop.haiku.layers import (
     Tracked,
@@ -126,7 +127,7 @@ def activations(
     def apply(params: Any, leading: Any, inputs: Any, kwargs: Any) -> Any:
         return applied(where, model, params, *leading, *inputs, **kwargs)
 
-    return _marks.activations(trace(object(), apply, params, leading, inputs, kwargs))
+    return activation_rows(trace(object(), apply, params, leading, inputs, kwargs).jaxpr.jaxpr)
 
 
 def _replace(

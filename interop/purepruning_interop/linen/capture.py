@@ -12,8 +12,9 @@ from flax.core import meta
 
 from purepruning.layers import Activation, Layer
 from purepruning.trees import flatten
-from purepruning_interop import _capture, _marks
-from purepruning_interop._marks import is_activation, marked, marking, run, trace
+from purepruning_interop import _capture
+from purepruning_interop._activations import activation_rows, is_activation
+from purepruning_interop._marks import marked, marking, run, trace
 from purepruning_interop.linen.layers import MISFITS, check, marker, misfit
 
 
@@ -149,7 +150,7 @@ def activations(
         except MISFITS as error:
             raise misfit(where, model, error) from error
 
-    return _marks.activations(trace(object(), apply, variables, inputs, options, kwargs))
+    return activation_rows(trace(object(), apply, variables, inputs, options, kwargs).jaxpr.jaxpr)
 
 
 def _whole(variables: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,8 +9,9 @@ import jax
 from flax import nnx
 
 from purepruning.layers import Activation, Layer
-from purepruning_interop import _capture, _marks
-from purepruning_interop._marks import KEY, collect, trace, with_activations
+from purepruning_interop import _capture
+from purepruning_interop._activations import activation_rows, with_activations
+from purepruning_interop._marks import KEY, collect, trace
 from purepruning_interop._table import join
 from purepruning_interop.nnx.layers import check, marking, walk
 
@@ -125,15 +126,9 @@ def activations(
     graphdef, state = nnx.split(model)
 
     def call(state: Any, inputs: Any, kwargs: Any) -> Any:
-        return _call(nnx.merge(graphdef, state), method, inputs, kwargs)
+        return _capture.call_model(nnx.merge(graphdef, state), method, inputs, kwargs)
 
-    return _marks.activations(trace(object(), call, state, inputs, kwargs))
-
-
-def _call(model: nnx.Module, method: Any, inputs: Any, kwargs: Any) -> Any:
-    if callable(method):
-        return method(model, *inputs, **kwargs)
-    return getattr(model, method or "__call__")(*inputs, **kwargs)
+    return activation_rows(trace(object(), call, state, inputs, kwargs).jaxpr.jaxpr)
 
 
 def _replace(
@@ -162,7 +157,7 @@ def _replace(
                 pytree = not jax.tree_util.all_leaves([module])
                 object.__setattr__(module, "__class__", marking(type(module), pytree))
                 vars(module)[KEY] = name, sides[name]
-        result = _call(copy, method, inputs, kwargs)
+        result = _capture.call_model(copy, method, inputs, kwargs)
         return result if mutable is False else (result, nnx.state(copy, mutable))
 
     result, calls = collect(
