@@ -27,6 +27,7 @@ def fold_batch_norm(
     Statistics are the running ones, also in training. Quantise ``W'`` instead of ``W``, and run the
     model with ``W'``, ``b'`` and a batch norm that is the identity: ``scale`` is
     ``sqrt(variance + epsilon)`` and ``offset`` is ``mean``. Gradients flow to all six arrays.
+    Jacob et al. 2017, arXiv:1712.05877, section 3.2.
 
     Args:
         weight: of the layer, ``(out, ...)`` or with the outputs along another axis.
@@ -36,15 +37,25 @@ def fold_batch_norm(
         epsilon: of the batch norm: 1e-5 in PyTorch, Flax NNX and Linen.
 
     Raises:
-        ValueError: the batch norm has another number of channels than the axis.
+        ValueError: the weight has no such axis, or the bias or the batch norm another number of
+            channels than it.
+
+    Jacob et al. 2017, arXiv:1712.05877, section 3.2.
 
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)
     >>> fold_batch_norm(one[:, None], None, 6 * one, one, 0.5 * one, 4 * one, out_axis=0, epsilon=0)
     (array([[3.]], dtype=float32), array([-0.5], dtype=float32))
     """
+    if not -weight.ndim <= out_axis < weight.ndim:
+        raise ValueError(
+            f"fold_batch_norm: out_axis={out_axis} has no place in the weight's shape "
+            f"{tuple(weight.shape)}; give the axis of the outputs"
+        )
     channels = weight.shape[out_axis]
-    for name, x in {"scale": scale, "offset": offset, "mean": mean, "variance": variance}.items():
+    given = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
+    given |= {} if bias is None else {"bias": bias}
+    for name, x in given.items():
         if tuple(x.shape) != (channels,):
             raise ValueError(
                 f"fold_batch_norm: {name} has shape {tuple(x.shape)}, but axis {out_axis} of the "

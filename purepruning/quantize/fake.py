@@ -34,6 +34,11 @@ def affine(smallest: Array, largest: Array, low: int, high: int) -> Scale:
 
     Where the range is zero, the scale is 1. Jacob et al. 2017, arXiv:1712.05877.
 
+    Args:
+        smallest, largest: the ends of the ranges, float32, both of one shape, which is that of
+            scales and zero points too.
+        low, high: the smallest and the largest integer.
+
     >>> import numpy as np
     >>> [float(x) for x in affine(np.float32(-3), np.float32(4.65), 0, 255)]
     [0.03, 100.0]
@@ -50,7 +55,7 @@ def symmetric(smallest: Array, largest: Array, low: int, high: int) -> Scale:
 
     $$s = \frac{2 \max(|r_{min}|, |r_{max}|)}{high - low}, \qquad z = \frac{low + high}{2}$$
 
-    Where the range is zero, the scale is 1.
+    Where the range is zero, the scale is 1. Arguments and shapes are those of :func:`affine`.
 
     >>> import numpy as np
     >>> [float(x) for x in symmetric(np.float32(-3), np.float32(2.54), -127, 127)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import as_numpy, by_numpy, is_torch, namespace
+from purepruning.arrays import as_numpy, by_numpy, is_concrete, is_torch, namespace
 from purepruning.quantize.config import QuantizationConfig, Target, grouped
 from purepruning.quantize.targets import check_sites, weights_of
 from purepruning.types import Array, Params
@@ -72,6 +72,7 @@ def of(
         config: the resolved rules.
 
     Raises:
+        TypeError: ``jit`` or ``vmap`` traces a weight or its levels.
         KeyError: there are no levels of a weight.
         ValueError: a weight is none of its levels; it was not quantised, or by other ones.
 
@@ -163,5 +164,13 @@ def weight_levels(
 
 
 def on_host(x: Any) -> Any:
-    """Returns an array of any framework and device as NumPy's, of the same dtype."""
+    """Returns an array of any framework and device as NumPy's, of the same dtype.
+
+    Raises:
+        TypeError: ``jit`` or ``vmap`` traces it.
+    """
+    if not is_concrete(x):
+        raise TypeError(
+            "integers: the numbers are not known under jit or vmap; call this outside of them"
+        )
     return as_numpy(x.detach().cpu()) if is_torch(x) else np.asarray(x)

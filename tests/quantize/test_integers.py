@@ -119,6 +119,8 @@ def test_what_is_not_quantised_is_refused():
         integers.of(PARAMS, levels, config)
     with raises(KeyError, "integers.of: levels", "nothing of 'conv:weight'", "'fc:weight'"):
         integers.of(by_range(PARAMS, config)[0], {"fc:weight": levels["fc:weight"]}, config)
+    with raises(TypeError, "integers", "not known under jit", "call this outside"):
+        jax.jit(lambda params: integers.of(*by_range(params, config), config))(PARAMS)
 
 
 # Integer arithmetic.

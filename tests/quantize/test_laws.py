@@ -53,7 +53,12 @@ MARKED = {
     name: pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in ROWS
 }
 rows = pytest.mark.parametrize("name", MARKED.values())
-exact = pytest.mark.parametrize("name", [MARKED[name] for name in ROWS if name != "dorefa"])
+
+
+def all_but(*names):
+    """Rows whose name has none of these words in it."""
+    found = [row for name, row in MARKED.items() if not any(n in name for n in names)]
+    return pytest.mark.parametrize("name", found)
 
 
 def state_of(name, params):
@@ -137,10 +142,8 @@ def test_few_values(name):
         assert len(np.unique(values)) <= 2**target.bits
 
 
-@exact
+@all_but("dorefa", "lsq groups")  # rounded tanh; trained scales of every row of a weight
 def test_permuted_channels_are_permuted(name):
-    if ROWS[name][2] == "lsq":
-        return
     order = RNG.permutation(6)
     moved_params = PARAMS | {"fc": PARAMS["fc"][order], "conv": PARAMS["conv"][..., order]}
     found, wanted = quantized(name, as_jax(moved_params)), numbers(name)
@@ -148,10 +151,8 @@ def test_permuted_channels_are_permuted(name):
     np.testing.assert_array_equal(found["conv"], wanted["conv"][..., order])
 
 
-@rows
+@all_but("groups", "lsq")
 def test_stacked_layers_are_layers_of_their_own(name):
-    if "groups" in name or ROWS[name][2] == "lsq":
-        return
     weights, config, _ = ROWS[name]
     (target,) = [t for t in config.weights if t.name == "stack"]
     params = {"one": jnp.asarray(PARAMS["stack"][1])}

@@ -361,3 +361,8 @@ def test_folded_batch_norms_compute_the_same(framework, bias):
     )
     with raises(ValueError, "fold_batch_norm", "scale has shape (6,)", "4 outputs"):
         fold_batch_norm(*given, out_axis=1, epsilon=1e-5)
+    with raises(ValueError, "fold_batch_norm", "out_axis=2", "(6, 4)", "axis of the outputs"):
+        fold_batch_norm(*given, out_axis=2, epsilon=1e-5)
+    given[1] = as_array(b[:1])
+    with raises(ValueError, "fold_batch_norm", "bias has shape (1,)", "6 outputs"):
+        fold_batch_norm(*given, out_axis=0, epsilon=1e-5)
