@@ -10,7 +10,6 @@ import numpy as np
 import purepruning as pp
 
 STEM = 16
-STAGES = {"stage1": (16, 1), "stage2": (32, 2), "stage3": (64, 2)}  # channels, stride
 RULES = [{"op_types": ["Conv2d"]}]
 ROLES = ("source", "sink")
 RATE, TUNING = 5e-3, 2e-3  # Adam's, with cosine decay

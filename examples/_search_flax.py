@@ -9,29 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _search import RATE, ROLES, STAGES, STEM, TUNING, Twin
-from flax import linen as nn
-from structured_flax import Block
+from _search import RATE, ROLES, STEM, TUNING, Twin
+from structured_flax import ResNet
 
 import purepruning as pp
 from purepruning.trees import flatten
 from purepruning_interop import linen
 
 
-class ResNet(nn.Module):
-    """A stem and three stages for images of 8 x 8 pixels."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Returns logits, ``(batch, 10)``."""
-        x = nn.Conv(STEM, (3, 3), padding=1, use_bias=False, name="stem")(images[..., None])
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
-        for name, (channels, stride) in STAGES.items():
-            x = Block(channels, stride, name=name)(x, train)
-        return nn.Dense(10, name="classifier")(x.mean((1, 2)))
-
-
-MODEL = ResNet()
+MODEL = ResNet(STEM)
 RHO = 1e-2  # of ADMM
 
 

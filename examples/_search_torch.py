@@ -7,39 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from _search import RATE, ROLES, STAGES, STEM, TUNING, Twin
-from structured_torch import Block
+from _search import RATE, ROLES, STEM, TUNING, Twin
+from structured_torch import ResNet
 from torch import nn
 
 import purepruning as pp
 from purepruning_interop import torch as interop
 
 
-class ResNet(nn.Module):
-    """A stem and three stages for images of 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, STEM, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(STEM)
-        inputs = STEM
-        for name, (channels, stride) in STAGES.items():
-            self.add_module(name, Block(inputs, channels, stride))
-            inputs = channels
-        self.classifier = nn.Linear(inputs, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns logits, ``(batch, 10)``."""
-        x = self.norm(self.stem(images[:, None])).relu()
-        for name in STAGES:
-            x = self.get_submodule(name)(x)
-        return self.classifier(x.mean((2, 3)))
-
-
 def make(data: Any, training: Any, tuning: Any, seed: int) -> Twin:
     """Returns the trained network; ``training`` and ``tuning`` are images by step."""
     torch.manual_seed(seed)
-    model = ResNet()
+    model = ResNet(STEM)
     images, labels = torch.tensor(data.train_images), torch.tensor(data.train_labels)
     test, digits = torch.tensor(data.test_images), torch.tensor(data.test_labels)
     model.eval()

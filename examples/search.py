@@ -12,6 +12,7 @@ differences of a point are noise (``benchmarks/search.py`` runs several).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -74,11 +75,11 @@ def by_layers(s: Setting, formula: Callable[[pp.Config], pp.Config], granularity
 
 
 def erk(s: Setting) -> Found:
-    return by_layers(s, lambda c: pp.search.erk(c, sparsity=0.5), "output_channel")
+    return by_layers(s, functools.partial(pp.search.erk, sparsity=0.5), "output_channel")
 
 
 def lamp(s: Setting) -> Found:
-    formula = lambda c: pp.search.lamp(s.twin.params, c, sparsity=0.5)  # noqa: E731
+    formula = functools.partial(pp.search.lamp, s.twin.params, sparsity=0.5)
     return by_layers(s, formula, "element")
 
 

@@ -60,13 +60,15 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem and three stages for images of 8 x 8 pixels."""
 
+    stem: int = STEM
+
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns logits, ``(batch, 10)``."""
-        x = nn.Conv(STEM, (3, 3), padding=1, use_bias=False, name="stem")(images[..., None])
+        x = nn.Conv(self.stem, (3, 3), padding=1, use_bias=False, name="stem")(images[..., None])
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
-        for name, (channels, stride) in STAGES.items():
-            x = Block(channels, stride, name=name)(x, train)
+        for name, (times, stride) in STAGES.items():
+            x = Block(times * self.stem, stride, name=name)(x, train)
         return nn.Dense(10, name="classifier")(x.mean((1, 2)))
 
 

@@ -75,14 +75,14 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem and three stages for images of 8 x 8 pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, stem: int = STEM) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, STEM, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(STEM)
-        inputs = STEM
-        for name, (channels, stride) in STAGES.items():
-            self.add_module(name, Block(inputs, channels, stride))
-            inputs = channels
+        self.stem = nn.Conv2d(1, stem, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(stem)
+        inputs = stem
+        for name, (times, stride) in STAGES.items():
+            self.add_module(name, Block(inputs, times * stem, stride))
+            inputs = times * stem
         self.classifier = nn.Linear(inputs, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
