@@ -133,7 +133,7 @@ def run_search(
     if max_batches is not None:
         whole_number(max_batches, "run_search: max_batches", 0)
     flag(progress, "run_search: progress")
-    files = None if folder is None else Files(Path(folder))
+    files = None if folder is None else Files("run_search", folder)
     history: list[dict[str, Any]] = []
     if files is not None:
         state, payload, history = files.resume(state, payload)
@@ -244,18 +244,22 @@ def _evaluate(
 def _answer(evaluate: Callable[[Trial], Any], trial: Trial) -> _Answer:
     """Returns what an evaluation says, on whatever worker this runs."""
     start = time.perf_counter()
+    number, payload, failure = math.nan, None, None
     try:
         found = evaluate(trial)
+        pair = isinstance(found, tuple) and len(found) == 2
+        score, payload = found if pair else (found, None)
+        number = _number(score)  # what was dispatched to a device may fail only here
     except Exception as error:
-        return _Answer(math.nan, None, time.perf_counter() - start, _named(error))
-    score, payload = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    if isinstance(score, bool) or np.shape(score) != ():
-        return _Answer(math.nan, None, 0.0, f"TypeError: evaluate returned {shown(score)}")
-    try:
-        number = float(score)
-    except (TypeError, ValueError):
-        return _Answer(math.nan, None, 0.0, f"TypeError: evaluate returned {shown(score)}")
-    return _Answer(number, payload, time.perf_counter() - start, None)
+        payload, failure = None, _named(error)
+    return _Answer(number, payload, time.perf_counter() - start, failure)
+
+
+def _number(score: Any) -> float:
+    if not isinstance(score, bool | str | bytes) and np.shape(score) == ():
+        with contextlib.suppress(TypeError):
+            return float(score)
+    raise TypeError(f"evaluate returned {shown(score)}")
 
 
 def _awaited(future: Future) -> _Answer:
@@ -286,24 +290,23 @@ def _row(trial: Trial, answer: _Answer, problem: Problem | None) -> dict[str, An
 class Files:
     """The files of a run: rows of trials, and the state after them."""
 
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"run_search: folder {str(folder)!r} is a file; name a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.trials, self.state = folder / TRIALS, folder / STATE
+    def __init__(self, where: str, folder: str | os.PathLike[str]) -> None:
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{where}: folder {str(path)!r} is a file; name a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        self.where, self.trials, self.state = where, path / TRIALS, path / STATE
 
     def resume(self, state: Any, payload: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
         """Returns what the files hold, or what is given; rows after the state are removed."""
         if not self.state.exists():
             self.trials.unlink(missing_ok=True)
             return state, payload, []
-        # An empty dict stands for whatever tree of arrays was saved there.
-        like = {"state": state, "payload": {} if payload is None else payload, "trials": 0}
-        saved = load_state(self.state, like)
+        saved = self._load(state, payload)
         lines = self.trials.read_bytes().splitlines(keepends=True)[: saved["trials"]]
         if len(lines) < saved["trials"]:
             raise ValueError(
-                f"run_search: {self.trials} has {len(lines)} trials, and the state was saved after "
+                f"{self.where}: {self.trials} has {len(lines)} rows, and the state was saved after "
                 f"{saved['trials']}; name another folder"
             )
         with self.trials.open("wb") as file:
@@ -311,6 +314,21 @@ class Files:
         found = saved["payload"]
         empty = isinstance(found, dict) and not found
         return saved["state"], payload if empty else found, [json.loads(x) for x in lines]
+
+    def _load(self, state: Any, payload: Any) -> Any:
+        """Returns what was saved; of dicts the arrays may have been shrunk since the run began."""
+        # An empty dict stands for whatever tree of arrays was saved there.
+        like = {"state": state, "payload": {} if payload is None else payload, "trials": 0}
+        try:
+            return load_state(self.state, like)
+        except ValueError as error:
+            any_shapes = {k: {} if isinstance(x, dict) else x for k, x in like.items()}
+            saved = load_state(self.state, any_shapes)
+            for name, given in like.items():
+                structures = jax.tree.structure(saved[name]), jax.tree.structure(given)
+                if given and structures[0] != structures[1]:
+                    raise error from None
+            return saved
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Writes rows, to the disk."""

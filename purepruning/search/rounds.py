@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -111,7 +110,7 @@ def run_rounds(
         reset: ``(start, state) -> state``.
         optimize_mode: whether a score is better if it is larger or smaller.
         folder: where to write ``trials.jsonl`` and ``state.safetensors`` after every round, and to
-            go on from; states must then be trees of arrays.
+            go on from; states must then be trees of arrays, and dicts where arrays become smaller.
         max_rounds: stop after so many rounds in this call.
 
     Raises:
@@ -137,11 +136,18 @@ def run_rounds(
             function(given, f"run_rounds: {name}", "a function of a state")
     one_of("run_rounds: optimize_mode", optimize_mode, ("maximize", "minimize"))
     sign = 1.0 if optimize_mode == "maximize" else -1.0
-    files = None if folder is None else Files(Path(folder))
+    files = None if folder is None else Files("run_rounds", folder)
     start, best = state, state
     history: list[dict[str, Any]] = []
     if files is not None:
         state, best, history = files.resume(state, best)
+        done = tuple(row["sparsity"] for row in history)
+        if done != some[: len(done)]:
+            raise ValueError(
+                f"run_rounds: folder {str(folder)!r} is of another run: its rounds had sparsities "
+                f"{list(done)}, and this one's begin with {list(some[: len(done)])}; name another "
+                "folder"
+            )
     rounds = 0
     while len(history) < len(some) and rounds != max_rounds:
         began, sparsity = time.perf_counter(), some[len(history)]

@@ -106,6 +106,15 @@ def test_the_accepted_payload_is_kept_and_handed_on():
     assert seen[:3] == [None] * 3
 
 
+class Late:
+    """A score whose computation fails when it is asked for, as on an accelerator."""
+
+    shape = ()
+
+    def __float__(self):
+        raise OverflowError("of the device")
+
+
 def test_evaluations_that_fail_are_in_the_history_and_never_win():
     _of, search = small()
 
@@ -123,6 +132,9 @@ def test_evaluations_that_fail_are_in_the_history_and_never_win():
         (lambda trial: 1 / 0, ("all 3", "ZeroDivisionError")),
         (lambda trial: "good", ("TypeError", "'good'")),
         (lambda trial: [1.0], ("TypeError",)),
+        (lambda trial: "1.5", ("TypeError", "'1.5'")),
+        (lambda trial: [[1.0], [1.0, 2.0]], ("all 3", "ValueError")),
+        (lambda trial: Late(), ("all 3", "OverflowError: of the device")),
     ):
         with raises(RuntimeError, *words):
             pp.search.run_search(search, search.init(jax.random.key(0)), bad)
@@ -221,6 +233,15 @@ def test_a_search_in_one_compiled_call_is_the_host_loop():
     assert scores[:5].reshape(-1).tolist() == [row["score"] for row in host.history]
     assert history["done"].tolist() == [False] * 5 + [True] * 3
     assert np.isnan(scores[5:]).all()
+
+
+def test_a_line_of_progress_has_the_trials_and_the_best_score(capsys):
+    _of, search = small()
+    pp.search.run_search(search, search.init(jax.random.key(0)), loss, progress=True)
+    # l0, l1 and l2 lose 9, 3 and 3: 81 + 2 * 9 + 3 * 9.
+    assert "15 trials, best score -126" in capsys.readouterr().out
+    pp.search.run_search(search, search.init(jax.random.key(0)), loss)
+    assert capsys.readouterr().out == ""
 
 
 def test_mistakes_in_calls(tmp_path):

@@ -84,6 +84,60 @@ def test_rounds_go_on_from_their_folder(tmp_path):
     assert zeros(rest.best) == 20
     with raises(ValueError, "sparsities", "ascend"):
         pp.search.run_rounds((0.5, 0.25), PARAMS, prune)
+    with raises(ValueError, "run_rounds", "[0.25, 0.5, 0.75]", "[0.2, 0.5, 0.8]"):
+        pp.search.run_rounds((0.2, 0.5, 0.8), PARAMS, prune, folder=tmp_path)
+    other = {"v": PARAMS["w"]}
+    with raises(ValueError, "another run", "'v'"):
+        pp.search.run_rounds((0.25, 0.5, 0.75), other, prune, folder=tmp_path)
+
+
+def test_rounds_may_shrink_and_go_on_from_smaller_arrays(tmp_path):
+    """Two dense layers with 12 channels between them; of these a share of the first 12 goes."""
+
+    def fn(params, x):
+        return jnp.maximum(x @ params["a"], 0.0) @ params["b"]
+
+    rng = np.random.default_rng(0)
+    params = {n: rng.normal(size=s).astype(np.float32) for n, s in (("a", (5, 12)), ("b", (12, 3)))}
+    x = rng.normal(size=(4, 5)).astype(np.float32)
+    outputs = []
+
+    def prune(state, sparsity):
+        coupling = pp.couple(fn, state, x)
+        width = state["a"].shape[1]
+        layer = pp.Layer("a", "Linear", "a", (5, width), (1,), (0,))
+        config = pp.resolve([{"op_types": ["Linear"]}], [layer], coupling=coupling)
+        gone = width - (12 - pp.count_of(sparsity, 12))
+        masks = pp.l1_norm(state, None, config.with_counts({"a": gone}))
+        small = pp.shrink(fn, state, masks, coupling, x).params
+        masked = pp.apply_masks(state, masks)
+        outputs.append((fn(masked, x), fn(small, x)))
+        return {n: np.asarray(w) for n, w in small.items()}
+
+    def run(**options):
+        widths = []
+
+        def evaluate(state):
+            widths.append(state["a"].shape[1])
+            return -abs(state["a"].shape[1] - 6.0)
+
+        found = pp.search.run_rounds((0.25, 0.5, 0.75), params, prune, evaluate=evaluate, **options)
+        return found, widths
+
+    whole, widths = run()
+    assert widths == [9, 6, 3]
+    assert whole.best["a"].shape == (5, 6)
+    # What stays are the columns of largest L1 norm, in their order, and the rows that read them.
+    kept = np.sort(np.argsort(np.abs(params["a"]).sum(0))[-3:])
+    np.testing.assert_array_equal(whole.state["a"], params["a"][:, kept])
+    np.testing.assert_array_equal(whole.state["b"], params["b"][kept])
+    for masked, small in outputs:
+        np.testing.assert_allclose(small, masked, rtol=1e-5, atol=1e-5)
+    run(folder=tmp_path, max_rounds=2)
+    rest, widths = run(folder=tmp_path)
+    assert widths == [3]
+    jax.tree.map(np.testing.assert_array_equal, rest.state, whole.state)
+    jax.tree.map(np.testing.assert_array_equal, rest.best, whole.best)
 
 
 # AutoCompress.
