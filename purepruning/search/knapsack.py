@@ -17,6 +17,9 @@ from purepruning.search.resource import as_int
 
 BUCKETS = 10_000
 
+#: Stands for a budget of 0, of which no fraction can be taken.
+SMALLEST_BUDGET = 1e-30
+
 
 class Chosen(NamedTuple):
     """What :func:`knapsack` returns, with a leading axis where there are several budgets.
@@ -57,7 +60,8 @@ def knapsack(errors: Any, costs: Any, budget: Any, *, buckets: int = BUCKETS) ->
         errors: ``(groups, options)``, or a sequence of rows of different lengths; inf where an
             option is not to be taken.
         costs: the same shape, at least 0.
-        budget: B, one number or ``(n,)`` of them.
+        budget: B, one number or ``(n,)`` of them. A traced one that is negative or NaN has no
+            choice within it.
         buckets: number of different costs that are told apart, static.
 
     Raises:
@@ -346,9 +350,9 @@ def _known(e: np.ndarray, c: np.ndarray, budget: float, buckets: int) -> Chosen:
     finite = c[np.isfinite(c)]
     whole = bool((finite == np.floor(finite)).all()) and budget <= buckets
     size = int(budget) if whole else buckets
-    with np.errstate(invalid="ignore"):
-        # A rounding of the division must not cost a bucket.
-        scaled = c if whole else np.ceil(c / (budget / buckets) * (1 - 1e-12))
+    # A rounding of the division must not cost a bucket.
+    bucket = max(budget, SMALLEST_BUDGET) / buckets
+    scaled = c if whole else np.ceil(c / bucket * (1 - 1e-12))
     scaled = np.where(scaled <= size, scaled, size + 1)
     whole_costs = np.where(np.isfinite(e), scaled, size + 1).astype(np.int64)
     spent = np.zeros(size + 1)
@@ -408,7 +412,7 @@ def _traced(e: Any, c: Any, budget: Any, *, buckets: int) -> Chosen:
     """Returns the best choice in float32, as traceable code."""
     usable = jnp.isfinite(e) & jnp.isfinite(c)
     whole = jnp.all(jnp.where(usable, c == jnp.floor(c), True)) & (budget <= buckets)
-    scale = jnp.where(whole, 1.0, jnp.maximum(budget, 1e-30) / buckets)
+    scale = jnp.where(whole, 1.0, jnp.maximum(budget, SMALLEST_BUDGET) / buckets)
     size = jnp.where(whole, jnp.floor(budget), float(buckets)).astype(jnp.int32)
     scaled = jnp.ceil(jnp.where(usable, c, 0.0) / scale * jnp.where(whole, 1.0, 1 + 1e-6))
     scaled = jnp.where(usable & (scaled <= buckets), scaled, buckets + 1).astype(jnp.int32)
@@ -437,7 +441,8 @@ def _traced(e: Any, c: Any, budget: Any, *, buckets: int) -> Chosen:
 
     _, choice = jax.lax.scan(step, size, (back, scaled), reverse=True)
     error = spent[size]
-    some = jnp.isfinite(error)
+    some = jnp.isfinite(error) & (budget >= 0)
+    error = jnp.where(some, error, jnp.inf)
     rows = np.arange(e.shape[0])
     cost = jnp.where(some, jnp.sum(c[rows, choice]), jnp.inf)
     choice = jnp.where(some, choice, -1)

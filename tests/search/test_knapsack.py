@@ -48,6 +48,19 @@ def test_budgets_at_once_traced_and_known():
 def test_nothing_within_the_budget():
     best = pp.search.knapsack(ERRORS, COSTS, 6)
     assert (best.choice.tolist(), float(best.error)) == ([-1, -1, -1], np.inf)
+    one = jax.jit(lambda b: pp.search.knapsack(np.asarray(ERRORS), np.asarray(COSTS), b))
+    for budget in (6, -1, -5.5, np.nan):
+        best = one(jnp.float32(budget))
+        assert (best.choice.tolist(), float(best.error)) == ([-1, -1, -1], np.inf)
+        assert float(best.cost) == np.inf
+
+
+def test_of_a_budget_of_nothing_what_costs_nothing_is_taken():
+    errors, costs = np.asarray([[0.0, 1.0], [0.0, 2.0]]), np.asarray([[0.5, 0.0], [0.25, 0.0]])
+    known = pp.search.knapsack(errors, costs, 0)
+    traced = jax.jit(lambda b: pp.search.knapsack(errors, costs, b))(jnp.float32(0))
+    for best in (known, traced):
+        assert (best.choice.tolist(), float(best.error), float(best.cost)) == ([1, 1], 3, 0)
 
 
 @pytest.mark.parametrize("seed", range(6))
