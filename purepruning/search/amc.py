@@ -122,7 +122,7 @@ def amc(
     last = _lowest(of, fraction(lower, "amc: lower"))
     if not bool(of.within(last)):
         raise ValueError(
-            f"amc: with all groups at {lower:g} of their units the budgets {dict(of.budgets)} are "
+            f"amc: with all groups at {lower:g} of their units the budgets {of.limits} are "
             "not met; give a smaller lower"
         )
     static = _scaled(_features(of, ranks, features))

@@ -15,7 +15,7 @@ from purepruning.arrays import is_concrete
 from purepruning.config.config import Config, check_config, known_counts
 from purepruning.counts import count_of
 from purepruning.granularity import NM, grid
-from purepruning.search.problem import Problem, fit
+from purepruning.search.problem import Problem, check_reachable, fit
 from purepruning.search.shape import Common, Move, OptimizeMode, Search, best_of, make_search
 
 #: No layer's share falls below this part of the others' before rescaling, so that every layer can
@@ -115,7 +115,8 @@ def annealing(
 
     Raises:
         ValueError, TypeError: an argument is out of range; the config is of global scope or of N:M;
-            the rules' layers cannot lose so much; a rule has several sparsities or none.
+            the rules' layers cannot lose so much; a rule has several sparsities or none; the plan
+            that prunes most is over a budget.
 
     >>> import jax
     >>> import purepruning as pp
@@ -146,6 +147,7 @@ def annealing(
     temperatures = _temperatures(start, stop, cool_down_rate)
     last = len(temperatures) - 1
     if isinstance(problem, Problem):
+        check_reachable("annealing", problem)
         names, place = problem.names, _place_in(problem)
     else:
         groups = _groups(problem)

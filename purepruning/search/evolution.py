@@ -218,7 +218,7 @@ def _parent(of: Problem, start: Mapping[str, int] | None) -> np.ndarray:
     levels = of.levels(start)
     if not bool(of.within(levels)):
         raise ValueError(
-            f"evolution: start leaves {of.measure(start)}, over the budgets {dict(of.budgets)}; "
+            f"evolution: start leaves {of.measure(start)}, over the budgets {of.limits}; "
             "give a plan within them"
         )
     return levels

@@ -11,7 +11,7 @@ import numpy as np
 
 from purepruning.arguments import fraction, one_of, shown
 from purepruning.arrays import is_array
-from purepruning.search.problem import Problem, check_problem, smallest_level
+from purepruning.search.problem import Problem, check_problem, check_reachable, smallest_level
 from purepruning.search.shape import (
     Common,
     Move,
@@ -88,7 +88,7 @@ def netadapt(
 
     Raises:
         ValueError, TypeError: an argument is out of range; the steps together do not reach the
-            budget.
+            budget, or the plan that prunes most is over one.
 
     >>> import jax
     >>> import purepruning as pp
@@ -101,6 +101,7 @@ def netadapt(
     ([4, 0], [0, 4])
     """
     of = check_problem("netadapt", problem)
+    check_reachable("netadapt", of)
     step = fraction(step, "netadapt: step")
     decay = fraction(decay, "netadapt: decay")
     one_of("netadapt: by", by, ("score", "ratio"))

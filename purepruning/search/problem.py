@@ -101,9 +101,14 @@ class Problem:
         found = {}
         for name, resource in self.resources.items():
             number = as_int(resource.measure(levels))
-            value = number * resource.unit if resource.unit != 1 else number
+            value = number * resource.unit
             found[name] = value.item() if np.ndim(value) == 0 else value
         return found
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """By name, the most that may be left, as :meth:`measure` counts."""
+        return {name: b * self.resources[name].unit for name, b in self.budgets.items()}
 
     def dense(self) -> dict[str, Any]:
         """Returns what there is of every resource with nothing pruned."""
@@ -133,7 +138,7 @@ class Problem:
         return all(self.resources[name].monotone for name in self.budgets)
 
     def __repr__(self) -> str:
-        return f"Problem({len(self.names)} groups, budgets {dict(self.budgets)})"
+        return f"Problem({len(self.names)} groups, budgets {self.limits})"
 
 
 def problem(
@@ -371,6 +376,19 @@ def check_problem(where: str, given: Any) -> Problem:
     instance(given, Problem, f"{where}: problem", "what problem or choices returned")
     found: Problem = given
     return found
+
+
+def check_reachable(where: str, of: Problem) -> None:
+    """Raises ValueError if the plan that prunes most is over a budget, so that a search may end so.
+
+    More pruning may cost more by a user's table; else :func:`problem` has seen to it.
+    """
+    if not bool(of.within(of.last)):
+        plan = dict(zip(of.names, of.counts(of.last).tolist(), strict=True))
+        raise ValueError(
+            f"{where}: {of.measure(plan)} are left if every group loses all it may, over the "
+            f"budgets {of.limits}; give larger budgets, or other caps"
+        )
 
 
 def _size(of: Problem, group: int) -> int:

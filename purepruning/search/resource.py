@@ -39,13 +39,8 @@ class Products:
     ends: np.ndarray
     factors: np.ndarray
     constants: np.ndarray
-    unit: float = 1.0
+    unit: float = 1
     monotone: bool = True
-
-    @property
-    def n_limbs(self) -> int:
-        """Number of limbs."""
-        return self.constants.shape[1]
 
     def measure(self, levels: Any) -> list[Any]:
         """Returns the cost at levels ``(groups,)``, in limbs; of NumPy's also ``(..., groups)``."""
@@ -81,13 +76,8 @@ class Lookup:
     sizes: np.ndarray
     starts: np.ndarray
     entries: np.ndarray
-    unit: float = 1.0
+    unit: float = 1
     monotone: bool = True
-
-    @property
-    def n_limbs(self) -> int:
-        """Number of limbs."""
-        return self.entries.shape[1]
 
     def measure(self, levels: Any) -> list[Any]:
         """Returns the cost at levels ``(groups,)``, in limbs; of NumPy's also ``(..., groups)``."""
@@ -245,7 +235,7 @@ def _padded(table: np.ndarray, longest: int) -> np.ndarray:
     return np.concatenate([table, np.full(longest - len(table), table[-1])])
 
 
-def lookup_of(rows: Sequence[tuple[tuple[int, ...], np.ndarray]], *, unit: float = 1.0) -> Lookup:
+def lookup_of(rows: Sequence[tuple[tuple[int, ...], np.ndarray]], *, unit: float = 1) -> Lookup:
     """Returns the sum of tables of whole numbers by the levels of one group, or of two each."""
     totals = [int(table.max()) for _, table in rows]
     n_limbs = -(-max(sum(totals).bit_length(), 1) // LIMB) + 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from purepruning.arguments import collection, fraction, instance, scalar
 from purepruning.counts import count_of
-from purepruning.search.problem import Problem, check_problem
+from purepruning.search.problem import Problem, check_problem, check_reachable
 from purepruning.search.shape import (
     Common,
     Move,
@@ -304,11 +304,13 @@ def sensitivity_pruning(
         optimize_mode: whether a score is better if it is larger or smaller.
 
     Raises:
-        ValueError, TypeError: as :func:`sensitivity`; the problem has no config.
+        ValueError, TypeError: as :func:`sensitivity`; the problem has no config; the plan that
+            prunes most is over a budget.
     """
     of = check_problem("sensitivity_pruning", problem)
     if of.config is None:
         raise ValueError("sensitivity_pruning needs a problem made of a config")
+    check_reachable("sensitivity_pruning", of)
     some = np.asarray(_ratios(ratios), np.float32)
     share = fraction(per_iteration, "sensitivity_pruning: per_iteration")
     limit = scalar(threshold, "sensitivity_pruning: threshold")

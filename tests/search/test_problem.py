@@ -102,3 +102,15 @@ def test_mistakes_in_problems():
         of.measure({"l0": 10, "l1": 0})
     with raises(ValueError, "'g'", "2", "3"):
         pp.search.choices({"x": {"g": [1, 0]}, "y": {"g": [2, 1, 0]}}, {"x": 1})
+
+
+@pytest.mark.parametrize("search", ["annealing", "netadapt", "sensitivity_pruning"])
+def test_where_more_pruning_costs_more_no_search_ends_over_budget(search):
+    """Nine channels are slower than twelve, and one has to be left: 9 + 9 of 16 + 16."""
+    jagged = np.where(np.arange(17) == 1, 9.0, np.arange(17.0))
+    config = nets.table_of((16, 16))
+    tables = {"ms": {"l0": jagged, "l1": jagged}}
+    of = pp.search.problem(config, {"ms": 12}, tables=tables, caps=15 / 16)
+    assert of.measure({"l0": 14, "l1": 14})["ms"] <= 12
+    with raises(ValueError, search, "'ms': 18", "'ms': 12.0", "caps"):
+        getattr(pp.search, search)(of)
