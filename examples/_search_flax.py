@@ -16,7 +16,6 @@ import purepruning as pp
 from purepruning.trees import flatten
 from purepruning_interop import linen
 
-
 MODEL = ResNet(STEM)
 RHO = 1e-2  # of ADMM
 

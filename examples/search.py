@@ -121,8 +121,8 @@ def netadapt(s: Setting) -> Found:
 
 
 def annealing(s: Setting) -> Found:
-    rate = 0.5 if s.quick else 0.95
-    return run(s, pp.search.annealing(s.problem, cool_down_rate=rate, max_proposals=60))[1]
+    rate, most = (0.5, 3) if s.quick else (0.95, 60)
+    return run(s, pp.search.annealing(s.problem, cool_down_rate=rate, max_proposals=most))[1]
 
 
 def evolution(s: Setting) -> Found:
@@ -132,9 +132,8 @@ def evolution(s: Setting) -> Found:
 
 
 def amc(s: Setting) -> Found:
-    episodes = 6 if s.quick else 80
-    lower = 0.1
-    return run(s, pp.search.amc(s.problem, episodes=episodes, lower=lower, hyper=AGENT))[1]
+    episodes = 3 if s.quick else 80
+    return run(s, pp.search.amc(s.problem, episodes=episodes, lower=0.1, hyper=AGENT))[1]
 
 
 def auto_compress(s: Setting) -> Found:
@@ -161,9 +160,9 @@ def auto_compress(s: Setting) -> Found:
         evaluate=evaluate,
         compress=compress,
         key=jax.random.key(0),
-        rounds=2,
+        rounds=1 if s.quick else 2,
         cool_down_rate=0.5 if s.quick else 0.9,
-        max_proposals=3 if s.quick else 40,
+        max_proposals=2 if s.quick else 40,
     )
     return Found({}, scores, result.model)
 
@@ -247,7 +246,7 @@ def table(rows: list[Row]) -> Table:
 def one_call(twin: Twin, config: pp.Config, units: Units, *, quick: bool) -> str:
     """Times annealing as a loop on the host, and as one compiled call."""
     of = pp.search.problem(config, {"macs": BUDGETS[0]})
-    n = 4 if quick else 40
+    n = 3 if quick else 40
     search = pp.search.annealing(of, cool_down_rate=0.99, max_proposals=n)
     evaluate = twin.traced
     assert evaluate is not None
@@ -296,8 +295,9 @@ def main() -> None:
     parser.add_argument("--framework", choices=("flax", "torch"), default="flax")
     given = parser.parse_args()
     data, seeds = load_data(), np.array([0])
-    training = batches(data.train_images, seeds, 1 if given.quick else 10, 0)[0]
-    tuning = batches(data.train_images, seeds, 1 if given.quick else 2, 1)[0]
+    steps = 8 if given.quick else None
+    training = batches(data.train_images, seeds, 10, 0)[0, :steps]
+    tuning = batches(data.train_images, seeds, 2, 1)[0, :steps]
     make = importlib.import_module(f"_search_{given.framework}").make
     twin: Twin = make(data, training, tuning, 0)
     names = SHORTER if given.framework == "torch" else tuple(METHODS)
