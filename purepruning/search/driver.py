@@ -325,8 +325,8 @@ class Files:
             any_shapes = {k: {} if isinstance(x, dict) else x for k, x in like.items()}
             saved = load_state(self.state, any_shapes)
             for name, given in like.items():
-                structures = jax.tree.structure(saved[name]), jax.tree.structure(given)
-                if given and structures[0] != structures[1]:
+                known: Any = jax.tree.structure(saved[name])
+                if given and known != jax.tree.structure(given):
                     raise error from None
             return saved
 
