@@ -176,7 +176,11 @@ def by_path(masks: Any, params: Any) -> dict[str, Any]:
     named = named_masks(masks)
     for path, mask in named.items():
         if path not in leaves:
-            raise KeyError(missing(f"masks: no parameter is called {path!r}", path, leaves))
+            message = missing(f"masks: no parameter is called {path!r}", path, leaves)
+            raise KeyError(
+                f"{message}. Give all arrays that the masks name, statistics too, such as a state "
+                "dict or all variables; or leave that mask out"
+            )
         if not is_array(leaves[path]):
             raise TypeError(f"masks: the parameter {path!r} is no array, but {shown(leaves[path])}")
         _check(path, mask, leaves[path])

@@ -277,3 +277,16 @@ def test_statistics_that_are_returned_are_named_with_what_to_do():
         pp.resolve(0.5, table, coupling=coupling)
     coupling = pp.couple(fn, params, x, outputs=(True, False))
     assert pp.resolve(0.5, table, coupling=coupling).counts == {"params.a": 4}
+
+
+def test_masks_of_statistics_say_what_to_apply_them_to():
+    """The masks of a report name statistics, which are in the state dict and are no parameters."""
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)))
+    x = torch.randn(2, 3, 4, 4)
+    coupling = ppt.couple(model, x)
+    masks = coupling.masks([1, 2], model.state_dict())
+    small = ppt.shrink(model, masks, coupling, x)
+    with pytest.raises(KeyError, match=r"'1.running_mean'.* statistics too, such as a state dict"):
+        pp.apply_masks(dict(model.named_parameters()), small.report.masks)
+    model.load_state_dict(pp.apply_masks(model.state_dict(), small.report.masks))
+    torch.testing.assert_close(small.model(x), model(x), rtol=1e-4, atol=1e-5)
