@@ -68,6 +68,8 @@ REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 
 def _functional(target: Any) -> Any:
     """Returns the operator that computes what an in-place one writes, or None."""
+    if target is torch.ops.aten.bernoulli_.float:  # whose twin has another overload's name
+        return torch.ops.aten.bernoulli.p
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None) if packet is not None else None

@@ -101,6 +101,7 @@ class _Recorder(TorchDispatchMode):
         self.memory = {_memory(state[name]) for name in names}
         self.training = model.training
         self.buffers = {id(x) for x in model.buffers()}
+        self.counts: dict[int, torch.Tensor] = {}  # what buffers that count would hold
 
     def give(self, given: Any) -> Any:
         """Returns the arguments without values, and makes placeholders of them."""
@@ -173,6 +174,7 @@ class _Recorder(TorchDispatchMode):
                 return parts(*args, **kwargs)
         written = _written(func, args, kwargs)
         if written and self.training and all(id(x) in self.buffers for x in written):
+            self.count(func, args, kwargs)
             return written[0]  # running statistics, which training does not read
         if not all(self.may_write(x) for x in written):
             raise Unusual(f"{func} writes to a tensor of the model")
@@ -200,6 +202,12 @@ class _Recorder(TorchDispatchMode):
                 part.meta["val"] = x
                 self.nodes[id(x)] = part
         return result
+
+    def count(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Notes how far a buffer has counted: averages over all batches divide by that."""
+        x = args[0]
+        if self.knows(x) and x.numel() == 1 and not x.is_floating_point():
+            self.counts[id(x)] = func(self.counts.get(id(x), x).clone(), *args[1:], **kwargs)
 
     def may_write(self, x: torch.Tensor) -> bool:
         """Whether a tensor that is written to was made here."""
@@ -232,6 +240,8 @@ class _Recorder(TorchDispatchMode):
         elif max(x.numel() for x in tensors) > LIMIT:
             return None
         args, kwargs = _on(self.device, func, args, kwargs)
+        if self.counts:
+            args, kwargs = pytree.tree_map(lambda x: self.counts.get(id(x), x), (args, kwargs))
         with torch.inference_mode(False):  # as the module would have made them
             result = func(*args, **kwargs)
         old = {_memory(x) for x in tensors}
