@@ -39,7 +39,8 @@ class ShrinkReport:
         extended: units that go although not all that makes them is masked.
         kind: what the result is: ``"module"``, of the model's own class; ``"graph"``, a graph
             module of its operations (torch); ``"function"``.
-        reason: why it is not of the model's own class; empty where it is.
+        reason: why it is not of the model's own class, and, for torch, what it cannot do in
+            training mode; empty where there is nothing to say.
         deviation: largest difference of the result from its reference when both were run, relative
             to the largest output; None where there was nothing to compare. NNX and Equinox compare
             the model with the function, on random parameters; torch compares the module with the

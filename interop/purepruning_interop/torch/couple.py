@@ -17,12 +17,20 @@ from purepruning_interop.torch.operators import IDENTITY
 from purepruning_interop.torch.program import Program, Size, Var, check, leaf_names
 from purepruning_interop.torch.rules.table import RULES, known_operators
 from purepruning_interop.torch.tracing.fold_constants import fold
-from purepruning_interop.torch.tracing.trace import How, program_of, training_program_of
+from purepruning_interop.torch.tracing.trace import (
+    How,
+    asks_for_mode,
+    program_of,
+    training_program_of,
+)
 from purepruning_interop.torch.walk import leaf_uses, walk
 
 
 class Analysis(NamedTuple):
-    """What is known of a module: its program, and the value of every tensor."""
+    """What is known of a module: its program, and the value of every tensor.
+
+    ``training_only`` are the leaves that only training mode uses; None where it cannot be read.
+    """
 
     program: Program
     values: dict[int, Value]
@@ -31,6 +39,7 @@ class Analysis(NamedTuple):
     folded: Mapping[int, np.ndarray]
     coupling: Coupling
     numbers: np.ndarray  # unit of every atom
+    training_only: frozenset[str] | None
 
 
 def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwargs: Any) -> Coupling:
@@ -40,7 +49,7 @@ def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwarg
     recorded; where that cannot be done for certain (writes to memory that has other names, tensors
     that the forward pass leaves in attributes), ``torch.export`` reads it. It comes back as it was.
     It is called in training mode as well: what is used in training only, such as an auxiliary head,
-    is coupled too where that can be recorded. Every position of every axis of a floating-point
+    is coupled too where that can be recorded, else it stays whole and says so. Every position of every axis of a floating-point
     parameter or buffer starts as a unit of its own, and each operation says which of them coincide,
     come apart into factors, or must stay. An operation without a rule keeps what it touches and is
     reported: less is pruned, and results stay equal.
@@ -74,13 +83,14 @@ def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwarg
 
 
 class Traced(NamedTuple):
-    """A program that was walked through: its leaves, and the value of every tensor."""
+    """A program that was walked through, and its leaves; else as in :class:`Analysis`."""
 
     program: Program
     leaves: dict[str, Value]
     values: dict[int, Value]
     parts: dict[int, Value]
     folded: Mapping[int, np.ndarray]
+    training_only: frozenset[str] | None
 
 
 def trace(
@@ -97,29 +107,31 @@ def trace(
     for path in sorted(set(leaf_names(model).values())):
         tensor = state[path]
         leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
-    training = training_program_of(model, args, kwargs, known_operators())
-    used = used_leaves(program)
-    if (
-        training is not None
-        and used_leaves(training) <= used
-        and _shape(training) == _shape(program)
-    ):
-        training = None
-    if training is not None:
-        used |= used_leaves(training)
+    used = _used_leaves(program)
+    training_only: frozenset[str] | None = frozenset()
+    training, unused = None, "not used"
+    if asks_for_mode(model):
+        training = training_program_of(model, args, kwargs, known_operators())
+        if training is None:
+            training_only = None
+            unused = "not used in eval mode, and training mode cannot be read"
+        else:
+            training_only = frozenset(_used_leaves(training) - used)
+            if not training_only and _operations(training) == _operations(program):
+                training = None
     for path, value in leaves.items():
-        if path not in used:
-            flow.keep(value, "not used")
+        if path not in used and path not in (training_only or ()):
+            flow.keep(value, unused)
     folded = fold(program, state)
     values, parts = walk(program, leaves, flow, leaf_uses(program), folded, RULES)
     if training is not None:
         _walk_training(training, leaves, flow, fold(training, state))
     for product in flow.contractions.values():  # what depends on data is counted once
         product.sizes = tuple(1 if isinstance(n, Size) else n for n in product.sizes)
-    return Traced(program, leaves, values, parts, folded)
+    return Traced(program, leaves, values, parts, folded, training_only)
 
 
-def used_leaves(program: Program) -> set[str]:
+def _used_leaves(program: Program) -> set[str]:
     """Returns the paths of the leaves that a program reads or writes."""
     read = {v.number for op in program.ops for v in op.tensors}
     read.update(v.number for v in program.outputs if isinstance(v, Var))
@@ -127,7 +139,7 @@ def used_leaves(program: Program) -> set[str]:
     return {path for number, path in program.leaves.items() if number in read}
 
 
-def _shape(program: Program) -> list[str]:
+def _operations(program: Program) -> list[str]:
     """Returns the operations of a program, without what only draws random numbers."""
     return [op.name for op in program.ops if op.name not in IDENTITY]
 
@@ -153,7 +165,7 @@ def analyse(
 ) -> Analysis:
     """Returns the program of ``model(*args, **kwargs)`` with the atoms of every tensor."""
     flow = Flow()
-    program, leaves, values, parts, folded = trace(model, args, kwargs, flow, how)
+    program, leaves, values, parts, folded, training_only = trace(model, args, kwargs, flow, how)
     for out, stays in zip(program.outputs, _whole(program, outputs), strict=True):
         if stays and isinstance(out, Var):
             flow.keep(values[out.number], "an output")
@@ -166,7 +178,7 @@ def analyse(
         times=dict.fromkeys([*flow.contractions, *flow.statistics], 1),
         outputs=outputs,
     )
-    return Analysis(program, values, parts, flow, folded, coupling, numbers)
+    return Analysis(program, values, parts, flow, folded, coupling, numbers, training_only)
 
 
 def _whole(program: Program, outputs: Any) -> list[bool]:

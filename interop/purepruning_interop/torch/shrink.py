@@ -23,12 +23,11 @@ from purepruning.coupling.shrink_report import (
 from purepruning.coupling.unit_masks import Chosen, Conflicts
 from purepruning.masks import apply_masks, merge_masks
 from purepruning.types import Masks
-from purepruning_interop.torch.couple import analyse, used_leaves
+from purepruning_interop.torch.couple import Analysis, analyse
 from purepruning_interop.torch.graphs import graph_of
 from purepruning_interop.torch.program import Var, check, leaf_names
-from purepruning_interop.torch.rules.table import known_operators
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
-from purepruning_interop.torch.tracing.trace import training_program_of
+from purepruning_interop.torch.tracing.trace import asks_for_mode
 from purepruning_interop.torch.uses import Uses, uses_of
 from purepruning_interop.torch.verify import Reference, with_state
 
@@ -246,10 +245,10 @@ def _build(
     plan = plan_of(coupling, removed)
     names = leaf_names(model)
     state = _cut_state(model, plan, masked, names)
-    outputs = None if coupling.outputs is True else _cut_outputs(model, coupling, removed, given)
-    reference = Reference(model, masked, complete, names, given, outputs)
     found = analyse(model, *given, coupling.outputs)
     check_same(coupling, found.coupling)
+    outputs = None if coupling.outputs is True else _cut_outputs(found, removed)
+    reference = Reference(model, masked, complete, names, given, outputs)
     uses = uses_of(found, removed)
     own: torch.nn.Module | None = None
     try:
@@ -262,7 +261,8 @@ def _build(
     if own is not None:
         deviation, why, replaced = _own_class(own, plan, reference, uses, norms)
         if deviation is not None:
-            return _Built(own, plan, "module", "", deviation, (), replaced)
+            less = _in_training(own, model, reference)
+            return _Built(own, plan, "module", less, deviation, (), replaced)
     graph = graph_of(model, coupling, removed, plan, state, reference, norms)
     graph.module.train(model.training)
     deviation = None
@@ -270,7 +270,8 @@ def _build(
         if own is not None:  # compared with what averages over what is kept
             deviation, own_why = reference.compare(own, plan, graph.module)
             if deviation is not None:
-                return _Built(own, plan, "module", "", deviation)
+                less = _in_training(own, model, reference)
+                return _Built(own, plan, "module", less, deviation)
             why = own_why
     else:
         deviation, trouble = reference.compare(graph.module, plan)
@@ -279,11 +280,17 @@ def _build(
                 f"the shrunk graph of {type(model).__name__} does not compute what the masked "
                 f"model does: {trouble}. That is a bug of this library"
             )
-    training = training_program_of(model, *given, known_operators())
-    lost = used_leaves(training) - used_leaves(found.program) if training is not None else set()
-    if lost:
+    lost = found.training_only
+    if lost is None:
+        why += "; the graph is that of eval mode, since training mode cannot be read"
+    elif lost:
         why += f"; the graph lacks what only training uses: {', '.join(sorted(lost))}"
     return _Built(graph.module, plan, "graph", why, deviation, graph.fixed)
+
+
+def _in_training(own: torch.nn.Module, model: torch.nn.Module, reference: Reference) -> str:
+    """Returns what a result of the model's own class cannot do in training mode."""
+    return reference.training(own) if asks_for_mode(model) else ""
 
 
 def _own_class(
@@ -303,15 +310,8 @@ def _own_class(
     return deviation, why, replaced
 
 
-def _cut_outputs(
-    model: torch.nn.Module,
-    coupling: Coupling,
-    removed: np.ndarray,
-    given: tuple[tuple[Any, ...], dict[str, Any]],
-) -> list[list[tuple[int, np.ndarray]]]:
+def _cut_outputs(found: Analysis, removed: np.ndarray) -> list[list[tuple[int, np.ndarray]]]:
     """Returns for every output the axes that shrink, and which of their positions stay."""
-    found = analyse(model, *given, coupling.outputs)
-    check_same(coupling, found.coupling)
     removal = Removal(found.flow, removed[found.numbers], "original")
     cuts = []
     for out in found.program.outputs:

@@ -91,6 +91,24 @@ class Reference:
             return False
         return distance(first, second) == 0.0
 
+    def training(self, small: torch.nn.Module) -> str:
+        """Returns what a small model cannot do in training mode, or an empty string.
+
+        It has to run where the masked model does, and give as much: its numbers are random.
+        """
+        try:
+            model = with_state(self.model, self.state, self.names)
+            expected = _run(model, self.given[0], training=True)
+        except Exception:  # nor does the model
+            return ""
+        try:
+            found = _run(with_state(small, {}, self.names), self.given[0], training=True)
+        except Exception as error:
+            return f"does not run in training mode: {_first_line(error)}"
+        if self.outputs is None and [x.shape for x in found] != [x.shape for x in expected]:
+            return "gives other shapes in training mode"
+        return ""
+
     def agrees(self, small: torch.nn.Module, plan: Plan, given: Any) -> bool | None:
         """Whether a small model is right for other inputs; None where the model does not run."""
         other = copy.copy(self)
@@ -115,9 +133,7 @@ class Reference:
             try:
                 found = _run(with_state(small, {}, self.names), self.given[0])
             except Exception as error:
-                line = str(error).strip().splitlines()
-                reason = line[0] if line else type(error).__name__
-                return None, f"its forward does not run with smaller layers: {reason}"
+                return None, f"its forward does not run with smaller layers: {_first_line(error)}"
             off = distance(expected, found)
             if math.isinf(off):
                 return None, "its forward gives other shapes, or numbers where there were none"
@@ -273,10 +289,11 @@ def _run(
     reading: Reading = AS_IT_IS,
     noisy: bool = False,
     seed: int = 0,
+    training: bool = False,
 ) -> Outputs:
-    """Returns the outputs of a module in eval mode; it must be a copy."""
+    """Returns the outputs of a module in one mode; it must be a copy."""
     args, kwargs = pytree.tree_map(lambda x: _given(x, reading), given)
-    model.eval()
+    model.train(training)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
@@ -288,6 +305,11 @@ def _run(
             stack.enter_context(Widened(reading))
         found = model(*args, **kwargs)
     return _floats(found, cuts)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()
+    return line[0] if line else type(error).__name__
 
 
 def _given(x: Any, reading: Reading) -> Any:

@@ -79,18 +79,19 @@ def training_program_of(
 ) -> Program | None:
     """Returns the program of ``model(*args, **kwargs)`` in training mode, or None.
 
-    It is recorded, or not read: what writes to memory under other names is not exported. Nor is it
-    read where no code of the model asks for the mode, but for torch's own layers.
+    It is recorded, or not read: what writes to memory under other names is not exported.
     """
-    if not _asks_for_mode(model):
-        return None
     with _in_mode(model, training=True):
         source = record(model, args, kwargs, known)
         return None if source is None else read(source)
 
 
-def _asks_for_mode(model: torch.nn.Module) -> bool:
-    """Whether classes of a model, or functions beside them, read an attribute ``training``."""
+def asks_for_mode(model: torch.nn.Module) -> bool:
+    """Whether a model may do something else in training mode.
+
+    That is where its classes, or functions beside them, read an attribute ``training``; torch's own
+    layers are known.
+    """
     classes = {c for m in model.modules() for c in type(m).__mro__ if not _is_torch(c)}
     places: list[Mapping[str, Any]] = [vars(c) for c in classes]
     places += [vars(m) for m in model.modules() if not _is_torch(type(m))]
