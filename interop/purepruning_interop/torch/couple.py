@@ -49,10 +49,11 @@ def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwarg
     recorded; where that cannot be done for certain (writes to memory that has other names, tensors
     that the forward pass leaves in attributes), ``torch.export`` reads it. It comes back as it was.
     It is called in training mode as well: what is used in training only, such as an auxiliary head,
-    is coupled too where that can be recorded, else it stays whole and says so. Every position of every axis of a floating-point
-    parameter or buffer starts as a unit of its own, and each operation says which of them coincide,
-    come apart into factors, or must stay. An operation without a rule keeps what it touches and is
-    reported: less is pruned, and results stay equal.
+    is coupled too. Where that call cannot be recorded, such parameters stay whole and the reason
+    says so. Every position of every axis of a floating-point parameter or buffer starts as a unit
+    of its own, and each operation says which of them coincide, come apart into factors, or must
+    stay. An operation without a rule keeps what it touches and is reported: less is pruned, and
+    results stay equal.
 
     Leaves go by their names in the state dict. A tensor under several names (tied weights, shared
     modules) is one leaf under the first of them. Statistics of batch norms are leaves as well.
