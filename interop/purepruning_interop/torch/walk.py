@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 
 from purepruning.coupling.flow import Flow
-from purepruning.coupling.removed_values import UNKNOWN
-from purepruning.coupling.value import Value, whole
+from purepruning.coupling.value import Value, finite_only, whole
 from purepruning_interop.torch.operators import PASSING
 from purepruning_interop.torch.program import Op, Program, Sym, Var
 
@@ -135,18 +133,10 @@ def _apply(state: Walk, op: Op, rules: Rules) -> list[Value]:
         return state.flow.opaque(op.name, operands, shapes)
     if op.name not in rules.recomputed:
         # What the shrunk program cannot compute again is not known.
-        found = [_without_uniform(v) for v in found]
+        found = [
+            dataclasses.replace(v, at_removed=tuple(map(finite_only, v.at_removed))) for v in found
+        ]
     return found
-
-
-def _without_uniform(value: Value) -> Value:
-    at_removed = tuple(
-        np.where(np.isfinite(d), d, UNKNOWN)
-        if np.ndim(d)
-        else (d if math.isfinite(float(d)) else UNKNOWN)
-        for d in value.at_removed
-    )
-    return dataclasses.replace(value, at_removed=at_removed)
 
 
 def leaf_uses(program: Program) -> dict[str, int]:

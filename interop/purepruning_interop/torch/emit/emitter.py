@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.fx.graph import _PyTreeInfo
 
 from purepruning.coupling.atoms import Axis
 from purepruning.coupling.plan import Plan
-from purepruning.coupling.removal import WITHOUT, Removal, axis_before
+from purepruning.coupling.removal import Removal
 from purepruning.coupling.value import Value
 from purepruning_interop.torch.couple import Analysis
 from purepruning_interop.torch.emit.graph_module import (
@@ -178,6 +178,16 @@ class Emitter:
         """Returns the shape of a small tensor."""
         return self.s.shape(self.values[number])
 
+    def size(self, number: int, axis: int) -> Any:
+        """Returns one size of a small tensor: a number, or a node where it is open."""
+        if self.open(number, axis):
+            return self.call(aten.sym_size.int, self.node(number), axis)
+        return self.shape(number)[axis]
+
+    def sizes(self, number: int) -> list[Any]:
+        """Returns all sizes of a small tensor."""
+        return [self.size(number, a) for a in range(len(self.shape(number)))]
+
     # Operations.
 
     def op(self, op: Op) -> None:
@@ -235,10 +245,7 @@ class Emitter:
         mean = self.found.flow.means.get((self.index, ""))
         if mean is None:
             return None
-        left = 1
-        for n, axis in zip(mean.lengths, mean.axes, strict=True):
-            kept = self.s.kept(axis)
-            left *= n if kept is None else len(kept)
+        left = math.prod(self.s.sizes(mean.lengths, mean.axes))
         return left / mean.size if left != mean.size else None
 
     # Parts of axes.
@@ -264,195 +271,8 @@ class Emitter:
             aten.index_select.default, node, axis, self.constant(torch.as_tensor(index))
         )
 
-    # What masked models hold at removed positions, for statistics.
-
-    def masked(self, number: int, axis: int) -> fx.Node:
-        """Returns what the masked model holds at removed positions of an axis.
-
-        The node has all axes of the tensor, or broadcasts to them; along ``axis`` it has one
-        position for each removed one, or a single one for all of them.
-        """
-        value = self.values[number]
-        return self.masked_of(value, axis, self.program.avals[number], number)
-
-    def masked_of(self, value: Value, axis: int, aval: Any, number: int | None) -> fx.Node:
-        """Returns what :meth:`masked` does, from the value of a tensor."""
-        kept = self.s.kept(value.axes[axis])
-        assert kept is not None
-        gone = np.setdiff1d(np.arange(value.shape[axis]), kept)
-        at_removed = np.atleast_1d(np.asarray(value.at_removed[axis], float))
-        at_removed = at_removed if len(at_removed) == 1 else at_removed[gone]
-        if np.isfinite(at_removed).all():
-            shape = [1] * value.ndim
-            shape[axis] = len(at_removed)
-            return self.constant(torch.as_tensor(at_removed.reshape(shape)).to(aval.dtype))
-        assert number is not None
-        op = self.makers[number]
-        source = op.tensors[0]
-        old = self.value(source)
-        if op.name in _MOVED:
-            order = order_of(op, old, value)
-            if order is None:
-                raise NotImplementedError(
-                    f"no value at removed positions through {op.name}; {WITHOUT}"
-                )
-            return self.call(aten.permute.default, self.masked(source.number, order[axis]), order)
-        if op.name in ("expand", "expand_as", "broadcast_to", "copy"):
-            return self._masked_spread(op, value, axis)
-        if op.name in _RESHAPES:
-            place = axis_before(old.shape, value.shape, axis)
-            part = self.masked(source.number, place)
-            whole = [-1] * old.ndim
-            return self._reshaped_masked(part, whole, place, axis, value, source.number)
-        return self._masked_elementwise(op, axis, value)
-
-    def _reshaped_masked(
-        self, part: fx.Node, _: Any, place: int, axis: int, value: Value, number: int
-    ) -> fx.Node:
-        shape: list[Any] = list(self.shape(number))
-        full = self.call(
-            aten.expand.default,
-            part,
-            [-1 if d == place else self.size(number, d) for d in range(len(shape))],
-        )
-        out: list[Any] = list(self.s.shape(value))
-        out[axis] = -1
-        return self.call(aten.reshape.default, full, out)
-
-    def size(self, number: int, axis: int) -> Any:
-        """Returns one size of a small tensor: a number, or a node where it is open."""
-        if self.open(number, axis):
-            return self.call(aten.sym_size.int, self.node(number), axis)
-        return self.shape(number)[axis]
-
-    def _masked_spread(self, op: Op, value: Value, axis: int) -> fx.Node:
-        source = op.args["src"] if op.name == "copy" else op.args["self"]
-        old = self.value(source)
-        lead = value.ndim - old.ndim
-        a = axis - lead
-        if a < 0 or old.shape[a] == 1:
-            part = self.node(source.number)
-        else:
-            part = self.masked(source.number, a)
-        for _ in range(lead):
-            part = self.call(aten.unsqueeze.default, part, 0)
-        return part
-
-    def _masked_elementwise(self, op: Op, axis: int, value: Value) -> fx.Node:
-        changes = {}
-        for key, x in op.args.items():
-            if not isinstance(x, Var):
-                continue
-            mine = self.value(x)
-            a = axis - (value.ndim - mine.ndim)
-            if a < 0 or mine.shape[a] == 1 or mine.axes[a] is None:
-                changes[key] = self.node(x.number)
-            else:
-                changes[key] = self.masked(x.number, a)
-        return self.as_is(op, **changes)
-
-    def moments(
-        self,
-        node: fx.Node,
-        value: Value,
-        axes: Sequence[int],
-        fewer: int,
-        aval: Any,
-        number: int | None,
-        sizes: Sequence[Any],
-    ) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """Returns mean, variance and what is left, as over all positions there were."""
-        n = self.count(value, axes, sizes)
-        masked, axis, gone = self.masked_over(value, axes, aval, number)
-        mean = self.call(aten.div.Scalar, self.total(node, masked, axes, axis, gone, sizes), n)
-        centred = self.call(aten.sub.Tensor, node, mean)
-        squares = self.call(aten.mul.Tensor, centred, centred)
-        away = None
-        touched = [a for a in axes if self.s.kept(value.axes[a]) is not None]
-        if touched:
-            axis = touched[0]
-            kept = self.s.kept(value.axes[axis])
-            assert kept is not None
-            gone = value.shape[axis] - len(kept)
-            off = (
-                self.call(aten.neg.default, mean)
-                if masked is None
-                else self.call(aten.sub.Tensor, masked, mean)
-            )
-            away = self.call(aten.mul.Tensor, off, off)
-        if fewer:
-            n = n - fewer if isinstance(n, int) else self.call(operator.sub, n, fewer)
-        variance = self.call(aten.div.Scalar, self.total(squares, away, axes, axis, gone, sizes), n)
-        return mean, variance, centred
-
-    def count(self, value: Value, axes: Sequence[int], sizes: Sequence[Any]) -> Any:
-        """Returns how many positions some axes had: a number, or a node where some are open."""
-        n = math.prod(value.shape[a] for a in axes if not isinstance(sizes[a], fx.Node))
-        for a in axes:
-            if isinstance(sizes[a], fx.Node):
-                n = self.call(operator.mul, sizes[a], n)
-        return n
-
-    def masked_over(
-        self, value: Value, axes: Sequence[int], aval: Any, number: int | None
-    ) -> tuple[fx.Node | None, int, int]:
-        """Returns what is missing from a sum over some axes: its values, the axis, how many."""
-        for a in axes:
-            kept = self.s.kept(value.axes[a])
-            if kept is not None and not (np.asarray(value.at_removed[a]) == 0.0).all():
-                return self.masked_of(value, a, aval, number), a, value.shape[a] - len(kept)
-        return None, -1, 0
-
-    def total(
-        self,
-        node: fx.Node,
-        masked: fx.Node | None,
-        axes: Sequence[int],
-        axis: int,
-        gone: int,
-        sizes: Sequence[Any],
-        keepdim: bool = True,
-    ) -> fx.Node:
-        """Returns a sum over some axes, removed positions included."""
-        total = self.call(aten.sum.dim_IntList, node, list(axes), keepdim)
-        if masked is None:
-            return total
-        whole = [gone if a == axis else sizes[a] if a in axes else -1 for a in range(len(sizes))]
-        spread = self.call(aten.expand.default, masked, whole)
-        missing = self.call(aten.sum.dim_IntList, spread, list(axes), keepdim)
-        return self.call(aten.add.Tensor, total, missing)
-
-    def sizes(self, number: int) -> list[Any]:
-        """Returns all sizes of a small tensor."""
-        return [self.size(number, a) for a in range(len(self.shape(number)))]
-
 
 def _stays(node: fx.Node) -> bool:
     """Whether a node matters though nothing reads it."""
     checks = node.op == "call_module" and str(node.target).startswith("_sizes_")
     return checks or node.op in ("placeholder", "output") or node.target is aten.copy_.default
-
-
-_MOVED = {"permute", "transpose", "t", "movedim", "swapaxes", "mT", "numpy_T"}
-
-
-_RESHAPES = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
-    "reshape_as",
-}  # fmt: skip
-
-
-def order_of(op: Op, old: Value, value: Value) -> list[int] | None:
-    """Returns which axis of the operand each axis is."""
-    n = old.ndim
-    if op.name == "permute":
-        return [d % n for d in op.args["dims"]]
-    order = list(range(n))
-    if op.name == "transpose":
-        a, b = op.args["dim0"] % n, op.args["dim1"] % n
-    elif op.name in ("t", "mT", "numpy_T") and n == 2:
-        a, b = 0, 1
-    else:
-        return None
-    order[a], order[b] = order[b], order[a]
-    return order

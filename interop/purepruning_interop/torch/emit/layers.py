@@ -9,6 +9,15 @@ from torch import fx
 
 from purepruning_interop.torch.emit.emitter import Emitter
 from purepruning_interop.torch.emit.graph_module import aten
+from purepruning_interop.torch.emit.statistics import (
+    Over,
+    count,
+    loses_none,
+    missing,
+    moments,
+    over,
+    total,
+)
 from purepruning_interop.torch.program import Op, Var
 from purepruning_interop.torch.rules.reductions import dims_of
 
@@ -38,24 +47,21 @@ def _layer_norm(e: Emitter, op: Op) -> Any:
     x, k = op.args["input"], len(op.args["normalized_shape"])
     value = e.value(x)
     axes = list(range(value.ndim - k, value.ndim))
-    if all(e.s.kept(value.axes[a]) is None for a in axes):
+    if loses_none(e, value, axes):
         return None
     if e.norms == "kept":
         return e.as_is(op, normalized_shape=list(e.shape(x.number)[-k:]))
-    aval = e.program.avals[x.number]
+    normed = over(e, x, axes)
     if op.name.endswith("rms_norm"):
-        n = e.count(value, axes, e.sizes(x.number))
-        node = e.small(x)
-        masked, axis, gone = e.masked_over(value, axes, aval, x.number)
-        square = None if masked is None else e.call(aten.mul.Tensor, masked, masked)
+        node, gone = normed.node, missing(e, normed)
+        square = None if gone is None else e.call(aten.mul.Tensor, gone, gone)
         squares = e.call(aten.mul.Tensor, node, node)
-        total = e.total(squares, square, axes, axis, gone, e.sizes(x.number))
-        variance = e.call(aten.div.Scalar, total, n)
+        variance = e.call(aten.div.Scalar, total(e, normed, squares, square), count(e, normed))
         eps = op.args["eps"]
-        eps = torch.finfo(aval.dtype).eps if eps is None else eps
+        eps = torch.finfo(normed.aval.dtype).eps if eps is None else eps
         found = _normalised(e, node, variance, eps)
         return [_scaled(e, found, op.args["weight"], None)]
-    _, variance, centred = e.moments(e.small(x), value, axes, 0, aval, x.number, e.sizes(x.number))
+    _, variance, centred = moments(e, normed)
     found = _normalised(e, centred, variance, op.args["eps"])
     return [_scaled(e, found, op.args["weight"], op.args["bias"])]
 
@@ -84,20 +90,20 @@ def _scaled(
 def _group_norm(e: Emitter, op: Op) -> Any:
     split, x = e.found.parts[e.index], op.args["input"]
     groups, positions = e.s.kept(split.axes[1]), e.s.kept(split.axes[2])
-    count = split.shape[1] if groups is None else len(groups)
+    left = split.shape[1] if groups is None else len(groups)
     if groups is None and positions is None:
         return None
     if positions is None or e.norms == "kept":
-        return e.as_is(op, num_groups=count)
+        return e.as_is(op, num_groups=left)
     ndim = len(e.shape(x.number))
     sizes = e.sizes(x.number)
-    shape = [sizes[0], count, len(positions), *sizes[2:]]
+    shape = [sizes[0], left, len(positions), *sizes[2:]]
     node = e.call(aten.reshape.default, e.small(x), shape)
-    _, variance, centred = e.moments(
-        node, split, list(range(2, split.ndim)), 0, e.program.avals[x.number], None, shape
-    )
+    aval = e.program.avals[x.number]
+    grouped = Over(node, shape, split, list(range(2, split.ndim)), aval)
+    _, variance, centred = moments(e, grouped)
     found = _normalised(e, centred, variance, op.args["eps"])
-    found = e.call(aten.reshape.default, found, [sizes[0], count * len(positions), *sizes[2:]])
+    found = e.call(aten.reshape.default, found, [sizes[0], left * len(positions), *sizes[2:]])
     return [_scaled(e, found, op.args["weight"], op.args["bias"], ndim - 2)]
 
 
@@ -108,11 +114,9 @@ def _batch_norm(e: Emitter, op: Op) -> Any:
     if not own and op.args.get("running_mean") is not None:
         return None
     axes = [a for a in range(value.ndim) if a > 1 or (a == 0 and op.name != "instance_norm")]
-    if all(e.s.kept(value.axes[a]) is None for a in axes) or e.norms == "kept":
+    if loses_none(e, value, axes) or e.norms == "kept":
         return None
-    _, variance, centred = e.moments(
-        e.small(x), value, axes, 0, e.program.avals[x.number], x.number, e.sizes(x.number)
-    )
+    _, variance, centred = moments(e, over(e, x, axes))
     found = _normalised(e, centred, variance, op.args["eps"])
     return [_scaled(e, found, op.args["weight"], op.args["bias"], value.ndim - 2)]
 
@@ -121,36 +125,27 @@ def _mean(e: Emitter, op: Op) -> Any:
     x = op.args["self"]
     value = e.value(x)
     axes = dims_of(op, value.ndim)
-    if e.norms == "kept" or all(e.s.kept(value.axes[a]) is None for a in axes):
+    if e.norms == "kept" or loses_none(e, value, axes):
         return None
-    masked, axis, gone = e.masked_over(value, axes, e.program.avals[x.number], x.number)
-    if op.name == "sum" and masked is None:
+    summed = over(e, x, axes)
+    gone = missing(e, summed)
+    if op.name == "sum" and gone is None:
         return None
-    keep = bool(op.args.get("keepdim"))
-    sizes = e.sizes(x.number)
-    total = e.total(e.small(x), masked, axes, axis, gone, sizes, keep)
+    found = total(e, summed, summed.node, gone, bool(op.args.get("keepdim")))
     if op.name == "mean":
-        total = e.call(aten.div.Scalar, total, e.count(value, axes, sizes))
+        found = e.call(aten.div.Scalar, found, count(e, summed))
     dtype = op.args.get("dtype")
-    return total if dtype is None else e.call(aten._to_copy.default, total, dtype=dtype)
+    return found if dtype is None else e.call(aten._to_copy.default, found, dtype=dtype)
 
 
 def _var(e: Emitter, op: Op) -> Any:
     x = op.args["self"]
     value = e.value(x)
     axes = dims_of(op, value.ndim)
-    if e.norms == "kept" or all(e.s.kept(value.axes[a]) is None for a in axes):
+    if e.norms == "kept" or loses_none(e, value, axes):
         return None
     correction = int(op.args["unbiased"]) if "unbiased" in op.args else op.args.get("correction")
-    mean, variance, _ = e.moments(
-        e.small(x),
-        value,
-        axes,
-        1 if correction is None else correction,
-        e.program.avals[x.number],
-        x.number,
-        e.sizes(x.number),
-    )
+    mean, variance, _ = moments(e, over(e, x, axes), 1 if correction is None else correction)
     if "std" in op.name:
         variance = e.call(aten.sqrt.default, variance)
     found = [variance, mean] if "mean" in op.name else [variance]
