@@ -325,5 +325,5 @@ def _less(a: Any, b: Any) -> bool:
     # Of symbolic sizes, the one that divides the other is the smaller.
     try:
         return bool(a % b != 0)
-    except Exception:
+    except Exception:  # each kind of symbolic sizes has an error of its own
         return True

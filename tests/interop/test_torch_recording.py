@@ -275,6 +275,8 @@ def test_parameters_stay_as_they_are(forward):
 
 
 def catches(ask):
+    """A module that goes another way whatever is raised, as careless code does."""
+
     def forward(net, x):
         try:
             ask(net, x)

@@ -78,6 +78,7 @@ def graph_of(
     return Graph(emit(found, gone, plan, state, names, norms, closed), _named(found, closed))
 
 
+#: What stands in the way of open sizes: torch raises errors of these classes on symbolic ones.
 _NOT_OPEN = (
     OpenSize,
     Refused,

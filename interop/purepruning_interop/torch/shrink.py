@@ -256,7 +256,7 @@ def _build(
         own.train(model.training)
         for mine, theirs in zip(own.modules(), model.modules(), strict=True):
             mine.training = theirs.training
-    except Exception as error:
+    except Exception as error:  # copies and attributes are code of the model's classes
         why = f"its own class cannot be cut: {type(error).__name__}: {error}"
     if own is not None:
         deviation, why, replaced = _own_class(own, plan, reference, uses, norms)

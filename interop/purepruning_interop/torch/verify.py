@@ -87,7 +87,7 @@ class Reference:
         model = with_state(self.model, self.state, self.names)
         try:
             first, second = (_run(model, self.given[0], self.outputs, seed=i) for i in (0, 1))
-        except Exception:
+        except Exception:  # the model's own code: no numbers, so none that are steady
             return False
         return distance(first, second) == 0.0
 
@@ -103,7 +103,7 @@ class Reference:
             return ""
         try:
             found = _run(with_state(small, {}, self.names), self.given[0], training=True)
-        except Exception as error:
+        except Exception as error:  # code of the model's class, which may raise anything
             return f"does not run in training mode: {_first_line(error)}"
         if self.outputs is None and [x.shape for x in found] != [x.shape for x in expected]:
             return "gives other shapes in training mode"
@@ -132,7 +132,7 @@ class Reference:
         if expected is not None:
             try:
                 found = _run(with_state(small, {}, self.names), self.given[0])
-            except Exception as error:
+            except Exception as error:  # code of the model's class, which may raise anything
                 return None, f"its forward does not run with smaller layers: {_first_line(error)}"
             off = distance(expected, found)
             if math.isinf(off):
@@ -163,10 +163,10 @@ class Reference:
             expected = right.outputs(reading, drawn)
             if expected is None or not all(x.isfinite().any() for x in expected if x.numel()):
                 continue
+            model = right.small(small, reading, drawn)
             try:
-                model = right.small(small, reading, drawn)
                 off = distance(expected, _run(model, self.given[drawn], None, reading))
-            except Exception:
+            except Exception:  # it does not run where the reference does
                 off = math.inf
             allowed = EXACT if reading is IN_FLOAT64 else 1e-300
             if allowed < off < math.inf:
@@ -212,7 +212,7 @@ class _Right:
         if key not in known:
             try:
                 known[key] = self._run(reading, drawn, noisy)
-            except Exception:
+            except Exception:  # the model's own code, in dtypes that it may not be made for
                 known[key] = None
         return known[key]
 

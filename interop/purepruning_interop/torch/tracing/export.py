@@ -53,7 +53,7 @@ def export(
     if _needs_decomposition(exported, known):
         try:
             exported = _decompose(exported, known)
-        except Exception as error:
+        except Exception as error:  # torch raises errors of any class
             raise _refusal(model, error) from error
     return _source(model, exported)
 
@@ -65,13 +65,13 @@ def _export(
     with _plain_results(model):
         try:
             return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
-        except Exception as error:
+        except Exception as error:  # of the model's own code, or any class of torch's
             if shapes is not None:
                 raise Refused(f"no dynamic export: {error}") from error
             refused = _refusal(model, error)
     try:  # another tracer, which is as sound: it reads the byte code
         return torch.export.export(model, args, kwargs, strict=True)
-    except Exception:
+    except Exception:  # what the first tracer refused is the line to show
         raise refused from None
 
 
@@ -193,5 +193,5 @@ def _decompose(exported: Any, known: Collection[str]) -> Any:
             table.pop(op)
     try:
         return exported.run_decompositions(table)
-    except Exception:
+    except Exception:  # torch's, of an operator that cannot stay: all are taken apart
         return exported.run_decompositions({})

@@ -105,7 +105,7 @@ def _evaluate(op: Op, tensors: Mapping[int, torch.Tensor], program: Program) -> 
             *(v for k, v in given.items() if k not in op.keywords),
             **{k: v for k, v in given.items() if k in op.keywords},
         )
-    except Exception:  # cannot run here: not known
+    except (RuntimeError, ValueError, IndexError):  # cannot run here: not known
         return None
     return [found] if op.single else list(found)
 

@@ -58,8 +58,11 @@ def record(
                 args, kwargs = recorder.give((args, kwargs))
                 with _scopes(model, recorder), Questions(recorder), recorder:
                     found = model(*args, **kwargs)
+        except Exception:  # the model's own code: export says what, if it is an error
+            return None
+        try:
             recorder.take(found)
-        except Exception:  # whatever it is: export says what, if it is an error
+        except Unusual:
             return None
         if any(_without_values(x) for x in left()):
             return None
@@ -162,7 +165,7 @@ class _Recorder(TorchDispatchMode):
         try:
             with torch._C.DisableTorchFunction():  # the questions here are no module's
                 return self.record(func, args, kwargs or {})
-        except Exception:
+        except Exception:  # whatever it is, it goes on, and a module may catch it
             self.failed = True
             raise
 
