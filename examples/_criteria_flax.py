@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _digits_flax import CNN
 from flax import linen as nn
 from jax import Array
 
 import purepruning as pp
 from purepruning.stats import activations, gradients
 from purepruning_interop import linen
+from purepruning_interop.tasks.digits import CNN
 
 Params = Any
 Way = Callable[..., tuple[Params, Any]]

@@ -14,71 +14,27 @@ machine; an accelerator wants ``vmap`` again. Milliseconds of a CPU core per epo
     ===========  ===============  =======  ========
 
 A few networks go well together, as many as stay in the cache. All that is with convolutions as
-``patches_convolution`` writes them. XLA's own take 94 ms by ``lax.map``, since inside a loop it
-runs a slow form of them, and 128 by ``vmap``, which makes them grouped convolutions.
+``patches_convolution`` of the digits task writes them. XLA's own take 94 ms by ``lax.map``, since
+inside a loop it runs a slow form of them, and 128 by ``vmap``, which makes them grouped ones.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax import Array
 
 import purepruning as pp
 from purepruning_interop import linen
+from purepruning_interop.tasks.digits import CNN
 
 Params = Any
-
-
-def patches_convolution(
-    images: Array, kernel: Array, strides: Sequence[int], padding: str, **_: Any
-) -> Array:
-    """Returns what ``lax.conv_general_dilated`` does, as one matrix product; see the file's top."""
-    height, width, inputs, outputs = kernel.shape
-    pads = jax.lax.padtype_to_pads(images.shape[1:3], (height, width), strides, padding)
-    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    rows, columns = (-(-n // s) for n, s in zip(images.shape[1:3], strides, strict=True))
-    shifted = [
-        padded[:, i :: strides[0], j :: strides[1]][:, :rows, :columns]
-        for i in range(height)
-        for j in range(width)
-    ]
-    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(height * width * inputs, outputs)
-
-
-class CNN(nn.Module):
-    """Two convolutions and two dense layers for images of 8 x 8 pixels; 36,000 weights.
-
-    Attributes:
-        norms: whether there is a batch norm before each activation.
-    """
-
-    norms: bool = False
-
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False) -> Array:
-        def activate(x: Array, name: str) -> Array:
-            if self.norms:  # without momentum, statistics are those of the last call
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.0, name=name)(x)
-            return nn.relu(x)
-
-        convolution = functools.partial(
-            nn.Conv,
-            kernel_size=(3, 3),
-            strides=(2, 2),
-            conv_general_dilated=patches_convolution,
-        )
-        x = activate(convolution(32, name="conv1")(images[..., None]), "norm1")
-        x = activate(convolution(64, name="conv2")(x), "norm2")
-        x = activate(nn.Dense(64, name="hidden")(x.reshape(len(x), -1)), "norm3")
-        return nn.Dense(10, name="classifier")(x)
 
 
 MODEL = CNN()

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import quantize
-from _digits_flax import patches_convolution
 from flax import linen as nn
 
 import purepruning as pp
 from purepruning_interop import linen
+from purepruning_interop.tasks.digits import patches_convolution
 
 # Many small programs run for a short time each.
 jax.config.update("jax_numpy_dtype_promotion", "standard")

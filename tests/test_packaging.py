@@ -81,14 +81,15 @@ def test_importing_the_adapters_package_loads_no_framework(tmp_path):
     assert loaded_by(["purepruning_interop"], tmp_path)["purepruning_interop"] & FRAMEWORKS == set()
 
 
-def test_recipes_load_no_framework_before_they_see_a_model(tmp_path):
-    name = "purepruning_interop.recipes"
+@pytest.mark.parametrize("part", ["recipes", "tasks"])
+def test_what_serves_all_frameworks_loads_none_of_them(part, tmp_path):
+    name = f"purepruning_interop.{part}"
     assert loaded_by([name], tmp_path)[name] & FRAMEWORKS == set()
 
 
 def test_adapters_are_the_listed_ones():
     found = {m.name for m in pkgutil.iter_modules(purepruning_interop.__path__)}
-    assert {name for name in found if not name.startswith("_")} == {*ADAPTERS, "recipes"}
+    assert {name for name in found if not name.startswith("_")} == {*ADAPTERS, "recipes", "tasks"}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
