@@ -1,16 +1,20 @@
-"""Activation functions in a JAX program: they have no module, and are found by their names.
+"""Activation functions in a JAX program: they have no module, and are found by name or pattern.
 
 The calls of each are counted in the order of the program: ``"relu1"``, ``"relu2"``, ``"relu6_1"``.
-What JAX or a model writes out in arithmetic (``jnp.maximum(x, 0)``) has no name there.
+Functions of ``jax.nn`` leave their names in it. A ReLU that a model writes out, as
+``jnp.maximum(x, 0)``, ``jnp.where(x > 0, x, 0)`` or ``x * (x > 0)``, is known by what it computes;
+anything else in arithmetic is no activation function here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from purepruning.jaxpr.internals import Jaxpr, JaxprEqn, inner_jaxprs
+import jax.numpy as jnp
+
+from purepruning.jaxpr.internals import Jaxpr, JaxprEqn, Literal, inner_jaxprs
 from purepruning.layers import Activation
 
 #: Functions of ``jax.nn`` and primitives, and the canonical op types of what they compute.
@@ -35,18 +39,117 @@ ACTIVATIONS = {
 }
 
 
-def activation_of(eqn: JaxprEqn) -> str | None:
-    """Returns the name of the activation function that an equation is a call of, or None.
+class Call(NamedTuple):
+    """An equation that is a call of an activation function.
+
+    Attributes:
+        function: its name, one of :data:`ACTIVATIONS`.
+        operand: which operand is its argument; None where it is part of other equations too.
+    """
+
+    function: str
+    operand: int | None
+
+
+def calls_in(jaxpr: Jaxpr) -> list[Call | None]:
+    """Returns for every equation of a jaxpr the call that it is, or None.
 
     Linen's nn.scan leaves calls behind whose result is not used; they are none.
     """
-    if all(type(v).__name__ == "DropVar" for v in eqn.outvars):
-        return None
-    name = eqn.params.get("name", eqn.primitive.name)
+    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    calls: list[Call | None] = []
+    for eqn in jaxpr.eqns:
+        unused = all(type(v).__name__ == "DropVar" for v in eqn.outvars)
+        calls.append(None if unused else _named(eqn) or _written_out(eqn, made_by))
+    for i, call in enumerate(calls):
+        if call is not None and call.function == "relu" and _is_variance(jaxpr, i):
+            calls[i] = None
+    return calls
+
+
+def _named(eqn: JaxprEqn) -> Call | None:
+    """Returns the call of a function of ``jax.nn``, or of a primitive."""
+    name = _name(eqn)
     if eqn.primitive.name == "custom_jvp_call":
         inner = next(inner_jaxprs(eqn.params), None)
         name = inner.eqns[0].params.get("name") if inner and len(inner.eqns) == 1 else None
-    return name if isinstance(name, str) and name in ACTIVATIONS else None
+    return Call(name, 0) if isinstance(name, str) and name in ACTIVATIONS else None
+
+
+def _written_out(eqn: JaxprEqn, made_by: Mapping[Any, JaxprEqn]) -> Call | None:
+    """Returns the call of a ReLU, or a ReLU6, that the arithmetic of an equation is."""
+    result: Any = eqn.outvars[0].aval
+    if not jnp.issubdtype(getattr(result, "dtype", int), jnp.floating):
+        return None
+    operands = eqn.invars
+
+    def is_(v: Any, number: float) -> bool:
+        if isinstance(v, Literal):
+            return bool(v.val == number)
+        made = made_by.get(v)
+        if made is None or made.primitive.name not in ("broadcast_in_dim", _CONVERT):
+            return False
+        return is_(made.invars[0], number)
+
+    def is_sign_of(condition: Any, x: Any, names: tuple[str, str]) -> bool:
+        made = None if isinstance(condition, Literal) else made_by.get(condition)
+        if made is None or made.primitive.name not in names:
+            return False
+        return made.invars[0] is x and is_(made.invars[1], 0)
+
+    match _name(eqn):
+        case "max" | "maximum":
+            zeros = [i for i, v in enumerate(operands) if is_(v, 0)]
+            return Call("relu", 1 - zeros[0]) if len(zeros) == 1 else None
+        case "clip":
+            inner = {e.primitive.name for j in inner_jaxprs(eqn.params) for e in j.eqns}
+            if "max" not in inner or not is_(operands[1], 0):
+                return None
+            if "min" not in inner:
+                return Call("relu", 0)
+            return Call("relu6", 0) if is_(operands[2], 6) else None
+        case "clamp" if is_(operands[0], 0) and is_(operands[2], 6):
+            return Call("relu6", 1)
+        case "_where" | "select_n" as name if len(operands) == 3:
+            condition, yes, no = operands if name == "_where" else (operands[i] for i in (0, 2, 1))
+            for x, zero, names in ((yes, no, ("gt", "ge")), (no, yes, ("lt", "le"))):
+                if is_(zero, 0) and is_sign_of(condition, x, names):
+                    return Call("relu", None)
+        case "mul":
+            for x, factor in (operands, operands[::-1]):
+                made = None if isinstance(factor, Literal) else made_by.get(factor)
+                converted = made is not None and made.primitive.name == _CONVERT
+                if made and converted and is_sign_of(made.invars[0], x, ("gt", "ge")):
+                    return Call("relu", None)
+    return None
+
+
+_CONVERT = "convert_element_type"
+
+#: What stands between a variance and its root: other shapes and dtypes, and a small number.
+_BEFORE_ROOTS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", _CONVERT)
+
+
+def _is_variance(jaxpr: Jaxpr, index: int) -> bool:
+    """Whether the root of an equation's result is taken: norms keep variances from being negative.
+
+    Flax and Equinox compute them as ``max(0, mean(x**2) - mean(x)**2)``.
+    """
+    same = set(jaxpr.eqns[index].outvars)
+    for eqn in jaxpr.eqns[index + 1 :]:
+        if not any(not isinstance(v, Literal) and v in same for v in eqn.invars):
+            continue
+        name = eqn.primitive.name
+        if name in ("rsqrt", "sqrt"):
+            return True
+        literal = any(isinstance(v, Literal) for v in eqn.invars)
+        if name in _BEFORE_ROOTS or (name == "add" and literal):
+            same.update(eqn.outvars)
+    return False
+
+
+def _name(eqn: JaxprEqn) -> Any:
+    return eqn.params.get("name", eqn.primitive.name)
 
 
 def activation_name(function: str, number: int) -> str:
@@ -65,15 +168,15 @@ def with_activations(names: Iterable[str], known: Mapping[str, Any]) -> dict[str
     return {name: name for name in names if is_activation(name)} | dict(known)
 
 
-def calls_of_activations(eqn: JaxprEqn) -> Counter[str]:
-    """Returns how often an equation calls each activation function."""
-    function = activation_of(eqn)
-    if function is not None:
-        return Counter([function])
+def calls_of_activations(jaxpr: Jaxpr) -> Counter[str]:
+    """Returns how often a jaxpr calls each activation function."""
     found: Counter[str] = Counter()
-    for inner in inner_jaxprs(eqn.params):
-        for e in inner.eqns:
-            found += calls_of_activations(e)
+    for eqn, call in zip(jaxpr.eqns, calls_in(jaxpr), strict=True):
+        if call is not None:
+            found[call.function] += 1
+            continue
+        for inner in inner_jaxprs(eqn.params):
+            found += calls_of_activations(inner)
     return found
 
 
@@ -83,15 +186,14 @@ def activation_rows(jaxpr: Jaxpr) -> tuple[Activation, ...]:
     rows = []
 
     def look(jaxpr: Jaxpr) -> None:
-        for eqn in jaxpr.eqns:
-            function = activation_of(eqn)
-            if function is None:
+        for eqn, call in zip(jaxpr.eqns, calls_in(jaxpr), strict=True):
+            if call is None:
                 for inner in inner_jaxprs(eqn.params):
                     look(inner)
                 continue
-            before[function] += 1
-            name = activation_name(function, before[function])
-            rows.append(Activation(name, ACTIVATIONS[function], function))
+            before[call.function] += 1
+            name = activation_name(call.function, before[call.function])
+            rows.append(Activation(name, ACTIVATIONS[call.function], call.function))
 
     look(jaxpr)
     return tuple(rows)

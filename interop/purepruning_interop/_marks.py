@@ -3,8 +3,8 @@
 An adapter marks inputs and outputs of layers with :func:`mark`, which is the identity, while the
 model runs inside :func:`collect`. That traces the model to a jaxpr and runs the jaxpr with
 functions at the marks, each of which returns the value that goes on from there, and what it found:
-a further result. Calls of activation functions are found in the jaxpr by their names, without
-marks. Nothing is carried out of a trace in a Python list, so that a mark may stand inside
+a further result. Calls of activation functions are found in the jaxpr itself, without marks.
+Nothing is carried out of a trace in a Python list, so that a mark may stand inside
 ``jax.lax.scan``, ``jax.checkpoint``, ``jax.jit`` or ``jax.vmap``, whichever framework put it there,
 and so that the result can itself be jitted, batched and differentiated.
 
@@ -35,7 +35,12 @@ from purepruning.jaxpr.internals import (
     scan_sizes,
 )
 from purepruning_interop import _capture
-from purepruning_interop._activations import activation_name, activation_of, calls_of_activations
+from purepruning_interop._activations import (
+    Call,
+    activation_name,
+    calls_in,
+    calls_of_activations,
+)
 from purepruning_interop._table import split_static
 
 _mark = identity("purepruning_mark")
@@ -217,9 +222,9 @@ class _Runner(NamedTuple):
         def read(v: Any) -> Any:
             return v.val if isinstance(v, Literal) else env[v]
 
-        for i, eqn in enumerate(jaxpr.eqns):
-            results, more = self._equation(eqn, [read(v) for v in eqn.invars], before)
-            before += calls_of_activations(eqn)
+        for i, (eqn, call) in enumerate(zip(jaxpr.eqns, calls_in(jaxpr), strict=True)):
+            results, more = self._equation(eqn, call, [read(v) for v in eqn.invars], before)
+            before += _calls_of(eqn, call)
             taken += more
             env.update(zip(eqn.outvars, results, strict=True))
             for v in [*eqn.invars, *eqn.outvars]:
@@ -228,13 +233,13 @@ class _Runner(NamedTuple):
         return [read(v) for v in jaxpr.outvars], taken
 
     def _equation(
-        self, eqn: JaxprEqn, values: list[Any], before: Counter[str]
+        self, eqn: JaxprEqn, call: Call | None, values: list[Any], before: Counter[str]
     ) -> tuple[Sequence[Any], list[_Taken]]:
         if eqn.primitive is _mark:
             return self._at_mark(eqn, values)
-        function = activation_of(eqn)
-        if function is not None:
-            return self._at_activation(activation_name(function, before[function] + 1), eqn, values)
+        if call is not None:
+            name = activation_name(call.function, before[call.function] + 1)
+            return self._at_activation(name, call, eqn, values)
         keys = self._keys(eqn, before)
         if not keys:
             return _bound(eqn, values), []
@@ -256,12 +261,17 @@ class _Runner(NamedTuple):
         return self._replaced(key, put, values)
 
     def _at_activation(
-        self, name: str, eqn: JaxprEqn, values: list[Any]
+        self, name: str, call: Call, eqn: JaxprEqn, values: list[Any]
     ) -> tuple[Sequence[Any], list[_Taken]]:
         found: list[_Taken] = []
         if self.at and (name, "input") in self.at:
-            first, found = self._replaced((name, "input"), _only, values[:1])
-            values = [*first, *values[1:]]
+            if call.operand is None:
+                raise ValueError(
+                    f"{self.where}: {name!r} is written out, so that what it reads is read in "
+                    f"several places; write jax.nn.{call.function}(x) in the model"
+                )
+            argument, found = self._replaced((name, "input"), _only, [values[call.operand]])
+            values[call.operand] = argument[0]
         results = _bound(eqn, values)
         if self.at and (name, "output") in self.at:
             results, more = self._replaced((name, "output"), _only, results)
@@ -289,17 +299,23 @@ class _Runner(NamedTuple):
         keys: list[Any] = []
         before = before.copy()
         for inner in inner_jaxprs(eqn.params):
-            for e in inner.eqns:
+            for e, call in zip(inner.eqns, calls_in(inner), strict=True):
                 if e.primitive is _mark:
                     keys += [e.params["layer"]]
-                elif (function := activation_of(e)) is not None:
-                    before[function] += 1
-                    name = activation_name(function, before[function])
+                elif call is not None:
+                    name = activation_name(call.function, before[call.function] + 1)
                     keys += [(name, side) for side in ("input", "output") if self.at]
                 else:
                     keys += self._keys(e, before)
-                    before += calls_of_activations(e)
+                before += _calls_of(e, call)
         return keys if self.at is None else [key for key in keys if key in self.at]
+
+
+def _calls_of(eqn: JaxprEqn, call: Call | None) -> Counter[str]:
+    """Returns how often an equation, which may be a call itself, calls activation functions."""
+    if call is not None:
+        return Counter([call.function])
+    return sum(map(calls_of_activations, inner_jaxprs(eqn.params)), Counter())
 
 
 def _only(values: Sequence[Any]) -> Any:

@@ -290,8 +290,8 @@ def _selected(
             raise
         raise ValueError(
             f"{error}; for activation functions give resolve_quantization the adapter's "
-            "activations(model, ...); one that they do not list, such as jnp.maximum(x, 0), has "
-            "no name: quantise the 'input' of the layer that reads it"
+            "activations(model, ...); one that they do not list, such as torch.relu(x) or "
+            "x / (1 + jnp.exp(-x)), has no name: quantise the 'input' of the layer that reads it"
         ) from None
 
 

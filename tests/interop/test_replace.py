@@ -1,5 +1,7 @@
 """Functions at what layers read and put out, in all adapters."""
 
+from typing import Any
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -265,6 +267,70 @@ def test_shared_traces_are_told_apart():
     np.testing.assert_allclose(y, -np.maximum((middle + 1) @ B, 0), rtol=1e-6)
     names = [row.name for row in linen.activations(Jitted(), params, X)]
     assert names == ["relu1", "relu6_1", "relu2"]
+
+
+#: Arithmetic that is ``max(x, 0)``, or ``min(max(x, 0), 6)``, and whether it reads x in one place.
+WRITTEN_OUT = {
+    "jnp.maximum(x, 0)": (lambda x: jnp.maximum(x, 0), "relu1", True),
+    "jnp.maximum(0.0, x)": (lambda x: jnp.maximum(0.0, x), "relu1", True),
+    "lax.max": (lambda x: jax.lax.max(x, jnp.zeros_like(x)), "relu1", True),
+    "jnp.clip(x, 0)": (lambda x: jnp.clip(x, 0), "relu1", True),
+    "jnp.clip(x, 0, 6)": (lambda x: jnp.clip(x, 0, 6), "relu6_1", True),
+    "lax.clamp": (lambda x: jax.lax.clamp(0.0, x, 6.0), "relu6_1", True),
+    "x * (x > 0)": (lambda x: x * (x > 0).astype(x.dtype), "relu1", False),
+    "(x >= 0) * x": (lambda x: (x >= 0).astype(x.dtype) * x, "relu1", False),
+    "jnp.where(x > 0, x, 0)": (lambda x: jnp.where(x > 0, x, 0), "relu1", False),
+    "jnp.where(x < 0, 0, x)": (lambda x: jnp.where(x < 0, 0, x), "relu1", False),
+    "lax.select": (lambda x: jax.lax.select(x > 0, x, jnp.zeros_like(x)), "relu1", False),
+}
+
+
+class WrittenOut(nn.Module):
+    function: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, use_bias=False, name="last")(self.function(x))
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_relus_that_are_written_out_are_sites(name):
+    function, site, once = WRITTEN_OUT[name]
+    model, params = WrittenOut(function), {"last": {"kernel": jnp.asarray(B)}}
+    (row,) = linen.activations(model, params, X)
+    assert (row.name, row.type) == (site, {"relu1": "ReLU", "relu6_1": "ReLU6"}[site])
+    y, found = linen.replace(model, params, X, at={f"{site}:output": lambda x: (2 * x + 1, x)})
+    np.testing.assert_array_equal(found[f"{site}:output"], np.maximum(X, 0))
+    np.testing.assert_allclose(y, (2 * np.maximum(X, 0) + 1) @ B, rtol=1e-6)
+    reads = {f"{site}:input": lambda x: (x + 1, x)}
+    if once:
+        y, found = jax.jit(lambda x: linen.replace(model, params, x, at=reads))(X)
+        np.testing.assert_array_equal(found[f"{site}:input"], X)
+        np.testing.assert_allclose(y, np.maximum(X + 1, 0) @ B, rtol=1e-6)
+    else:
+        with raises(ValueError, "'relu1' is written out", "write jax.nn.relu(x) in the model"):
+            linen.replace(model, params, X, at=reads)
+
+
+class Normed(nn.Module):
+    """Norms, whose variances are kept from being negative, and a ReLU by name between others."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(jnp.maximum(nn.LayerNorm()(x), 0))
+        x = nn.relu(nn.InstanceNorm()(x[..., None])[..., 0])
+        return nn.RMSNorm()(jnp.maximum(x, 1)) * jnp.clip(x, 0, 3) + jnp.where(x > 1, x, 0)
+
+
+def test_variances_and_other_bounds_are_no_activations():
+    net = Normed()
+    variables = net.init(jax.random.key(0), X)
+    names = [row.name for row in linen.activations(net, variables, X, mutable=["batch_stats"])]
+    assert names == ["relu1", "relu2"]
+    norm = eqx.nn.LayerNorm(2)
+    assert equinox.activations(norm, X[0]) == ()
+    integers = WrittenOut(lambda x: x[jnp.maximum(jnp.argmax(x, axis=0), 0)])
+    assert linen.activations(integers, {"last": {"kernel": jnp.asarray(B)}}, X) == ()
 
 
 @adapters
