@@ -150,7 +150,8 @@ def main() -> None:
     console.print(f"Largest relative deviation of the shrunk model from the masked one: {off:.1e}")
     assert off <= 1e-5
     assert rows[-1].macs <= rows[0].macs / 2
-    pp.draw_coupling(coupling).figure.savefig("structured_flax.png", dpi=150)
+    removed = coupling.chosen(masks, variables).removed
+    pp.draw_coupling(coupling, removed).figure.savefig("structured_flax.png", dpi=150)
     console.print("Wrote structured_flax.png.")
 
 

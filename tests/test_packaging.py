@@ -35,7 +35,7 @@ ADAPTERS = {
 # What one file of the library may import beside the standard library, jax and numpy.
 ALSO = {
     "arrays.py": {"array_api_compat"},
-    "coupling/draw.py": {"matplotlib", "networkx"},
+    "coupling/draw.py": {"matplotlib"},
     "saving/files.py": {"safetensors"},
     "saving/masks.py": {"safetensors"},
     "saving/plans.py": {"safetensors"},

@@ -101,11 +101,27 @@ class Coupling:
                 or leaves nothing of an axis.
             TypeError: what is given are no whole numbers.
         """
-        removed = self._marked(pruned)
+        removed = self.marked(pruned)
         self.check(removed)
         return removed
 
-    def _marked(self, pruned: Iterable[int]) -> np.ndarray:
+    def marked(self, pruned: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Returns a boolean by unit number, True where pruned, whatever that leaves of the axes.
+
+        Args:
+            pruned: numbers of units; such a boolean is returned as it is.
+
+        Raises:
+            ValueError: a number that is no unit, or booleans of another shape.
+            TypeError: what is given are no whole numbers.
+        """
+        if isinstance(pruned, np.ndarray) and pruned.dtype == bool:
+            if pruned.shape != (self.n_units + 1,):
+                raise ValueError(
+                    f"pruned must be {self.n_units + 1} booleans by unit number, or unit numbers; "
+                    f"got booleans of shape {pruned.shape}"
+                )
+            return pruned
         some = pruned.reshape(-1).tolist() if isinstance(pruned, np.ndarray) else pruned
         numbers = collection(some, "pruned", "unit numbers, such as [1, 2, 3]")
         for n in numbers:
@@ -250,16 +266,11 @@ class Coupling:
         return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
     def cost(self, pruned: Iterable[int] | np.ndarray = ()) -> tuple[int, int]:
-        """Returns the number of parameters and of multiply-adds left without these units."""
-        if not (isinstance(pruned, np.ndarray) and pruned.dtype == bool):
-            removed = self._marked(pruned)
-        elif pruned.shape == (self.n_units + 1,):
-            removed = pruned
-        else:
-            raise ValueError(
-                f"pruned must be {self.n_units + 1} booleans by unit number, or unit numbers; got "
-                f"booleans of shape {pruned.shape}"
-            )
+        """Returns the number of parameters and of multiply-adds left without these units.
+
+        ``pruned`` is as in :meth:`marked`.
+        """
+        removed = self.marked(pruned)
         params = 0
         for leaf in self.leaves.values():
             size = 1
