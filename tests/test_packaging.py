@@ -89,7 +89,8 @@ def test_what_serves_all_frameworks_loads_none_of_them(part, tmp_path):
 
 def test_adapters_are_the_listed_ones():
     found = {m.name for m in pkgutil.iter_modules(purepruning_interop.__path__)}
-    assert {name for name in found if not name.startswith("_")} == {*ADAPTERS, "recipes", "tasks"}
+    listed = {*ADAPTERS, "recipes", "tasks", "checkpoints", "cli"}
+    assert {name for name in found if not name.startswith("_")} == listed
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

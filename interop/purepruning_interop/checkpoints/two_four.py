@@ -1,0 +1,83 @@
+"""2:4 weights in the layout of the package compressed-tensors: ``sparse-24-bitmask``.
+
+Of a matrix ``(out, in)`` called ``X.weight`` there are ``X.compressed``, ``(out, in / 2)``: the two
+of every four in a row that are kept, in their order; ``X.bitmask``, ``(out, ceil(in / 8))``
+bytes: where they were, the first in the lowest bit; and ``X.shape``, ``(2, 1)`` integers. The
+entry ``quantization_config`` of ``config.json`` tells readers of it.
+
+Source: compressed-tensors 0.11, ``compressors/sparse_compressors/sparse_24_bitmask.py``, whose
+output the tests compare with where it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+#: The version of compressed-tensors whose layout this is.
+VERSION = "0.11.0"
+
+
+def two_four_tensors(name: str, weight: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the three tensors that stand for a 2:4 weight, by name.
+
+    Args:
+        name: of the weight; it ends in ``.weight``.
+        weight: ``(out, in)``.
+        mask: what is kept, exactly two of every four in a row.
+
+    Raises:
+        ValueError: it is no such weight.
+
+    >>> w = np.array([[0, 1, 2, 0, 5, 0, 0, 6.0]])
+    >>> found = two_four_tensors("fc.weight", w, w != 0)
+    >>> found["fc.compressed"].tolist(), found["fc.bitmask"].tolist(), found["fc.shape"].tolist()
+    ([[1.0, 2.0, 5.0, 6.0]], [[150]], [[1], [8]])
+    """
+    if not name.endswith(".weight") or weight.ndim != 2 or weight.shape[1] % 4:
+        raise ValueError(
+            f"{name!r} of shape {weight.shape}: this layout is of matrices called '*.weight', "
+            "whose rows fours divide; leave it out"
+        )
+    kept = np.broadcast_to(mask, weight.shape)
+    if (kept.reshape(-1, 4).sum(1, dtype=np.int8) != 2).any():
+        raise ValueError(f"{name!r}: its mask does not keep two of every four; prune it by 2:4")
+    rows, columns = weight.shape
+    stem = name.removesuffix(".weight")
+    return {
+        f"{stem}.compressed": weight[kept].reshape(rows, columns // 2),
+        f"{stem}.bitmask": np.packbits(kept, axis=-1, bitorder="little"),
+        f"{stem}.shape": np.array([[rows], [columns]], np.int64),
+    }
+
+
+def two_four_config(
+    config: Mapping[str, Any], dense: Iterable[str], global_sparsity: float
+) -> dict[str, Any]:
+    """Returns a ``config.json`` with what readers of the layout look for.
+
+    Args:
+        config: what it holds already.
+        dense: names of the linear layers that are not in the layout.
+        global_sparsity: fraction of all weights that is zero.
+    """
+    sparsity = {
+        "format": "sparse-24-bitmask",
+        "targets": ["Linear"],
+        "ignore": sorted(dense),
+        "global_sparsity": round(global_sparsity, 6),
+        "sparsity_structure": "2:4",
+        "registry_requires_subclass": False,
+    }
+    found = {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "quantization_status": "compressed",
+        "sparsity_config": sparsity,
+    }
+    return {**config, "quantization_config": found}

@@ -1,0 +1,130 @@
+"""The commands put together, and what becomes of their errors: one line, and an exit status.
+
+A command is a function of its own module, whose parameters are typer's. It raises ``ValueError``,
+``TypeError``, ``KeyError`` or ``OSError`` for what is wrong with what it was given, as the library
+does, and :class:`purepruning_interop.checkpoints.NotWritten` where it cannot write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from purepruning_interop.cli import inspect
+from purepruning_interop.cli.errors import BUG, NOT_WRITTEN, USAGE, WRONG_INPUT, message_of
+
+app = typer.Typer(
+    name="purepruning",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Exit status: 0 done; 1 something given is wrong (a file, a rule, a model); 2 wrong usage; "
+        "3 the result cannot be written; 4 a bug; 130 and 143 interrupted. Output is whole or not "
+        "there."
+    ),
+)
+
+# One line for each command.
+app.command("inspect")(inspect.inspect)
+
+_options = {"traceback": False}
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer names none of its bases
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from purepruning.versions import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in Python an error arose.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Prune neural networks: checkpoints without their code, models, recipes, whole studies."""
+    _options["traceback"] = show_traceback
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Returns the exit status of a command; its errors are one line on standard error."""
+    _options["traceback"] = False
+    with _stopped_by_sigterm(), _short_warnings():
+        try:
+            status = typer.main.get_command(app).main(
+                list(arguments), prog_name="purepruning", standalone_mode=False
+            )
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            return _failed(error)
+    return status if isinstance(status, int) else 0
+
+
+def _failed(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError) or getattr(error, "errno", 0) == errno.EPIPE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads
+        return 128 + int(getattr(signal, "SIGPIPE", 13))
+    if _options["traceback"]:
+        traceback.print_exception(error)
+    status, text = _status(error)
+    print(f"purepruning: {text}", file=sys.stderr)
+    return status
+
+
+def _status(error: BaseException) -> tuple[int, str]:
+    text = message_of(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, _UsageError):
+        return USAGE, f"error: {error.format_message()} See purepruning --help."  # type: ignore[attr-defined]
+    if type(error).__name__ == "NotWritten":  # whose module loads NumPy
+        return NOT_WRITTEN, f"error: {text}"
+    if isinstance(error, (ValueError, TypeError, KeyError, OSError)):
+        return WRONG_INPUT, f"error: {text}"
+    if isinstance(error, MemoryError):
+        return WRONG_INPUT, "error: not enough memory"
+    return BUG, f"error: {type(error).__name__}: {text}; report it, with purepruning --traceback"
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Ends the process on SIGTERM as on SIGINT: what was begun is removed."""
+
+    def terminated(number: int, frame: Any) -> None:
+        print("purepruning: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Shows a warning as one line, without the line of Python it came from."""
+    with warnings.catch_warnings():
+
+        def show(message: Any, *_: Any, **__: Any) -> None:
+            print(f"purepruning: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
