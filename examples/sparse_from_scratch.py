@@ -313,22 +313,24 @@ def percent(accuracies: np.ndarray) -> str:
 def plot(path: Path, dense: np.ndarray, results: dict[Any, Result], settings: Settings) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     names = list(settings.methods)
-    for axes, sparsity in zip(
-        figure.subplots(1, len(settings.sparsities), sharey=True, squeeze=False)[0],
-        settings.sparsities,
-        strict=True,
-    ):
-        for offset, field, colour in ((-0.2, "accuracy", "#0072b2"), (0.2, "shuffled", "#bbbbbb")):
-            means = [100 * getattr(results[name, sparsity], field).mean() for name in names]
+    panels = figure.subplots(1, len(settings.sparsities), sharey=True, squeeze=False)[0]
+    fields = (("accuracy", "as found", "#0072b2"), ("shuffled", "shuffled in layers", "#888888"))
+    for axes, sparsity in zip(panels, settings.sparsities, strict=True):
+        for offset, (field, label, colour) in zip((-0.12, 0.12), fields, strict=True):
+            found = [100 * getattr(results[name, sparsity], field) for name in names]
+            means, deviations = np.mean(found, axis=1), np.std(found, axis=1)
             places = np.arange(len(names)) + offset
-            axes.barh(places, means, 0.4, color=colour, label=field)
-        axes.axvline(100 * dense.mean(), color="black", linewidth=0.8, linestyle=":")
+            axes.errorbar(means, places, xerr=deviations, fmt="o", color=colour, label=label)
+        line = axes.axvline(100 * dense.mean(), color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlim(max(0, min(means) - 20), 100)
+        axes.grid(axis="x", linewidth=0.3)
         axes.set_title(f"{sparsity:.0%} pruned")
-        axes.invert_yaxis()
-    axes.legend(loc="lower left", fontsize=8)
-    figure.suptitle("LeNet-300-100 on digits; dotted: dense")
+    panels[0].invert_yaxis()  # which all share
+    line.set_label("dense")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(
+        "LeNet-300-100 on digits: test accuracy in percent, mean and deviation over seeds"
+    )
     figure.savefig(path, dpi=150)
 
 
