@@ -31,10 +31,12 @@ from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.alps import alps
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
 from purepruning.pruners.fisher import fisher
+from purepruning.pruners.flap import flap
 from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.grasp import grasp, hessian_gradient
 from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
+from purepruning.pruners.minitron import minitron
 from purepruning.pruners.obc import obc, obc_errors
 from purepruning.pruners.random import random_pruning
 from purepruning.pruners.ria import ria
@@ -150,6 +152,8 @@ __all__ = [
     "prune_units",
     "group_norm",
     "group_penalty",
+    "minitron",
+    "flap",
     "shrink",
     "rebuild",
     "Plan",

@@ -36,6 +36,12 @@ class Form(NamedTuple):
     shape: tuple[int, ...]
 
 
+def has_matrix(layer: Layer) -> bool:
+    """Whether a layer multiplies its input by a matrix, or by one for each group."""
+    plain = layer.type == "Linear" or layer.type in ("Conv1d", "Conv2d", "Conv3d")
+    return plain and bool(layer.out_axes) and bool(layer.in_axes)
+
+
 def form(where: str, layer: Layer) -> Form:
     """Returns how the weight of a layer is taken apart.
 
@@ -43,8 +49,7 @@ def form(where: str, layer: Layer) -> Form:
         ValueError: the layer multiplies its input by no matrix, or is a transposed convolution, in
             which every input meets every tap.
     """
-    plain = layer.type == "Linear" or layer.type in ("Conv1d", "Conv2d", "Conv3d")
-    if not plain or not layer.out_axes or not layer.in_axes:
+    if not has_matrix(layer):
         raise ValueError(
             f"{where}: layer {layer.name!r} of type {layer.type!r} is no linear layer or "
             "convolution, so its inputs are not those of one matrix; leave it out of the rules"
@@ -117,20 +122,44 @@ def input_rows(x: Any, layer: Layer, most: int) -> Iterator[Any]:
     Those of a convolution (im2col) are made for so many examples at a time that no part has more
     than ``most`` rows.
     """
-    xp = namespace(x)
-    stack, spatial, channels = input_axes(layer, x.ndim)
-    batch = tuple(a for a in range(x.ndim) if a not in (*stack, *spatial, *channels))
-    x = xp.permute_dims(x, (*stack, *batch, *spatial, *channels))
-    n_stack = math.prod(x.shape[: len(stack)])
-    n = math.prod(x.shape[len(stack) : len(stack) + len(batch)])
-    sizes = tuple(x.shape[x.ndim - len(channels) - len(spatial) : x.ndim - len(channels)])
-    x = xp.reshape(x, (n_stack, n, *sizes, -1))
+    x, sizes = _by_example(x, layer)
+    x = namespace(x).reshape(x, (x.shape[0], -1, *x.shape[3:]))
+    n = x.shape[1]
     out = _out_sizes(layer, sizes)
     step = max(1, most // math.prod(out))
     for begin in range(0, n, step):
         part = x[:, begin : begin + step]
         rows = _patches(part, layer) if sizes else part[:, :, None]
         yield _by_group(rows, layer.groups)
+
+
+def mean_magnitudes(x: Any, layer: Layer) -> Any:
+    """Returns the mean magnitude of every input of each example, ``(members, n, columns)``.
+
+    Means are over all positions of an example; those of a convolution are the same for all taps.
+    """
+    xp = namespace(x)
+    x, _ = _by_example(xp.abs(x), layer)
+    means = xp.mean(x, axis=tuple(range(2, x.ndim - 1)))[:, :, None]
+    taps = math.prod(layer.shape[a] for a in layer.spatial_axes)
+    means = xp.broadcast_to(means, (*means.shape[:2], taps, means.shape[3]))
+    return _by_group(means, layer.groups)
+
+
+def _by_example(x: Any, layer: Layer) -> tuple[Any, tuple[int, ...]]:
+    """Returns ``(stacks, examples, positions, *spatial, channels)``, and the spatial sizes.
+
+    Examples lie along the first axis that holds neither stacked layers nor channels.
+    """
+    xp = namespace(x)
+    stack, spatial, channels = input_axes(layer, x.ndim)
+    batch = tuple(a for a in range(x.ndim) if a not in (*stack, *spatial, *channels))
+    x = xp.permute_dims(x, (*stack, *batch, *spatial, *channels))
+    n_stack = math.prod(x.shape[: len(stack)])
+    examples, *rest = x.shape[len(stack) : len(stack) + len(batch)] or (1,)
+    sizes = tuple(x.shape[x.ndim - len(channels) - len(spatial) : x.ndim - len(channels)])
+    width = math.prod(x.shape[x.ndim - len(channels) :])
+    return xp.reshape(x, (n_stack, examples, math.prod(rest), *sizes, width)), sizes
 
 
 def _by_group(rows: Any, groups: int) -> Any:

@@ -112,6 +112,7 @@ def fed(params, layers, granularity=None, keep=("squares", "grams")):
         for kind, total in (
             ("squares", (x * x).sum(1)),
             ("sums", x.sum(1)),
+            ("means", x.mean(1) ** 2),
             ("grams", x.transpose(0, 2, 1) @ x),
         ):
             if kind in keep:

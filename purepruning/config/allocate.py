@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from purepruning.arguments import flag, one_of, whole_number
-from purepruning.config.allocation import Allocation, KeptWhole
+from purepruning.config.allocation import Allocation, KeptWhole, UnitSet
 from purepruning.config.budget import budget_of, unit_costs
 from purepruning.config.channel_units import (
     channel_units,
@@ -36,8 +36,9 @@ from purepruning.config.rules import (
 )
 from purepruning.config.unit_sets import Selected, UnitSets, global_config
 from purepruning.coupling.coupling import Coupling
-from purepruning.coupling.value import COMPANION, SOURCE
+from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.layers import Layer
+from purepruning.matrices import has_matrix
 
 
 class Matched(NamedTuple):
@@ -128,7 +129,8 @@ def allocate(
             + (f"; and {len(kept) - 8} more" if len(kept) > 8 else "")
             + _returned(coupling)
         )
-    allocation = _allocation(builder, selected, kept, options if scope == "global" else None)
+    of_model = options if scope == "global" else None
+    allocation = _allocation(builder, selected, kept, matched.table, of_model)
     config = dataclasses.replace(config, bias=bias, allocation=allocation)
     return dataclasses.replace(config, counts=_counts(config.pools))
 
@@ -137,6 +139,7 @@ def _allocation(
     builder: UnitSets,
     selected: Sequence[Selected],
     kept: Sequence[KeptWhole],
+    table: Sequence[Layer],
     options: Options | None,
 ) -> Allocation:
     """Returns where the units of the sets lie; with ``options``, those of global scope."""
@@ -149,7 +152,27 @@ def _allocation(
             order = np.concatenate([s.units.reshape(-1) for s in sets])
             costs = unit_costs(coupling, order, kind)
     names = tuple(x.layer.name for x in selected)
-    return Allocation(coupling, names, sets, builder.channels(), tuple(kept), budget, costs)
+    readers = _readers(coupling, sets, table)
+    channels = builder.channels()
+    return Allocation(coupling, names, sets, channels, tuple(kept), readers, budget, costs)
+
+
+def _readers(
+    coupling: Coupling, sets: Sequence[UnitSet], table: Sequence[Layer]
+) -> tuple[Layer, ...]:
+    """Returns the rows of matrices whose inputs are units of the sets."""
+    inside = np.zeros(coupling.n_units + 1, bool)
+    for s in sets:
+        inside[s.units] = True
+    found = []
+    for layer in table:
+        leaf = coupling.leaves.get(layer.weight)
+        if leaf is None or not has_matrix(layer):
+            continue
+        units = [leaf.units[a] for a in layer.in_axes if leaf.roles[a] == SINK]
+        if any(inside[u].any() for u in units if u is not None):
+            found.append(layer)
+    return tuple(found)
 
 
 def _counts(pools: Sequence[Pool]) -> dict[str, Any]:

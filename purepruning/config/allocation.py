@@ -13,6 +13,7 @@ import numpy as np
 from purepruning.config.budget import Budget
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.value import SINK
+from purepruning.layers import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Allocation:
         channels: by layer name, the places of the units that each channel goes with,
             ``(stacked * channels, k)``, filled up with 0.
         kept_whole: what stays although a rule selects it.
+        readers: rows of the layer table whose inputs are units of the sets.
         budget: how the cost of the whole model follows from what dies; in global scope.
         costs: by place, the cost of removing each unit alone; where units rank by score per cost.
     """
@@ -83,6 +85,7 @@ class Allocation:
     sets: tuple[UnitSet, ...]
     channels: Mapping[str, np.ndarray]
     kept_whole: tuple[KeptWhole, ...]
+    readers: tuple[Layer, ...]
     budget: Budget | None = None
     costs: np.ndarray | None = None
 
@@ -94,6 +97,7 @@ class Allocation:
         for s in self.sets:
             arrays += [s.units, s.scores, s.start, s.common, s.allowed, s.together]
         arrays += [x for name in self.layers for x in (name, self.channels[name])]
+        arrays += map(repr, self.readers)
         arrays += [self.costs, self.budget.key if self.budget else None]
         for x in arrays:
             sha.update(repr((np.shape(x), str(getattr(x, "dtype", "")))).encode())

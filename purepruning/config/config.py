@@ -164,6 +164,15 @@ class Config:
         return {path: leaves[path].shape for path, axes in self.allocation.along.items() if axes}
 
     @property
+    def readers(self) -> tuple[Layer, ...]:
+        """With a coupling, the layers whose inputs are units that are pruned.
+
+        Those whose statistics of inputs :func:`purepruning.flap` and :func:`purepruning.minitron`
+        take: ``inputs.init(params, config.readers, keep=[...])``.
+        """
+        return () if self.allocation is None else self.allocation.readers
+
+    @property
     def kept_whole(self) -> tuple[KeptWhole, ...]:
         """With a coupling, the sets of units that stay although a rule selects a layer, and why."""
         return () if self.allocation is None else self.allocation.kept_whole

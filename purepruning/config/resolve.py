@@ -209,10 +209,12 @@ def _granularity(value: Any) -> Granularity:
 
 
 def _own_biases(table: tuple[Layer, ...], chosen: Mapping[str, int]) -> tuple[Layer, ...]:
-    """Returns the table without the biases that a layer which is not pruned shares."""
+    """Returns the table; what is pruned has no bias there that a layer which is not shares."""
     spoken_for = {layer.bias for layer in table if layer.name not in chosen}
     return tuple(
-        dataclasses.replace(layer, bias=None) if layer.bias in spoken_for else layer
+        dataclasses.replace(layer, bias=None)
+        if layer.name in chosen and layer.bias in spoken_for
+        else layer
         for layer in table
     )
 

@@ -32,7 +32,7 @@ from purepruning.exact_sum import exact_sum
 from purepruning.granularity import any_of, fold, grid
 from purepruning.masks import by_path, spread_mask
 from purepruning.selection.biases import with_biases
-from purepruning.selection.coupled import joined, masks_of_units
+from purepruning.selection.coupled import joined, masks_of_removed, removed_units
 from purepruning.selection.prune import check_values, checked_counts, weights_of
 from purepruning.trees import flatten
 from purepruning.types import Array, Masks, Params
@@ -171,7 +171,7 @@ def group_norm(
     >>> functools.partial(group_norm, roles="source")(params, None, config)["one"].tolist()
     [[True, False]]
     """
-    allocation = _allocation("group_norm", config)
+    allocation = allocation_of("group_norm", config)
     if stats is not None:
         raise TypeError(f"group_norm takes stats=None, got {shown(stats)}")
     if not is_concrete(scalar(p, "group_norm: p")):
@@ -223,44 +223,52 @@ def prune_units(scores: Array, params: Params, config: Config) -> Masks:
     >>> prune_units(jnp.array([4.0, 1.0, 3.0, 2.0]), params, config)["one"].tolist()
     [[True, False, True, False]]
     """
-    allocation = _allocation("prune_units", config)
+    return units_pruned("prune_units", scores, params, config)[0]
+
+
+def units_pruned(where: str, scores: Array, params: Params, config: Config) -> tuple[Masks, Any]:
+    """Returns the masks, and which units are pruned, by place; None where nothing is."""
+    allocation = allocation_of(where, config)
     tree = flatten(params)
-    weights = weights_of("prune_units", tree.leaves, config)
+    weights = weights_of(where, tree.leaves, config)
     n = allocation.coupling.n_units
     if not is_array(scores) or tuple(scores.shape) not in ((n,), (n + 1,)):
         raise ValueError(
-            f"prune_units: scores must be of shape ({n},), one of each unit, got {shown(scores)}"
+            f"{where}: scores must be of shape ({n},), one of each unit, got {shown(scores)}"
         )
     xp = namespace(scores)
     if not has_values(scores) or not xp.isdtype(scores.dtype, ("real floating", "integral")):
-        raise TypeError(f"prune_units: scores must be numbers, got {shown(scores)}")
+        raise TypeError(f"{where}: scores must be numbers, got {shown(scores)}")
     if not weights:
-        return tree.rebuild({})
+        return tree.rebuild({}), None
     like = next(iter(weights.values()))
     if is_torch(like) != is_torch(scores):
         kinds = ["torch" if is_torch(x) else "JAX" for x in (scores, like)]
-        raise TypeError(f"prune_units: scores are of {kinds[0]}, but params of {kinds[1]}")
+        raise TypeError(f"{where}: scores are of {kinds[0]}, but params of {kinds[1]}")
     order = np.concatenate([s.units.reshape(-1) for s in allocation.sets]) - 1
     grids = {x.name: grid(x, config.granularity) for x in config.layers}
     before = by_path(config.masks, tree.leaves) if config.masks else {}
 
-    def solve(scores: Any, weights: Any, before: Any, counts: Any) -> dict[str, Any]:
+    def solve(scores: Any, weights: Any, before: Any, counts: Any) -> tuple[dict[str, Any], Any]:
         xp = namespace(scores)
         scores = scores[-n:] if n else scores
         ranked = xp.take(xp.astype(scores, xp.float32), int32(xp, order, scores))
         ranked = -ranked if config.inverted else ranked
         if is_concrete(ranked) and bool(xp.any(xp.isnan(ranked))):
-            raise ValueError("prune_units: scores of units are NaN")
+            raise ValueError(f"{where}: scores of units are NaN")
         keep = _kept(config, allocation, weights, before, grids)
-        masks = masks_of_units(ranked, keep, grids, counts, config, tree.leaves)
-        return with_biases(masks, tree, config)
+        removed = removed_units(ranked, keep, counts, config)
+        masks = masks_of_removed(removed, grids, config, tree.leaves)
+        return with_biases(masks, tree, config), removed
 
     weights = {path: stop_gradient(x) for path, x in weights.items()} if before else {}
-    counts = checked_counts("prune_units", config)
-    return tree.rebuild(by_numpy(solve, stop_gradient(scores), weights, before, counts))
+    counts = checked_counts(where, config)
+    masks, removed = by_numpy(solve, stop_gradient(scores), weights, before, counts)
+    return tree.rebuild(masks), removed
 
 
-def _allocation(where: str, config: Any) -> Allocation:
+def allocation_of(where: str, config: Any) -> Allocation:
+    """Returns how the units of a config lie; raises where it has no coupling."""
     check_config(where, config)
     if config.allocation is None:
         raise ValueError(f"{where} prunes coupled units: give resolve a coupling=...")

@@ -73,6 +73,15 @@ def masks_of_units(
     ``keep`` says of every channel, and of none at the end, whether it is not pruned already; None
     if none is.
     """
+    return masks_of_removed(removed_units(scores, keep, counts, config), grids, config, leaves)
+
+
+def removed_units(scores: Any, keep: Any, counts: Mapping[str, Any], config: Config) -> Any:
+    """Returns which units are pruned, by place; arguments as of :func:`masks_of_units`.
+
+    Raises:
+        ValueError: the budget cannot be met, where values are known.
+    """
     allocation = config.allocation
     assert allocation is not None
     xp = namespace(scores)
@@ -91,7 +100,16 @@ def masks_of_units(
             "the model cannot be made as small as the count asks for: all units that may go are "
             "not enough"
         )
-    mask = compiled(scores, _mask, "name", "g", "allocation")
+    return removed
+
+
+def masks_of_removed(
+    removed: Any, grids: Mapping[str, Grid], config: Config, leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the masks by path from what :func:`removed_units` returned."""
+    allocation = config.allocation
+    assert allocation is not None
+    mask = compiled(removed, _mask, "name", "g", "allocation")
     masks = {
         layer.weight: mask(removed, name=layer.name, g=grids[layer.name], allocation=allocation)
         for layer in config.layers

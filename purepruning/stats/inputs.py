@@ -17,7 +17,7 @@ from purepruning.arrays import (
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers
 from purepruning.linear_algebra import matmul
-from purepruning.matrices import form, input_axes, input_rows
+from purepruning.matrices import form, input_axes, input_rows, mean_magnitudes
 from purepruning.stats.accumulate import (
     CompensatedSum,
     WideCount,
@@ -37,10 +37,10 @@ from purepruning.stats.merging import merged
 from purepruning.trees import flatten
 from purepruning.types import Params
 
-Kept = Literal["sums", "squares", "grams"]
+Kept = Literal["sums", "squares", "means", "grams"]
 
 
-KEPT: tuple[Kept, ...] = ("sums", "squares", "grams")
+KEPT: tuple[Kept, ...] = ("sums", "squares", "means", "grams")
 
 #: Rows that are multiplied at once. Within them a Gram matrix has the rounding of one product of
 #: float32 matrices; what is added up over parts and batches has 47 bits.
@@ -59,12 +59,17 @@ class InputStats(NamedTuple):
         positions: rows seen: tokens, or output positions of a convolution.
         sums: $\sum_t x_t$, ``(members, columns)``.
         squares: $\sum_t x_t^2$, ``(members, columns)``.
+        means: over examples, the squares of their mean magnitudes,
+            $\sum_b (\frac{1}{T} \sum_t |x_{bt}|)^2$, ``(members, columns)``. Examples lie along the
+            first axis of an input that holds neither stacked layers nor channels; means are over
+            all other positions, and the same for all taps of a convolution.
         grams: $\sum_t x_t x_t^\top$, ``(members, columns, columns)``.
     """
 
     positions: dict[str, WideCount]
     sums: dict[str, CompensatedSum]
     squares: dict[str, CompensatedSum]
+    means: dict[str, CompensatedSum]
     grams: dict[str, CompensatedSum]
 
 
@@ -97,7 +102,8 @@ def init(
         layers: the layers to watch: rows of the layer table, or a config, which stands for the
             layers that it prunes.
         keep: which totals are needed: ``"squares"`` for norms, ``"grams"`` for criteria that
-            rebuild a layer's output, ``"sums"`` for means.
+            rebuild a layer's output, ``"sums"`` for means of channels, ``"means"`` for
+            :func:`purepruning.minitron`.
 
     Raises:
         KeyError: a layer's weight is not in ``params``.
@@ -194,7 +200,7 @@ def _shapes(where: str, layer: Layer) -> dict[str, tuple[int, ...]]:
             "dataclasses.replace(layer, window=purepruning.layers.Window(...)), or leave it out"
         )
     row = (f.members, f.columns)
-    return {"sums": row, "squares": row, "grams": (*row, f.columns)}
+    return {"sums": row, "squares": row, "means": row, "grams": (*row, f.columns)}
 
 
 def _inputs(where: str, layer: Layer, inputs: Mapping[str, Any], stats: InputStats) -> list[Any]:
@@ -222,10 +228,15 @@ def _inputs(where: str, layer: Layer, inputs: Mapping[str, Any], stats: InputSta
 def _added(layer: Layer, old: dict[str, CompensatedSum], x: Any) -> tuple[dict[str, Any], int]:
     """Returns the totals of a layer with one input added, and how many rows it has."""
     xp, n = namespace(x), 0
-    for rows in input_rows(xp.astype(x, xp.float32), layer, ROWS):
+    x = xp.astype(x, xp.float32)
+    of_rows = {kind: total for kind, total in old.items() if kind != "means"}
+    for rows in input_rows(x, layer, ROWS):
         n += rows.shape[1]
-        old = compiled(rows, _with_rows)(old, rows)
-    return old, n
+        of_rows = compiled(rows, _with_rows)(of_rows, rows)
+    if "means" in old:
+        means = mean_magnitudes(x, layer)
+        of_rows["means"] = add(old["means"], xp.sum(means * means, axis=1, dtype=xp.float32))
+    return of_rows, n
 
 
 def _with_rows(old: dict[str, CompensatedSum], rows: Any) -> dict[str, CompensatedSum]:

@@ -22,7 +22,7 @@ from tests import nni
 from tests.coupling import models
 from tests.messages import raises
 from tests.modes import MODES, as_jax, as_numpy, as_torch
-from tests.statistics import active, nothing, seed, slopes
+from tests.statistics import active, fed, nothing, seed, slopes
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -468,6 +468,11 @@ def test_complete_masks_in_torch():
 
 # Every criterion, in every way to run it.
 
+
+def shifted_masks(params, stats, config):
+    return pp.flap(params, stats, config, compensate=False)[1]
+
+
 CRITERIA = {
     "l1_norm": (pp.l1_norm, nothing),
     "l2_norm": (pp.l2_norm, nothing),
@@ -477,6 +482,8 @@ CRITERIA = {
     "mean_activation_rank": (pp.mean_activation_rank, active),
     "taylor_fo": (pp.taylor_fo, slopes),
     "group_norm": (pp.group_norm, nothing),
+    "minitron": (pp.minitron, functools.partial(fed, keep=("means",))),
+    "flap": (shifted_masks, functools.partial(fed, keep=("sums", "squares"))),
 }
 
 
@@ -503,7 +510,8 @@ def test_is_the_same_in_every_run_mode(name, scope, mode):
     pruner, stats = CRITERIA[name]
     config = config_of(models.Grouped, scope)
     params = models.weights(models.Grouped.shapes, 8, integers=True)
-    arguments = params, stats(params, config.layers, "output_channel"), config
+    layers = config.readers if name in ("minitron", "flap") else config.layers
+    arguments = params, stats(params, layers, "output_channel"), config
     expected = MODES["jax_eager"](pruner, *arguments)
     np.testing.assert_equal(MODES[mode](pruner, *arguments), expected)
     assert any(not mask.all() for mask in expected.values())

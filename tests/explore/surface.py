@@ -381,6 +381,18 @@ def _calibrated(s: Side, at: str, of: dict[str, Kind], seen: Any) -> Iterator[Ca
         yield row(name, s.params, seen, s.config, 0.01, of=of, label=at)
     of |= {"config": _config(s, counts=False)}
     yield row("obc_errors", s.params, seen, s.config, 0.01, of=of, label=at)
+    yield from _of_readers(s, at, of)
+
+
+def _of_readers(s: Side, at: str, of: dict[str, Kind]) -> Iterator[Call]:
+    """Criteria of coupled units by what the layers that read them are given."""
+    module = find("stats.inputs")
+    keep, readers = ["sums", "squares", "means"], s.coupled.readers
+    given = {"b": s.array(np.arange(18.0).reshape(3, 6) % 7)}
+    seen = module.update(module.init(s.params, readers, keep=keep), given, readers)
+    of |= {"params": kinds.params("a.w"), "config": _config(s), "compensate": flag()}
+    yield row("minitron", s.params, seen, s.coupled, of=of, label=at)
+    yield row("flap", s.params, seen, s.coupled, True, of=of, label=at)
 
 
 def _accumulate(s: Side, at: str) -> Iterator[Call]:

@@ -14,6 +14,7 @@ from flax import nnx
 
 import purepruning as pp
 from purepruning import Layer
+from purepruning.layers import Window
 from purepruning.matrices import as_matrices, form, from_matrices
 from purepruning.stats import inputs
 from purepruning.stats.accumulate import value
@@ -156,7 +157,8 @@ def test_a_layers_outputs_have_the_second_moments_that_its_inputs_say(case):
             y = y - leaves[layer.bias].reshape(-1)
         y = y.reshape(len(y), f.members, f.out)
         sums, squares, gram = (
-            np.float64(_as_numpy(value(getattr(stats, kind)[layer.name]))) for kind in inputs.KEPT
+            np.float64(_as_numpy(value(getattr(stats, kind)[layer.name])))
+            for kind in ("sums", "squares", "grams")
         )
         np.testing.assert_allclose(weight @ sums[..., None], y.sum(0)[..., None], atol=1e-3)
         got = weight @ gram @ weight.transpose(0, 2, 1)
@@ -192,6 +194,34 @@ def test_inputs_of_stacked_layers_and_of_several_calls():
         assert int(value(stats.positions["stack"])) == 7
         np.testing.assert_array_equal(value(stats.grams["stack"]), np.einsum("sni,snj->sij", x, x))
         np.testing.assert_array_equal(value(stats.squares["stack"]), (x * x).sum(1))
+
+
+@pytest.mark.parametrize("framework", [as_jax, as_torch])
+def test_mean_magnitudes_of_examples(framework):
+    """Over the positions of each example first, then the squares of all examples are added."""
+    rng = np.random.default_rng(4)
+    conv = Layer(
+        "conv", "Conv1d", "v", (3, 2, 6), (2,), (1,), groups=2, window=Window((1,), "SAME", (1,))
+    )
+    x = {
+        "fc": rng.normal(size=(5, 2, 3, 4)),
+        "stack": rng.normal(size=(2, 7, 6, 5)),
+        "conv": rng.normal(size=(3, 8, 4)),
+    }
+    x = {name: given.astype(np.float32) for name, given in x.items()}
+    table = [LINEAR, dataclasses.replace(STACK, weight="stack"), conv]
+    shapes = {layer.weight: np.ones(layer.shape, np.float32) for layer in table}
+    stats = inputs.init(framework(shapes), table, keep=["means"])
+    for _ in range(2):
+        stats = inputs.update(stats, framework(x), table)
+    of_channels = (np.abs(x["conv"]).mean(1) ** 2).sum(0)
+    expected = {
+        "fc": (np.abs(x["fc"]).mean((1, 2)) ** 2).sum(0)[None],
+        "stack": (np.abs(x["stack"]).mean(2) ** 2).sum(1),
+        "conv": np.tile(of_channels.reshape(2, 1, 2), (1, 3, 1)).reshape(2, 6),
+    }
+    for name, total in stats.means.items():
+        np.testing.assert_allclose(_as_numpy(value(total)), 2 * expected[name], rtol=1e-5)
 
 
 LINEAR = Layer("fc", "Linear", "w", (4, 3), (1,), (0,))
