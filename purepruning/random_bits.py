@@ -108,6 +108,13 @@ def uniform(index: Any, own: tuple[Any, Any, Any]) -> Any:
 
 def _bits(index: Any, own: tuple[Any, Any, Any]) -> Any:
     xp = namespace(index)
+    if xp is NUMPY:  # which warns where scalars overflow, as they do here on purpose
+        with np.errstate(over="ignore"):
+            return _hashed(xp, index, own)
+    return _hashed(xp, index, own)
+
+
+def _hashed(xp: Any, index: Any, own: tuple[Any, Any, Any]) -> Any:
     high, low, name = (int32(xp, word, index) for word in own)
     first = _mix(high ^ name)
     second = _mix(low ^ first)

@@ -1,16 +1,21 @@
-"""Binarised networks: weights and activations are -1 or 1.
+r"""Binarised networks: weights and activations are -1 or 1.
 
 Courbariaux et al. 2016, arXiv:1602.02830. Latent weights are kept within [-1, 1] by :func:`clip`
-after every step. Zero is 1, so a pruned weight does not stay zero: masks are applied after
-binarising.
+after every step. Signs are those of the numbers, 1 of zero; with a key they are drawn,
+
+$$P(x^b = 1) = \mathrm{clip}((x + 1) / 2, 0, 1),$$
+
+which is the paper's stochastic binarisation, for training. A pruned weight does not stay zero:
+masks are applied after binarising.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
-from purepruning.arrays import namespace, stop_gradient
+from purepruning.arrays import iota, namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target
 from purepruning.quantize.integers import Levels, in_steps
 from purepruning.quantize.targets import (
@@ -20,14 +25,22 @@ from purepruning.quantize.targets import (
     refuse_granularity,
     refuse_start,
 )
+from purepruning.random_bits import key_words, own_words, uniform
 from purepruning.types import Array, Params
 
 #: Activations that are never negative, so that their signs are all 1.
 _NEVER_NEGATIVE = ("ReLU", "ReLU6", "Sigmoid", "Softplus", "Hardsigmoid")
 
 
-def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
+def weights(params: Params, state: None, config: QuantizationConfig, *, key: Any = None) -> Params:
     """Returns ``params`` with the signs of the weights of ``config``; gradients pass as they are.
+
+    Args:
+        params: the latent weights.
+        state: None; there is none.
+        config: the resolved rules.
+        key: draws the signs: a seed, a JAX key or two words, a new one for every step. They depend
+            on it, the layer and the position, and are the same in every framework.
 
     Raises:
         ValueError: the rules say other than 1 bit, or have a start step or a granularity.
@@ -41,12 +54,13 @@ def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
     [[1.0, -1.0, 1.0]]
     """
     _check("bnn.weights", config)
+    words = None if key is None else key_words(key)
 
-    def sign(weight: Any, target: Target) -> Any:
+    def sign(weight: Any, target: Target, words: Any) -> Any:
         constant = stop_gradient(weight)
-        return _sign(constant) + (weight - constant)
+        return _sign(constant, words, target.site) + (weight - constant)
 
-    return each_weight("bnn.weights", params, config, sign)
+    return each_weight("bnn.weights", params, config, sign, words)
 
 
 def levels(config: QuantizationConfig) -> dict[str, Levels]:
@@ -55,11 +69,15 @@ def levels(config: QuantizationConfig) -> dict[str, Levels]:
     return {target.site: in_steps(2.0, 1) for target in config.weights}
 
 
-def activations(config: QuantizationConfig) -> dict[str, AtSite]:
+def activations(config: QuantizationConfig, *, key: Any = None) -> dict[str, AtSite]:
     """Returns functions for an adapter's ``replace`` that binarise inputs and outputs.
 
     The gradient passes where the magnitude is at most 1. The output of a ReLU is never negative,
     so that its signs are all 1 and the network is constant: of that it is warned.
+
+    Args:
+        config: the resolved rules.
+        key: draws the signs, as in :func:`weights`; those of all calls of a layer are drawn alike.
 
     Raises:
         ValueError: as :func:`weights`.
@@ -75,14 +93,19 @@ def activations(config: QuantizationConfig) -> dict[str, AtSite]:
             stacklevel=2,
         )
 
-    def at(value: Any) -> tuple[Any, None]:
-        return map_arrays(activation, value), None
+    def at(target: Target) -> AtSite:
+        return lambda value: (
+            map_arrays(lambda x: activation(x, key, name=target.site), value),
+            None,
+        )
 
-    return {target.site: at for target in config.activations}
+    return {target.site: at(target) for target in config.activations}
 
 
-def activation(x: Array) -> Any:
+def activation(x: Array, key: Any = None, *, name: str = "") -> Any:
     """Returns the signs of ``x``, 1 for zero; the gradient passes where ``|x| <= 1``.
+
+    With a ``key`` they are drawn, see the module; ``name`` is that of the site.
 
     >>> import jax, jax.numpy as jnp
     >>> jax.vmap(jax.value_and_grad(activation))(jnp.array([-2.0, 0.0, 1.0]))[1].tolist()
@@ -91,7 +114,8 @@ def activation(x: Array) -> Any:
     xp = namespace(x)
     constant = stop_gradient(x)
     through = xp.where(xp.abs(constant) <= 1, x - constant, 0.0)
-    return _sign(constant) + xp.where(constant == constant, through, x)
+    words = None if key is None else key_words(key)
+    return _sign(constant, words, name) + xp.where(constant == constant, through, x)
 
 
 def clip(params: Params, config: QuantizationConfig) -> Params:
@@ -108,9 +132,15 @@ def clip(params: Params, config: QuantizationConfig) -> Params:
     return each_weight("bnn.clip", params, config, lambda w, _: namespace(w).clip(w, -1.0, 1.0))
 
 
-def _sign(x: Any) -> Any:
+def _sign(x: Any, words: Any, name: str) -> Any:
     xp = namespace(x)
-    return xp.astype(xp.where(x < 0, -1.0, 1.0), x.dtype)
+    if words is None:
+        positive = ~(x < 0)
+    else:
+        index = xp.reshape(iota(xp, math.prod(x.shape), x), x.shape)
+        chance = xp.clip((xp.astype(x, xp.float32) + 1) * 0.5, 0.0, 1.0)
+        positive = uniform(index, own_words(words, name)) < chance
+    return xp.astype(xp.where(positive, 1.0, -1.0), x.dtype)
 
 
 def _check(where: str, config: QuantizationConfig) -> None:

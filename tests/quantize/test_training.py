@@ -280,8 +280,8 @@ def test_lsq_of_one_signed_bit_is_refused():
 def test_dorefa_gradients_are_unbiased_few_and_the_same_in_both_frameworks():
     g = RNG.normal(size=(64, 50)).astype(F) * (10.0 ** RNG.integers(-3, 3, (64, 1))).astype(F)
     found = np.asarray(dorefa.gradient(jnp.asarray(g), 7, 2, name="first"))
-    same = dorefa.gradient(torch.tensor(g), 7, 2, name="first").numpy()
-    np.testing.assert_array_equal(found, same)
+    for same in (g, torch.tensor(g)):
+        np.testing.assert_array_equal(found, dorefa.gradient(same, 7, 2, name="first"))
     np.testing.assert_array_equal(
         found, jax.jit(lambda g: dorefa.gradient(g, 7, 2, name="first"))(g)
     )
@@ -343,6 +343,36 @@ def test_bnn_gradients_and_the_latent_clip():
     np.testing.assert_array_equal(clipped["first"]["kernel"], np.clip(A.T, -1, 1))
     with raises(ValueError, "bnn.weights", "'quant_bits': 4", "write 1"):
         bnn.weights(FLAX, None, flax_config(WEIGHTS))
+
+
+def test_bnn_draws_signs_by_the_hard_sigmoid_alike_in_both_frameworks():
+    """P(1) = clip((x + 1) / 2, 0, 1), equation 2 of arXiv:1602.02830."""
+    config = flax_config(WEIGHTS | {"quant_bits": 1, "op_names": ["first"]})
+
+    def drawn(key, params=FLAX):
+        return bnn.weights(params, None, config, key=key)["first"]["kernel"]
+
+    many = np.asarray(jax.jit(jax.vmap(drawn))(jnp.arange(1000)))
+    assert set(np.unique(many)) == {-1, 1}
+    chance = np.clip((A.T + 1) / 2, 0, 1)
+    error = np.abs((many == 1).mean(0) - chance)
+    assert (error <= 5 * np.sqrt(chance * (1 - chance) / 1000)).all()  # five standard errors
+    np.testing.assert_array_equal(drawn(7), many[7])
+    np.testing.assert_array_equal(drawn(jax.random.key(7)), many[7])
+    np.testing.assert_array_equal(jax.grad(lambda p: drawn(3, p).sum())(FLAX)["first"]["kernel"], 1)
+    x = np.linspace(-1.5, 1.5, 101, dtype=F)
+    for name in ("first:input", "last:input"):
+        t = torch.tensor(x, requires_grad=True)
+        y = bnn.activation(t, 5, name=name)
+        y.sum().backward()
+        np.testing.assert_array_equal(t.grad, np.abs(x) <= 1)
+        np.testing.assert_array_equal(y.detach(), bnn.activation(jnp.asarray(x), 5, name=name))
+    assert (bnn.activation(x, 5, name="first:input") != y.detach().numpy()).any()
+    reads = flax_config(INPUTS | {"quant_bits": 1})
+    found, _ = bnn.activations(reads, key=5)["last:input"](jnp.asarray(x))
+    np.testing.assert_array_equal(found, y.detach())
+    with raises(TypeError, "a random key must be a seed", "'a'"):
+        bnn.weights(FLAX, None, config, key="a")
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
