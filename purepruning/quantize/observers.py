@@ -8,7 +8,8 @@
 :func:`watch` makes functions for an adapter's ``replace``, which change nothing and find what
 :func:`update` takes. States are dictionaries by site; :func:`merge` is associative and commutative,
 so that data-parallel states merge leaf by leaf: averages and histograms by ``psum``, minima and
-maxima by ``pmin`` and ``pmax``.
+maxima by ``pmin`` and ``pmax``. Do that once, at the end; what :func:`update` takes may be merged
+in every step, see :func:`purepruning.quantize.qat.update`.
 """
 
 from __future__ import annotations

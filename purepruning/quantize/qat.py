@@ -124,6 +124,10 @@ def activations(
 def update(state: State, seen: Mapping[str, Any], config: QuantizationConfig) -> State:
     """Returns the state after a step; ``seen`` is what ``replace`` found in it.
 
+    In data-parallel training give what all replicas have seen, lows by ``pmin`` and highs by
+    ``pmax`` (of torch ``all_reduce`` with ``MIN`` and ``MAX``): the state is then the same on all
+    of them, and that of one process with the whole batch.
+
     Raises:
         KeyError: nothing was seen at a site.
     """

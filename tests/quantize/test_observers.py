@@ -13,7 +13,7 @@ import torch
 
 import purepruning as pp
 from purepruning.quantize import observers, ptq, qat
-from purepruning.quantize.observers import Histogram, MovingAverage, Range
+from purepruning.quantize.observers import Range
 from tests.messages import raises
 
 F = np.float32
@@ -189,7 +189,7 @@ PARALLEL = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 import purepruning as pp
-from purepruning.quantize import observers
+from purepruning.quantize import observers, qat
 params = {"w": jnp.zeros((2, 3))}
 layer = pp.make_layer(params, "w", "Linear", name="fc", out_axes=0, in_axes=1)
 config = pp.resolve_quantization({"quant_types": ["input"], "quant_bits": 8}, [layer])
@@ -216,6 +216,22 @@ def extremes(x):
     found = one(x[0], "min_max")["fc:input"]
     return jax.lax.pmin(found.low, "d"), jax.lax.pmax(found.high, "d")
 
+def step(state, x):
+    at = qat.activations(state, config)
+    seen = at["fc:input"](x)[1]
+    seen = seen._replace(low=jax.lax.pmin(seen.low, "d"), high=jax.lax.pmax(seen.high, "d"))
+    return qat.update(state, {"fc:input": seen}, config)
+
+start = qat.init(params, config)
+step = jax.jit(jax.shard_map(
+    step, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(), check_vma=False))
+found = step(step(start, x), 2 * x)
+for scale in (1, 2):
+    seen = qat.activations(start, config)["fc:input"](scale * x)[1]
+    start = qat.update(start, {"fc:input": seen}, config)
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(start)):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
 low, high = jax.jit(jax.shard_map(
     extremes, mesh=mesh, in_specs=P("d"), out_specs=P(), check_vma=False))(x)
 assert (float(low), float(high)) == (float(x.min()), float(x.max()))
@@ -232,15 +248,67 @@ def test_states_of_eight_devices_merge_by_psum():
     assert found.stdout == "merged\n", found.stderr
 
 
-@pytest.mark.parametrize("kind", ["histogram", "moving_average"])
-def test_states_of_torch_processes_merge_by_a_sum(kind):
-    """What ``all_reduce`` computes, leaf by leaf."""
-    states = [observed(kind, BATCHES[i : i + 2], torch.tensor) for i in (0, 2, 4)]
-    flat = [jax.tree.flatten(state) for state in states]
-    summed = jax.tree.unflatten(
-        flat[0][1], [sum(xs) for xs in zip(*(f for f, _ in flat), strict=True)]
-    )
-    merged = observers.merge(observers.merge(states[0], states[1]), states[2])
-    for a, b in zip(observers.ranges(summed)[SITE], observers.ranges(merged)[SITE], strict=True):
-        np.testing.assert_allclose(float(a), float(b), rtol=1e-6)
-    assert isinstance(summed[SITE], (Histogram, MovingAverage))
+#: Two processes see halves of every batch. Whole states merge once; what was seen, in every step.
+PROCESSES = """
+import sys
+import jax, numpy as np, torch
+from torch import distributed
+import purepruning as pp
+from purepruning.quantize import observers, qat
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+params = {"w": torch.zeros(2, 3)}
+layer = pp.make_layer(params, "w", "Linear", name="fc", out_axes=0, in_axes=1)
+config = pp.resolve_quantization({"quant_types": ["input"], "quant_bits": 8}, [layer])
+batches = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(0))
+
+def seen(at, x):
+    return {"fc:input": at["fc:input"](x)[1]}
+
+def observed(kind, parts):
+    state = observers.init(params, config, kind)
+    for x in parts:
+        state = observers.update(state, seen(observers.watch(state, config), x), config)
+    return state
+
+def reduced(tree, lowest, highest):
+    for name, x in tree["fc:input"]._asdict().items():
+        for leaf in jax.tree.leaves(x):
+            distributed.all_reduce(leaf, lowest if name == "low" else highest)
+    return tree
+
+Op = distributed.ReduceOp
+for kind, ops in {
+    "min_max": (Op.MIN, Op.MAX), "moving_average": (Op.SUM,) * 2, "histogram": (Op.SUM,) * 2,
+}.items():
+    merged = reduced(observed(kind, batches[:, rank]), *ops)
+    wanted = observers.merge(*(observed(kind, batches[:, r]) for r in (0, 1)))
+    for a, b in zip(*(jax.tree.leaves(observers.ranges(s)) for s in (merged, wanted))):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+state = whole = qat.init(params, config)
+for halves in batches:
+    found = reduced(seen(qat.activations(state, config), halves[rank]), Op.MIN, Op.MAX)
+    state = qat.update(state, found, config)
+    found = seen(qat.activations(whole, config), halves.reshape(-1))
+    whole = qat.update(whole, found, config)
+assert jax.tree.leaves(state) == jax.tree.leaves(whole)
+print("merged", rank)
+"""
+
+
+def test_states_of_two_torch_processes_merge_by_all_reduce(tmp_path):
+    command = [sys.executable, "-c", PROCESSES]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(started):
+        out, errors = process.communicate(timeout=300)
+        assert out == f"merged {rank}\n", errors
