@@ -332,10 +332,10 @@ def part(x: Any, start: Any, size: int) -> Any:
 
 
 def sqrt(x: Any) -> Any:
-    """Returns the correctly rounded roots of float32 ``x``; on a CPU those of torch are not."""
+    """Returns the correctly rounded roots of ``x``; on a CPU those of torch's float32 are not."""
     xp = namespace(x)
     if is_torch(x) and x.device.type == "cpu":
-        return xp.astype(xp.sqrt(xp.astype(x, xp.float64)), xp.float32)
+        return xp.astype(xp.sqrt(xp.astype(x, xp.float64)), x.dtype)
     return xp.sqrt(x)
 
 

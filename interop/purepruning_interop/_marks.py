@@ -64,6 +64,11 @@ def mark(key: Key, value: Any) -> Any:
     return put(_mark.bind(*arrays, layer=key, put=put))
 
 
+def is_mark(eqn: JaxprEqn) -> bool:
+    """Whether an equation is a mark; its key is the parameter ``"layer"``."""
+    return eqn.primitive is _mark
+
+
 def called(
     key: Hashable, sides: Iterable[str], call: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
@@ -176,7 +181,7 @@ def marked(program: Program) -> tuple[set[Key], bool]:
     def look(jaxpr: Jaxpr) -> bool:
         found = False
         for eqn in jaxpr.eqns:
-            if eqn.primitive is _mark:
+            if is_mark(eqn):
                 keys.add(eqn.params["layer"])
                 found = True
             for inner in inner_jaxprs(eqn.params):
@@ -235,7 +240,7 @@ class _Runner(NamedTuple):
     def _equation(
         self, eqn: JaxprEqn, call: Call | None, values: list[Any], before: Counter[str]
     ) -> tuple[Sequence[Any], list[_Taken]]:
-        if eqn.primitive is _mark:
+        if is_mark(eqn):
             return self._at_mark(eqn, values)
         if call is not None:
             name = activation_name(call.function, before[call.function] + 1)
@@ -300,7 +305,7 @@ class _Runner(NamedTuple):
         before = before.copy()
         for inner in inner_jaxprs(eqn.params):
             for e, call in zip(inner.eqns, calls_in(inner), strict=True):
-                if e.primitive is _mark:
+                if is_mark(e):
                     keys += [e.params["layer"]]
                 elif call is not None:
                     name = activation_name(call.function, before[call.function] + 1)

@@ -31,7 +31,7 @@ After pruning: ``apply_masks(qat.weights(params, state, config), masks)``; quant
 """
 
 from purepruning.quantize import bnn, dorefa, integers, lsq, naive, observers, ptq, qat
-from purepruning.quantize.batch_norm import fold_batch_norm
+from purepruning.quantize.batch_norm import BatchNorm, fold_batch_norm, fold_batch_norms
 from purepruning.quantize.config import QuantizationConfig, Target, resolve_quantization
 from purepruning.quantize.fake import Scale, affine, fake_quantize, symmetric
 
@@ -47,7 +47,10 @@ __all__ = [
     "integers",
     # Ranges of activations.
     "observers",
+    # Batch norms.
+    "fold_batch_norms",
     "fold_batch_norm",
+    "BatchNorm",
     # What they are made of.
     "fake_quantize",
     "affine",

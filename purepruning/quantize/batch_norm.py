@@ -1,11 +1,152 @@
-"""Folding a batch norm into the layer in front of it."""
+"""Folding batch norms into the layers in front of them.
+
+Integer kernels compute a layer and its batch norm as one, so that it is the folded weight that has
+to be quantised. ``batch_norms`` of an adapter says which can be folded, once; inside of the loss::
+
+    folded, statistics = quantize.fold_batch_norms(params, batch_stats, norms)
+    weights = qat.weights(folded, state, config)
+    variables = {"params": weights, "batch_stats": statistics}
+    logits, seen = linen.replace(model, variables, x, at=at, train=False)
+
+The model is the same, and calls its batch norms by the running statistics, which are the identity
+then. Jacob et al. 2017, arXiv:1712.05877, section 3.2.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from purepruning.arrays import namespace, sqrt
-from purepruning.types import Array
+from purepruning.arguments import collection, instance, missing
+from purepruning.arrays import by_numpy, namespace, sqrt
+from purepruning.layers import Layer
+from purepruning.trees import flatten
+from purepruning.types import Array, Params
+
+
+class BatchNorm(NamedTuple):
+    """A batch norm that reads what a layer puts out, which nothing else reads.
+
+    Attributes:
+        name: its dotted name.
+        layer: the layer's row.
+        scale, offset: their paths in the parameters; None where it has none.
+        mean, variance: their paths among the running statistics.
+        epsilon: what is added to the variance.
+    """
+
+    name: str
+    layer: Layer
+    scale: str | None
+    offset: str | None
+    mean: str
+    variance: str
+    epsilon: float
+
+
+def fold_batch_norms(
+    params: Params, statistics: Params, norms: Iterable[BatchNorm]
+) -> tuple[Params, Params]:
+    """Returns parameters and running statistics of the model with its batch norms folded.
+
+    Each becomes the identity: of scale 1, offset 0, mean 0 and variance ``1 - epsilon``. The layer
+    in front of it computes what both did, see :func:`fold_batch_norm`; where it has no bias, the
+    norm adds it: as its offset, or, where it has none, as minus its mean. Called by running
+    statistics the model computes the same function, but for rounding. Gradients flow to all
+    parameters, and to the statistics.
+
+    Args:
+        params: the parameters.
+        statistics: the running statistics: of Linen ``variables["batch_stats"]``, of NNX what
+            ``nnx.state(model, nnx.BatchStat)`` returns, of torch ``dict(model.named_buffers())``.
+        norms: what ``batch_norms`` of the adapter returned; those of the layers that are quantised,
+            or all.
+
+    Raises:
+        KeyError: there is no array of a name.
+        ValueError: a weight has no such output axis, or arrays of a norm other channels.
+
+    >>> import jax.numpy as jnp
+    >>> import purepruning as pp
+    >>> params = {"fc": {"w": jnp.array([[3.0]])}, "bn": {"scale": jnp.array([8.0])}}
+    >>> layer = pp.make_layer(params, "fc.w", "Linear", out_axes=1, in_axes=0)
+    >>> norm = BatchNorm("bn", layer, "bn.scale", None, "bn.mean", "bn.var", 0.0)
+    >>> statistics = {"bn": {"mean": jnp.array([5.0]), "var": jnp.array([4.0])}}
+    >>> folded, left = fold_batch_norms(params, statistics, [norm])
+    >>> folded["fc"]["w"].tolist(), folded["bn"]["scale"].tolist()
+    ([[12.0]], [1.0])
+    >>> left["bn"]["mean"].tolist(), left["bn"]["var"].tolist()
+    ([20.0], [1.0])
+    """
+    rows: tuple[BatchNorm, ...] = collection(
+        norms, "fold_batch_norms: norms", "what batch_norms of an adapter returned"
+    )
+    trees = flatten(params), flatten(statistics)
+    found: dict[str, dict[str, Any]] = {}
+    for norm in rows:
+        instance(norm, BatchNorm, "fold_batch_norms: every norm", "a BatchNorm")
+        found[norm.name] = {
+            what: _leaf(norm, what, path, tree.leaves, of)
+            for tree, of, paths in zip(trees, ("params", "statistics"), _paths(norm), strict=True)
+            for what, path in paths.items()
+        }
+
+    def folded(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {norm.name: _folded(norm, found[norm.name]) for norm in rows}
+
+    new = by_numpy(folded, found)
+    values = [dict(tree.leaves) for tree in trees]
+    for norm in rows:
+        for leaves, paths in zip(values, _paths(norm), strict=True):
+            leaves.update({path: new[norm.name][what] for what, path in paths.items()})
+    return trees[0].rebuild(values[0]), trees[1].rebuild(values[1])
+
+
+def _paths(norm: BatchNorm) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns where the arrays of a norm and its layer lie in parameters and in statistics."""
+    of_params = {
+        "weight": norm.layer.weight,
+        "bias": norm.layer.bias,
+        "scale": norm.scale,
+        "offset": norm.offset,
+    }
+    of_statistics = {"mean": norm.mean, "variance": norm.variance}
+    return {what: path for what, path in of_params.items() if path is not None}, of_statistics
+
+
+def _leaf(norm: BatchNorm, what: str, path: str, leaves: Mapping[str, Any], of: str) -> Any:
+    if path not in leaves:
+        message = f"fold_batch_norms: {of} have no {what} {path!r} of the norm {norm.name!r}"
+        raise KeyError(missing(message, path, leaves))
+    return leaves[path]
+
+
+def _folded(norm: BatchNorm, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the new arrays of a norm and its layer, each of the dtype that it had."""
+    xp = namespace(found["mean"])
+    wide = {what: xp.astype(x, found["variance"].dtype) for what, x in found.items()}
+    one, zero = xp.ones_like(wide["mean"]), xp.zeros_like(wide["mean"])
+    try:
+        weight, bias = fold_batch_norm(
+            wide["weight"],
+            wide.get("bias"),
+            wide.get("scale", one),
+            wide.get("offset", zero),
+            wide["mean"],
+            wide["variance"],
+            out_axis=norm.layer.out_axes[0],
+            epsilon=norm.epsilon,
+        )
+    except ValueError as error:
+        raise ValueError(f"norm {norm.name!r} behind layer {norm.layer.name!r}: {error}") from None
+    new = {"weight": weight, "scale": one, "offset": zero, "variance": one - norm.epsilon}
+    if "bias" in found:
+        new |= {"bias": bias, "mean": zero}
+    elif "offset" in found:
+        new |= {"offset": bias, "mean": zero}
+    else:
+        new["mean"] = -bias
+    return {what: xp.astype(new[what], x.dtype) for what, x in found.items()}
 
 
 def fold_batch_norm(
@@ -27,7 +168,7 @@ def fold_batch_norm(
     Statistics are the running ones, also in training. Quantise ``W'`` instead of ``W``, and run the
     model with ``W'``, ``b'`` and a batch norm that is the identity: ``scale`` is
     ``sqrt(variance + epsilon)`` and ``offset`` is ``mean``. Gradients flow to all six arrays.
-    Jacob et al. 2017, arXiv:1712.05877, section 3.2.
+    Of a whole model: :func:`fold_batch_norms`.
 
     Args:
         weight: of the layer, ``(out, ...)`` or with the outputs along another axis.

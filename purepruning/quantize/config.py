@@ -49,7 +49,7 @@ _KEYS = (*SELECTORS, *QUANTIZER_KEYS, "granularity", "exclude")
 
 #: NNI 3.0's keys that are no keys here, and what to do instead.
 _ELSEWHERE = {
-    "fuse_names": "fold the batch norms by pp.quantize.fold_batch_norm",
+    "fuse_names": "fold the batch norms by pp.quantize.fold_batch_norms",
     "target_settings": "write one rule for each target; those of one layer merge",
     "sub_config": "write a rule for each layer",
     "exclude_op_names": "add a rule {'op_names': ..., 'exclude': True}",

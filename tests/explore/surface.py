@@ -1027,6 +1027,7 @@ def _torch(s: Side) -> Iterator[Call]:
     yield row(f"{where}.count", fresh, x, of=of, slow=True)
     yield row(f"{where}.capture", fresh, x, ["0"], None, False, of=of)
     yield row(f"{where}.activations", fresh, of=of)
+    yield row(f"{where}.batch_norms", fresh, x, of=of, slow=True)
     yield row(f"{where}.replace", fresh, x, {"0:input": _looks}, None, False, of=of | {"at": _AT})
     yield row(f"{where}.apply_", fresh, masks, of=of, changes=True)
     yield row(f"{where}.masked_call", fresh, masks, x, None, of=of)
@@ -1137,6 +1138,8 @@ def _adapter(
     named = {"layers": [layer]}
     yield row(f"{where}.capture", *model, x, named, of=of, slow=True)
     yield row(f"{where}.activations", *model, x, of=of, slow=True)
+    if where.endswith((".linen", ".nnx")):  # the others have no running statistics by path
+        yield row(f"{where}.batch_norms", *model, x, of=of, slow=True)
     at = {"at": {f"{layer}:input": _looks}}
     yield row(f"{where}.replace", *model, x, at, of=of | {"at": _AT}, slow=True)
     yield row(f"{where}.couple", *model, x, {"outputs": True}, of=of, slow=True)

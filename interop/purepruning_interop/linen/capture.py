@@ -14,7 +14,7 @@ from purepruning.layers import Activation, Layer
 from purepruning.trees import flatten
 from purepruning_interop import _capture
 from purepruning_interop._activations import activation_rows, is_activation
-from purepruning_interop._marks import marked, marking, run, trace
+from purepruning_interop._marks import Program, marked, marking, run, trace
 from purepruning_interop.linen.layers import MISFITS, check, marker, misfit
 
 
@@ -179,6 +179,26 @@ def _replace(
         if is_activation(path) and not any(o.startswith(f"{path}.") for o in holders)
     }
     wanted = frozenset((modules[s.name], s.side) for s in at if s.name not in functions)
+    program, seen = marked_program(where, model, (variables, inputs, options, kwargs), wanted)
+    for name, path in modules.items():
+        holds = any(owner.startswith(f"{path}.") for owner in holders)
+        if path and path not in seen and not holds and name not in functions:
+            raise _capture.unknown(where, name, [*owners.values(), *seen])
+    result, calls = run(where, program, _capture.joined(at, modules))
+    return result, _capture.found_by_site(where, at, modules, calls)
+
+
+def marked_program(
+    where: str, model: nn.Module, arguments: tuple[Any, ...], wanted: frozenset[tuple[str, str]]
+) -> tuple[Program, dict[str, None]]:
+    """Returns the program of ``model.apply`` with marks, and the paths of all that was called.
+
+    Args:
+        where: begins messages.
+        model: the module.
+        arguments: variables, inputs, options and keywords of the call.
+        wanted: what is marked: a module's path, and ``"input"`` or ``"output"``.
+    """
     seen: dict[str, None] = {}
 
     def apply(variables: Any, inputs: Any, options: Any, kwargs: Any, *, afresh: bool) -> Any:
@@ -197,14 +217,8 @@ def _replace(
 
     # nn.jit takes modules that differ in nothing but the name for the same, and traces the first
     # only. Where that may have happened, everything is traced once more, each call for itself.
-    arguments = variables, inputs, options, kwargs
     program = trace(wanted, partial(apply, afresh=False), *arguments)
     found, several = marked(program)
     if several or found != wanted:
         program = trace(wanted, partial(apply, afresh=True), *arguments)
-    for name, path in modules.items():
-        holds = any(owner.startswith(f"{path}.") for owner in holders)
-        if path and path not in seen and not holds and name not in functions:
-            raise _capture.unknown(where, name, [*owners.values(), *seen])
-    result, calls = run(where, program, _capture.joined(at, modules))
-    return result, _capture.found_by_site(where, at, modules, calls)
+    return program, seen

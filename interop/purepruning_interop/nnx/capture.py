@@ -11,7 +11,7 @@ from flax import nnx
 from purepruning.layers import Activation, Layer
 from purepruning_interop import _capture
 from purepruning_interop._activations import activation_rows, with_activations
-from purepruning_interop._marks import KEY, collect, trace
+from purepruning_interop._marks import KEY, Program, run, trace
 from purepruning_interop._table import join
 from purepruning_interop.nnx.layers import check, marking, walk
 
@@ -148,7 +148,20 @@ def _replace(
     known |= {name: first[id(module)] for name, module, _ in found}
     names = [site.name for site in at]
     modules = _capture.find(where, names, with_activations(names, known))
-    sides = _capture.sides(at, modules)
+    program = marked_program(model, inputs, _capture.sides(at, modules), method, mutable, kwargs)
+    result, calls = run(where, program, _capture.joined(at, modules))
+    return result, _capture.found_by_site(where, at, modules, calls)
+
+
+def marked_program(
+    model: nnx.Module,
+    inputs: tuple[Any, ...],
+    sides: Mapping[str, tuple[str, ...]],
+    method: Any,
+    mutable: Any,
+    kwargs: dict[str, Any],
+) -> Program:
+    """Returns the program of a call, with marks at these sides of modules, by name."""
     graphdef, state = nnx.split(model)
 
     def call(state: Any, inputs: Any, kwargs: Any) -> Any:
@@ -161,13 +174,4 @@ def _replace(
         result = _capture.call_model(copy, method, inputs, kwargs)
         return result if mutable is False else (result, nnx.state(copy, mutable))
 
-    result, calls = collect(
-        where,
-        tuple(sides.items()),
-        call,
-        state,
-        inputs,
-        kwargs,
-        at=_capture.joined(at, modules),
-    )
-    return result, _capture.found_by_site(where, at, modules, calls)
+    return trace(tuple(sides.items()), call, state, inputs, kwargs)

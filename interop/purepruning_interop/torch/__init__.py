@@ -9,6 +9,7 @@ from purepruning_interop.torch import internals
 
 internals.check(internals.NAMES)
 
+from purepruning_interop.torch.batch_norms import batch_norms
 from purepruning_interop.torch.capture import activations, capture, replace
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
@@ -27,6 +28,7 @@ __all__ = [
     "activations",
     "capture",
     "replace",
+    "batch_norms",
     "apply_",
     "keep_pruned",
     "masked_call",
