@@ -247,6 +247,7 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
     """Notes status, sizes and seconds of coupling half of every family and shrinking the model."""
     import numpy as np
     import torch
+    from population import prunable
 
     from purepruning_interop import torch as ppt
 
@@ -256,7 +257,10 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
     # Half of every group: of units that must go evenly, equally many of each part.
     units = coupling.lowest(np.random.default_rng(0).random(coupling.n_units), 0.5)
     reasons = Counter(axis.reason for axis in coupling.frozen)
+    share, whole = prunable(coupling)
     note(
+        prunable=share,
+        whole=whole,
         families=len(coupling.families),
         units=coupling.n_units,
         unknown=dict(coupling.unknown),
@@ -268,7 +272,8 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
     with _seconds(note, "masks_s"):
         masks = coupling.masks(units, parameters)
     with _seconds(note, "shrink_s"):
-        small = ppt.shrink(module, masks, coupling, *inputs, norms="original").model
+        shrunk = ppt.shrink(module, masks, coupling, *inputs, norms="original")
+    small = shrunk.model
     masked = copy.deepcopy(module)
     with torch.no_grad():
         for name, tensor in (*masked.named_parameters(), *masked.named_buffers()):
@@ -280,6 +285,8 @@ def _ours(model: Any, module: Any, inputs: tuple[Any, ...], note: Callable[..., 
         change_by_pruning=_distance(plain, expected),
         own_class=type(small) is type(module),
         result=type(small).__name__,
+        reason=shrunk.report.reason,
+        replaced=len(shrunk.report.replaced),
     )
     _sizes(module, small, inputs, note)
     _latency(model, module.float(), small.float(), note)
