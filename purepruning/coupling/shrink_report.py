@@ -52,6 +52,9 @@ class ShrinkReport:
             tied weights there is one.
         replaced: for torch, the norms of a result of the model's own class that divide by as many
             positions as there were, in modules of their own.
+        config: for a model of transformers of its own class, which numbers of its config changed,
+            so that ``save_pretrained`` and ``from_pretrained`` give it again; or why no config says
+            what is left, and :func:`rebuild <purepruning_interop.torch.rebuild>` has to.
     """
 
     plan: Plan
@@ -68,6 +71,7 @@ class ShrinkReport:
     fixed: tuple[str, ...] = ()
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    config: str = ""
 
     @property
     def dynamic(self) -> bool:
@@ -96,6 +100,7 @@ class ShrinkReport:
         details += [f"only for {', '.join(self.fixed)}"] if self.fixed else []
         count = len(self.replaced)
         details += [f"{count} norms keep their divisors"] if count else []
+        details += [self.config] if self.config else []
         end = f" ({'; '.join(details)})" if details else ""
         lines.append(f"result: {_KINDS[self.kind]}{end}")
         return "\n".join(lines)

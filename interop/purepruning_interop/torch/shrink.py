@@ -25,6 +25,7 @@ from purepruning.masks import apply_masks, merge_masks
 from purepruning.types import Masks
 from purepruning_interop.torch.couple import Analysis, analyse
 from purepruning_interop.torch.graphs import graph_of
+from purepruning_interop.torch.pretrained import configured
 from purepruning_interop.torch.program import Var, check, leaf_names
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
 from purepruning_interop.torch.tracing.trace import asks_for_mode
@@ -182,6 +183,7 @@ def _shrunk(
         result.fixed,
         leaf_names(model),
         result.replaced,
+        result.config,
     )
 
     def fn(params: Mapping[str, torch.Tensor], *inputs: Any, **kwargs: Any) -> Any:
@@ -231,6 +233,7 @@ class _Built(NamedTuple):
     deviation: float | None
     fixed: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    config: str = ""
 
 
 def _build(
@@ -259,10 +262,12 @@ def _build(
     except Exception as error:  # copies and attributes are code of the model's classes
         why = f"its own class cannot be cut: {type(error).__name__}: {error}"
     if own is not None:
-        deviation, why, replaced = _own_class(own, plan, reference, uses, norms)
-        if deviation is not None:
-            less = _in_training(own, model, reference)
-            return _Built(own, plan, "module", less, deviation, (), replaced)
+        divided = uses.means if norms == "original" else {}
+        for candidate, config in configured(own, plan, coupling, divided):
+            deviation, why, replaced = _own_class(candidate, plan, reference, uses, norms)
+            if deviation is not None:
+                less = _in_training(candidate, model, reference)
+                return _Built(candidate, plan, "module", less, deviation, (), replaced, config)
     graph = graph_of(model, coupling, removed, plan, state, reference, norms)
     graph.module.train(model.training)
     deviation = None

@@ -14,8 +14,9 @@ from purepruning.coupling.plan import Plan
 from purepruning_interop.torch.norms import with_divisor
 from purepruning_interop.torch.uses import Uses
 
-#: Attributes by which classes remember what they are made of, for modules torch does not define.
-_HEADS = frozenset(
+#: Attributes by which classes that torch does not define remember what they are made of: numbers
+#: of heads, sizes of heads, widths.
+HEADS = frozenset(
     [
         "num_heads",
         "n_heads",
@@ -258,7 +259,7 @@ def _correct_others(
                 continue
             table: Mapping[int, set[int]] = (
                 heads
-                if key in _HEADS
+                if key in HEADS
                 else sizes
                 if key in _HEAD_SIZES
                 else widths
@@ -266,14 +267,14 @@ def _correct_others(
                 else {}
             )
             said = uses.sizes.get(name, {}).get(value, set())
-            possible = said if len(said) == 1 and _is_width(key) else table.get(value, set())
+            possible = said if len(said) == 1 and is_width(key) else table.get(value, set())
             if len(possible) == 1 and possible != {value}:
                 setattr(module, key, min(possible))
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             _correct_attention(module)
 
 
-def _is_width(name: str) -> bool:
+def is_width(name: str) -> bool:
     """Whether an attribute may be a width, or a number of heads or groups, by its name."""
     return not any(part in name for part in _NO_WIDTHS)
 
