@@ -46,9 +46,9 @@ def failed(capsys, status, *arguments, says=()) -> str:
     return found.err
 
 
-def start(*arguments, **options) -> subprocess.Popen:
-    """Starts the command in a process of its own."""
-    command = [sys.executable, "-m", "purepruning_interop.cli", *map(str, arguments)]
+def start(*arguments, inside=(), **options) -> subprocess.Popen:
+    """Starts the command in a process of its own, maybe inside of another command."""
+    command = [*inside, sys.executable, "-m", "purepruning_interop.cli", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}", **options.pop("env", {})}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **options)

@@ -5,8 +5,8 @@ of every four in a row that are kept, in their order; ``X.bitmask``, ``(out, cei
 bytes: where they were, the first in the lowest bit; and ``X.shape``, ``(2, 1)`` integers. The
 entry ``quantization_config`` of ``config.json`` tells readers of it.
 
-Source: compressed-tensors 0.11, ``compressors/sparse_compressors/sparse_24_bitmask.py``, whose
-output the tests compare with where it is installed.
+Source: compressed-tensors 0.11, ``compressors/sparse_compressors/sparse_24_bitmask.py``. Versions
+up to 0.14 have it; vLLM reads such folders before its version 0.19.1, where packed 2:4 was removed.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,6 +25,9 @@ except ImportError:  # Windows: nobody tells whether a writer lives
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LOCK = ".lock"
+
+#: The folders that are being written to, for whoever ends the process.
+OPEN: set[Aside] = set()
 
 
 class Entry(NamedTuple):
@@ -125,25 +129,28 @@ class Aside:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
             self.folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+            OPEN.add(self)
             self.folder.mkdir()
             self._lock = (self.folder / _LOCK).open("xb")
             if _fcntl is not None:
                 _fcntl.flock(self._lock, _fcntl.LOCK_EX)
         except OSError as error:
-            self._remove()
+            self.remove()
             raise _not_written(target, error) from error
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._remove()
+        self.remove()
         if isinstance(error, OSError):
             raise _not_written(self._target, error) from error
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
+        """Removes what is not committed."""
         if self._lock is not None:
             self._lock.close()
         if self.folder != self._target:
             shutil.rmtree(self.folder, ignore_errors=True)
+        OPEN.discard(self)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes one file of the result."""
@@ -189,15 +196,23 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait until several renames are done."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Lets SIGINT and SIGTERM wait until several renames are done.
+
+    Blocking them would not do: another thread would take them, and their handlers run in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    come: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: come.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for late in come:
+        signal.raise_signal(late)
 
 
 def _folder_to_disk(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from purepruning_interop.cli import inspect
+from purepruning_interop.cli import inspect, prune
 from purepruning_interop.cli.errors import BUG, NOT_WRITTEN, USAGE, WRONG_INPUT, message_of
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app = typer.Typer(
 
 # One line for each command.
 app.command("inspect")(inspect.inspect)
+app.command("prune")(prune.prune)
 
 _options = {"traceback": False}
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer names none of its bases
@@ -64,15 +65,18 @@ def _main(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns the exit status of a command; its errors are one line on standard error."""
+    """Returns the exit status of a command; its errors are one line on standard error.
+
+    What the process does on SIGINT and SIGTERM is up to ``__main__``.
+    """
     _options["traceback"] = False
-    with _stopped_by_sigterm(), _short_warnings():
+    with _short_warnings():
         try:
             status = typer.main.get_command(app).main(
                 list(arguments), prog_name="purepruning", standalone_mode=False
             )
             sys.stdout.flush()
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             return _failed(error)
     return status if isinstance(status, int) else 0
 
@@ -90,8 +94,6 @@ def _failed(error: BaseException) -> int:
 
 def _status(error: BaseException) -> tuple[int, str]:
     text = message_of(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, _UsageError):
         return USAGE, f"error: {error.format_message()} See purepruning --help."  # type: ignore[attr-defined]
     if type(error).__name__ == "NotWritten":  # whose module loads NumPy
@@ -101,21 +103,6 @@ def _status(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return WRONG_INPUT, "error: not enough memory"
     return BUG, f"error: {type(error).__name__}: {text}; report it, with purepruning --traceback"
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Ends the process on SIGTERM as on SIGINT: what was begun is removed."""
-
-    def terminated(number: int, frame: Any) -> None:
-        print("purepruning: terminated", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

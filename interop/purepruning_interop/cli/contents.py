@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,39 +15,17 @@ import purepruning as pp
 from purepruning.config.config import Config
 from purepruning_interop.checkpoints import (
     Checkpoint,
-    Pattern,
     guess_layers,
     pattern_of,
     read_checkpoint,
 )
 from purepruning_interop.cli import output
+from purepruning_interop.cli.rows import Row, merged, zeros_of
 from purepruning_interop.cli.rules import read_rules
 
 _STATISTICS = re.compile(r"(running|moving)_(mean|var\w*)$|(^|[./])batch_stats[./]")
 
 GUESSED = "Layer types are guessed from names and shapes; a checkpoint does not hold them."
-
-
-class Row(NamedTuple):
-    """A layer, or several of one shape whose names differ in numbers alone.
-
-    Attributes:
-        name: its name, with ``{0-31}`` for the numbers.
-        layer: the (first) layer.
-        dtype: of its weight.
-        times: how many there are.
-        pattern: what is zero in them, together.
-        same: whether they have the same N:M pattern.
-        lost: how many weights rules would remove of them; None where they select none.
-    """
-
-    name: str
-    layer: pp.Layer
-    dtype: str
-    times: int
-    pattern: Pattern
-    same: bool
-    lost: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +87,7 @@ class Contents:
         """Prints it."""
         out, c = output.console(), self.checkpoint
         kinds = ", ".join(f"{n:,} {dtype}" for dtype, n in dtypes(c.tensors).items())
-        out.print(f"[bold]{_escaped(str(c.path))}[/]  {c.kind}" + _shards(c), soft_wrap=True)
+        out.print(f"[bold]{output.escaped(str(c.path))}[/]  {c.kind}" + _shards(c), soft_wrap=True)
         out.print(
             f"{self.parameters:,} parameters in {len(c.tensors)} tensors, "
             f"{output.size(self.bytes)} ({kinds})",
@@ -118,15 +96,15 @@ class Contents:
         if c.inside:
             out.print(f"The weights are those at {c.inside!r}.", soft_wrap=True)
         if c.left_out:
-            out.print(f"Not tensors, and left out: {some(c.left_out)}.", soft_wrap=True)
+            out.print(f"Not tensors, and left out: {output.some(c.left_out)}.", soft_wrap=True)
         out.print()
         if self.rows:
-            rows = self.rows if every else _merged(self.rows)
+            rows = self.rows if every else merged(self.rows)
             out.print(self._table(rows))
             out.print(f"\n[dim]{GUESSED}[/]", soft_wrap=True)
         if others := self._others():
-            what = f"{len(others)} other tensors: {some(others)}."
-            out.print(f"[dim]{_escaped(what)}[/]", soft_wrap=True)
+            what = f"{len(others)} other tensors: {output.some(others)}."
+            out.print(f"[dim]{output.escaped(what)}[/]", soft_wrap=True)
         self._show_rules(out)
         if top and c.tensors:
             total = max(self.bytes, 1)
@@ -134,7 +112,7 @@ class Contents:
             cells = [
                 (
                     n,
-                    times(x.shape),
+                    output.times(x.shape),
                     x.dtype.name,
                     output.size(x.nbytes),
                     output.percent(x.nbytes / total),
@@ -157,11 +135,11 @@ class Contents:
         cells = (
             many,
             row.layer.type,
-            times(row.layer.shape),
+            output.times(row.layer.shape),
             row.dtype,
             output.number(p.size),
             output.percent(p.density),
-            _zeros(row),
+            zeros_of(row),
         )
         if self.config is None:
             return cells
@@ -231,29 +209,6 @@ def dtypes(tensors: Mapping[str, np.ndarray]) -> Counter[str]:
     return Counter(x.dtype.name for x in tensors.values())
 
 
-def times(shape: tuple[int, ...]) -> str:
-    """Returns a shape as text: ``64x3x7x7``."""
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def some(names: Any, limit: int = 4) -> str:
-    """Returns the first of several names."""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-def _zeros(row: Row) -> str:
-    p, found = row.pattern, []
-    if p.nm is not None:
-        found.append(f"{p.nm[0]}:{p.nm[1]}")
-    elif not row.same:
-        found.append("mixed")
-    if p.empty_outputs:
-        found.append(f"{p.empty_outputs} whole channels")
-    return ", ".join(found)
-
-
 def _row_as_json(row: Row) -> dict[str, Any]:
     p, layer = row.pattern, row.layer
     return {
@@ -272,50 +227,5 @@ def _row_as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _merged(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Returns the rows with those in one that differ in numbers of their names alone."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = (re.sub(r"\d+", "#", row.name), row.layer.type, row.layer.shape, row.dtype)
-        groups.setdefault((*key, row.lost is None), []).append(row)
-    return tuple(_one(group) for group in groups.values())
-
-
-def _one(group: list[Row]) -> Row:
-    first = group[0]
-    if len(group) == 1:
-        return first
-    patterns = [row.pattern for row in group]
-    same = len({p.nm for p in patterns}) == 1
-    together = Pattern(
-        sum(p.nonzero for p in patterns),
-        sum(p.size for p in patterns),
-        patterns[0].nm if same else None,
-        sum(p.empty_outputs for p in patterns),
-    )
-    lost = None if first.lost is None else sum(row.lost or 0 for row in group)
-    name = _names([row.name for row in group])
-    return first._replace(name=name, times=len(group), pattern=together, same=same, lost=lost)
-
-
-def _names(names: list[str]) -> str:
-    """Returns names that differ in numbers alone as one: ``blocks.{0-11}.fc``."""
-    parts = [re.split(r"(\d+)", name) for name in names]
-    made = []
-    for column in zip(*parts, strict=True):
-        if len(set(column)) == 1:
-            made.append(column[0])
-            continue
-        numbers = sorted({int(x) for x in column})
-        whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-        inner = f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers))
-        made.append(f"{{{inner}}}")
-    return "".join(made)
-
-
 def _shards(c: Checkpoint) -> str:
     return f" in {len(c.files)} files" if len(c.files) > 1 else ""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -95,3 +95,20 @@ def progress(wanted: bool = True) -> Iterator[Progress]:
     shown = wanted and err.is_terminal
     with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
         yield bar
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """Returns a shape as text: ``64x3x7x7``."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """Returns the first of several names."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def escaped(text: str) -> str:
+    """Returns text as rich's markup shows it."""
+    return text.replace("[", r"\[")

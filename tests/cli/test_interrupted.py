@@ -1,0 +1,212 @@
+"""The installed command in processes of their own: interrupted, out of space, without its extra.
+
+Whatever happens, what is at the target is whole or not there, and what is said is one line.
+"""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from purepruning_interop.checkpoints import NotWritten, write
+from purepruning_interop.cli.app import run
+from tests.cli.calls import ROOT, call, failed, finished, save, start, tensors
+
+
+def left(folder, *names):
+    """Returns what is in a folder beside these."""
+    return sorted({p.name for p in folder.iterdir()} - set(names))
+
+
+def test_help_is_quick_and_loads_no_framework():
+    code = (
+        "import sys; from purepruning_interop.cli.app import run\n"
+        "assert run(['prune', '--help']) == 0\n"
+        "print({'jax', 'torch', 'numpy', 'purepruning'} & set(sys.modules))"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # it takes 0.3
+
+
+def test_without_its_extra_the_command_says_how_to_get_it():
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'typer' else find(n, *a)\n"
+        "from purepruning_interop.cli.__main__ import main\n"
+        "status = main()\n"
+        "assert 'rich' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "purepruning: error: the command needs typer; pip install 'purepruning[cli]'\n"
+    )
+
+
+def test_from_checkpoint_to_pruned_file_in_a_process(tmp_path):
+    source, out = save(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
+    done = finished(start("prune", source, "--sparsity", "0.5", "-o", out))
+    assert (done.status, done.err) == (0, "")
+    assert "336 of 624" not in done.out
+    assert out.exists()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint that takes a while: 48 MB."""
+    content = {f"blocks.{i}.fc.weight": np.ones((1000, 1000), np.float32) for i in range(12)}
+    return save(tmp_path_factory.mktemp("large") / "m.safetensors", content)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_at_any_time_the_target_is_whole_or_not_there(tmp_path, large, number):
+    out = tmp_path / "out"
+    process = start("prune", large, "--sparsity", "0.5", "-o", out)
+    # Until it writes, and then for a random while.
+    while process.poll() is None and not left(tmp_path):
+        time.sleep(0.005)
+    time.sleep(random.Random(int(number)).uniform(0, 0.02))
+    check_interrupted(process, number, out)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seed", range(15))
+def test_interrupted_from_its_start_on(tmp_path, large, number, seed):
+    process = start("prune", large, "--sparsity", "0.5", "-o", tmp_path / "out")
+    time.sleep(random.Random(seed).uniform(0.5, 4))
+    check_interrupted(process, number, tmp_path / "out")
+
+
+def check_interrupted(process, number, out):
+    process.send_signal(number)
+    done, tmp_path = finished(process), out.parent
+    assert "Traceback" not in done.err
+    if done.status == 0:
+        assert left(tmp_path) == ["out"]
+        assert (out / "purepruning" / "masks.safetensors").exists()
+    else:
+        early = number == signal.SIGTERM and done.status == -number  # nothing was begun
+        assert early or done.status == 128 + number
+        assert done.err.count("\n") == (not early)
+        assert left(tmp_path) == []
+
+
+def test_interrupted_between_renames_all_of_them_are_done(tmp_path, capsys, monkeypatch):
+    """A signal that comes between two files of one result waits for the second."""
+    source, out = save(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
+    replace = Path.replace
+
+    def interrupted(self, target):
+        found = replace(self, target)
+        if self.name.endswith("masks.safetensors"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    found = call(capsys, "prune", source, "--sparsity", "0.5", "-o", out)
+    assert found.status == 130
+    assert left(tmp_path, source.name) == ["o.masks.safetensors", "o.report.json", "o.safetensors"]
+
+
+def test_no_space_left(tmp_path, large):
+    out = tmp_path / "o.safetensors"
+
+    limit = ["bash", "-c", 'ulimit -f 20000 && exec "$@"', "bash"]  # in KiB
+    done = finished(start("prune", large, "--sparsity", "0.5", "-o", out, inside=limit))
+    assert done.status == 3
+    assert done.err == f"purepruning: error: {out} cannot be written: File too large\n"
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("folder", [False, True])
+def test_write_errors_wherever_they_come(tmp_path, capsys, monkeypatch, nth, folder):
+    """Every write to the disk fails in turn: what was there before stays as it was."""
+    source = save(tmp_path / "m.safetensors")
+    out = tmp_path / ("out" if folder else "o.safetensors")
+    if not folder:
+        out.write_text("before")
+    calls = iter(range(100))
+
+    def full(number):
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ("prune", source, "--sparsity", "0.5", "-o", out, "--overwrite")
+    failed(capsys, 3, *arguments, says="No space left on device")
+    if folder:
+        assert left(tmp_path, source.name) == []
+    elif nth < 3:
+        assert left(tmp_path, source.name) == [out.name]
+        assert out.read_text() == "before"
+    else:  # all of it is in its place, and only the folder's own entry may be lost
+        assert len(safetensors.numpy.load_file(out)) == len(tensors())
+
+
+def test_targets_that_cannot_be_made(tmp_path, capsys):
+    source = save(tmp_path / "m.safetensors")
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "o.safetensors"
+    failed(capsys, 3, "prune", source, "--sparsity", "0.5", "-o", out, says="cannot be written")
+
+
+def test_what_killed_writers_left_is_removed_and_living_ones_are_let_be(tmp_path):
+    target = tmp_path / "out"
+    for name in (".out.dead", ".out.alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".lock").touch()
+    with write.Aside(target) as living:
+        with write.Aside(target) as aside:
+            assert left(tmp_path) == sorted([living.folder.name, aside.folder.name])
+            aside.write("a", b"1")
+            aside.commit_folder()
+        assert left(target) == ["a"]
+    assert left(tmp_path) == ["out"]
+
+
+def test_what_is_raised_inside_is_no_error_of_writing_unless_it_is(tmp_path):
+    def raised(error):
+        with write.Aside(tmp_path / "out"):
+            raise error
+
+    with pytest.raises(ValueError, match="mine"):
+        raised(ValueError("mine"))
+    with pytest.raises(NotWritten, match="out cannot be written: full"):
+        raised(OSError(errno.ENOSPC, "full"))
+
+
+def test_errors_that_are_ours_say_so_and_show_where_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("purepruning_interop.checkpoints.read_checkpoint", lambda _: 1 / 0)
+    found = failed(capsys, 4, "prune", "m", "--sparsity", "0.5", "-o", "o", says="report it")
+    assert "ZeroDivisionError" in found
+    assert run(["--traceback", "prune", "m", "--sparsity", "0.5", "-o", "o"]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    source = save(tmp_path / "m.safetensors")
+    process = start("inspect", source, "--json")
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait() != 0
