@@ -30,6 +30,7 @@ from purepruning.nni.names import from_nni
 from purepruning.pruners.activation import apoz_rank, mean_activation_rank
 from purepruning.pruners.alps import alps
 from purepruning.pruners.coupled import group_norm, prune_units, unit_scores
+from purepruning.pruners.depth import block_influence, drop_blocks, short_gpt, sleb
 from purepruning.pruners.fisher import fisher
 from purepruning.pruners.flap import flap
 from purepruning.pruners.geometric_median import fpgm
@@ -154,6 +155,10 @@ __all__ = [
     "group_penalty",
     "minitron",
     "flap",
+    "block_influence",
+    "short_gpt",
+    "sleb",
+    "drop_blocks",
     "shrink",
     "rebuild",
     "Plan",

@@ -23,6 +23,7 @@ MODULES = [
     "movement",
     "stats.accumulate",
     "stats.activations",
+    "stats.blocks",
     "stats.gradients",
     "stats.inputs",
 ]

@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import flag
+from purepruning.arguments import flag, is_finite
 from purepruning.arrays import by_numpy, int32, namespace, sqrt, stop_gradient
 from purepruning.config.allocation import Allocation
 from purepruning.config.config import Config
 from purepruning.exact_sum import exact_sum
+from purepruning.layers import Layer
 from purepruning.linear_algebra import matmul
 from purepruning.masks import apply_masks
 from purepruning.matrices import as_matrices, form
 from purepruning.pruners.coupled import allocation_of, units_pruned
 from purepruning.pruners.read_units import Reader, readers_of
 from purepruning.selection.problem import n_stacked
+from purepruning.selection.prune import check_values
 from purepruning.stats.accumulate import value
 from purepruning.stats.checks import weight_of
 from purepruning.stats.inputs import InputStats
@@ -56,7 +58,8 @@ def flap(
         TypeError: ``stats`` are no input statistics, or of another framework.
         KeyError: ``params`` lack a weight or bias of a layer that is watched.
         ValueError: the config has no coupling; the statistics are empty, hold no sums or squares,
-            or are of no layer that reads some of the units; or a layer has no bias. See also
+            or are of no layer that reads some of the units; a layer has no bias; or, where values
+            are known, a weight is NaN or infinite. See also
             :func:`purepruning.prune` for the form of the masks, ties, NaN and errors.
 
     >>> import jax.numpy as jnp
@@ -82,8 +85,7 @@ def flap(
     if not readers:
         return params, tree.rebuild({})
     allocation = allocation_of("flap", config)
-    weights = [weight_of("flap", "params", r.layer, tree.leaves) for r in readers]
-    weights = [stop_gradient(x) for x in weights]
+    weights = [_weight(r.layer, tree.leaves) for r in readers]
     biases = _biases(readers, tree.leaves) if compensate else []
     totals = [r.totals for r in readers]
     n_units = allocation.coupling.n_units
@@ -108,6 +110,18 @@ def flap(
 
     new = by_numpy(shifted, biases, weights, totals, removed) if compensate else {}
     return apply_masks(tree.rebuild({**tree.leaves, **new}), masks), masks
+
+
+def _weight(layer: Layer, leaves: Any) -> Any:
+    weight = weight_of("flap", "params", layer, leaves)
+    check_values("flap", {layer.weight: weight})
+    if not namespace(weight).isdtype(weight.dtype, "real floating"):
+        raise ValueError(
+            f"flap: layer {layer.name!r}: {layer.weight!r} must be floating, got {weight.dtype}"
+        )
+    if not is_finite(weight):
+        raise ValueError(f"flap: layer {layer.name!r}: {layer.weight!r} is NaN or infinite")
+    return stop_gradient(weight)
 
 
 def _biases(readers: list[Reader], leaves: Any) -> list[Any]:

@@ -324,6 +324,7 @@ def _statistics(s: Side) -> Iterator[Call]:
     yield row("stats.gradients.update", slopes, s.params, s.grads, s.channels, of=of, label=at)
     yield row("stats.gradients.merge", slopes, slopes, of=of, label=at)
     yield from _inputs(s, at)
+    yield from _blocks(s, at)
     yield from _accumulate(s, at)
 
 
@@ -390,9 +391,45 @@ def _of_readers(s: Side, at: str, of: dict[str, Kind]) -> Iterator[Call]:
     keep, readers = ["sums", "squares", "means"], s.coupled.readers
     given = {"b": s.array(np.arange(18.0).reshape(3, 6) % 7)}
     seen = module.update(module.init(s.params, readers, keep=keep), given, readers)
-    of |= {"params": kinds.params("a.w"), "config": _config(s), "compensate": flag()}
+    of |= {"params": _shapes(), "config": _config(s), "compensate": flag()}
     yield row("minitron", s.params, seen, s.coupled, of=of, label=at)
+    of |= {"params": kinds.params("b.w")}
     yield row("flap", s.params, seen, s.coupled, True, of=of, label=at)
+
+
+def _blocks(s: Side, at: str) -> Iterator[Call]:
+    """Statistics of blocks, what is dropped by them, and parameters without them."""
+    module = find("stats.blocks")
+    states = [s.array(np.arange(6.0).reshape(2, 3) % (3 + i)) for i in range(4)]
+    seen = module.update(module.init(s.params, 3), states)
+    of_seen = kinds.structure(type(seen), words=("statistic", "stats", "total"))
+    of = _kinds(s, stats=of_seen, a=of_seen, b=of_seen, states=_some("state", "the stream"))
+    of |= {"n_blocks": kinds.integer(1, module.MOST), "drop": kinds.integer(0, 2)}
+    of |= {"loss": kinds.function(words=("loss",)), "dropped": _some("dropped"), "at": kinds.text()}
+    of |= {"params": Kind(("param", "tree"), lambda x: "either")}
+    yield row("stats.blocks.init", s.params, 3, of=of, label=at)
+    yield row("stats.blocks.update", seen, states, of=of, label=at)
+    yield row("stats.blocks.merge", seen, seen, of=of, label=at)
+    yield row("block_influence", seen, of=of, label=at)
+    yield row("short_gpt", seen, 1, of=of, label=at)
+    yield row("sleb", lambda kept: float(len(kept)), 3, 1, of=of, label=at)
+    of |= {"params": Kind(("drop_blocks: at", "blocks"), lambda x: "refuse")}
+    yield row("drop_blocks", {"blocks": states}, [1], "blocks.{}", of=of, label=at)
+
+
+def _some(*words: str) -> Kind:
+    """A collection, whose elements are looked at one by one."""
+
+    def judge(x: Any) -> kinds.Fate:
+        if isinstance(x, str | bytes | dict):
+            return "refuse"
+        try:
+            iter(x)
+        except TypeError:
+            return "refuse"
+        return "either"
+
+    return Kind(words, judge)
 
 
 def _accumulate(s: Side, at: str) -> Iterator[Call]:
@@ -1049,6 +1086,9 @@ def _torch(s: Side) -> Iterator[Call]:
     of_none |= {"config": kinds.of_type(pp.quantize.QuantizationConfig, words=("config",))}
     file = folder() / "model.onnx"
     yield row(f"{where}.export_onnx", fresh, file, {}, {}, none, x, of=of | of_none, slow=True)
+    of_blocks = of | {"dropped": _some("dropped"), "at": kinds.text()}
+    two = Made(lambda: torch.nn.Sequential(world.torch_model()))
+    yield row(f"{where}.drop_blocks", two, [1], "0", of=of_blocks)
     pruned = Made(world.torch_model_of_torch_prune)
     either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
     yield row(f"{where}.masks_from_torch_prune", pruned, of=either)

@@ -13,6 +13,7 @@ from purepruning_interop.torch.batch_norms import batch_norms
 from purepruning_interop.torch.capture import activations, capture, replace
 from purepruning_interop.torch.count import count
 from purepruning_interop.torch.couple import couple
+from purepruning_interop.torch.depth import drop_blocks
 from purepruning_interop.torch.export_onnx import export_onnx
 from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
@@ -38,5 +39,6 @@ __all__ = [
     "count",
     "shrink",
     "rebuild",
+    "drop_blocks",
     "export_onnx",
 ]
