@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from purepruning.coupling.atoms import KEPT, Axis
+from purepruning.coupling.atoms import KEPT, Axis, all_differ
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.units import Coupled, Family, FamilyAxis, FrozenAxis, Product
@@ -44,9 +44,9 @@ def build(
     resolved, by, parts = _settle(flow, paths, leaves, axes)
     while not tables and _keep_tables(flow, resolved, roles):
         resolved, by, parts = _settle(flow, paths, leaves, axes)
-    atoms, first = _order(resolved, paths)
-    numbers = np.zeros(flow.atoms.size, np.int64)
-    numbers[atoms[np.argsort(first, kind="stable")]] = 1 + np.arange(len(atoms))
+    atoms = _order(resolved, paths, flow.atoms.size)
+    numbers = np.zeros(flow.atoms.size, np.int32)
+    numbers[atoms] = 1 + np.arange(len(atoms))
     coupled = {
         path: Coupled(
             tuple(leaves[path]),
@@ -162,11 +162,7 @@ def _settle_equal_parts(flow: Flow) -> list[np.ndarray]:
                 continue
             free = flat[flat != KEPT]
             per_block = (wide[..., 0] != KEPT).sum(1)
-            if (
-                wide.shape[-1] > 1
-                or len(np.unique(free)) != len(free)
-                or len(set(per_block.tolist())) > 1
-            ):
+            if wide.shape[-1] > 1 or not all_differ(free) or len(set(per_block.tolist())) > 1:
                 # Then all blocks lose the same positions, equally many.
                 for row in wide[1:]:
                     flow.atoms.same(row, wide[0], "blocks that must lose equally many")
@@ -190,51 +186,72 @@ def _too_fine(flow: Flow, parts: list[np.ndarray]) -> bool:
 
 
 def _components(parts: list[np.ndarray]) -> list[list[np.ndarray]]:
-    found: list[tuple[set[int], list[np.ndarray]]] = []
-    for block in parts:
-        mine = set(block[block != KEPT].tolist())
-        joined = [block]
-        rest = []
-        for atoms, blocks in found:
-            if atoms & mine:
-                mine |= atoms
-                joined = [*blocks, *joined]
-            else:
-                rest.append((atoms, blocks))
-        found = [*rest, (mine, joined)]
-    return [blocks for _, blocks in found]
+    """Returns the parts that share atoms, together; in the order of their last parts."""
+    n_atoms = max((int(x.max(initial=KEPT)) for x in parts), default=KEPT) + 1
+    owner = np.full(n_atoms, -1)  # of every atom the first part it was met in
+    lead = list(range(len(parts)))
+
+    def first(i: int) -> int:
+        while lead[i] != i:
+            i = lead[i]
+        return i
+
+    for i, block in enumerate(parts):
+        mine = block[block != KEPT]
+        for met in np.flatnonzero(np.bincount(owner[mine] + 1)[1:]).tolist():
+            low, high = sorted((first(met), first(i)))
+            lead[high] = low
+        fresh = mine[owner[mine] < 0]
+        owner[fresh] = i
+    found: dict[int, list[int]] = {}
+    for i in range(len(parts)):
+        found.setdefault(first(i), []).append(i)
+    return [[parts[i] for i in some] for some in sorted(found.values(), key=lambda s: s[-1])]
 
 
 def _chunks(component: list[np.ndarray]) -> list[np.ndarray]:
     """Returns parts of equal size such that equally many of each is equally many of all blocks."""
-    place: dict[int, list[int]] = {}
+    flat = np.concatenate([block.reshape(-1) for block in component])
+    atoms, met = np.unique(flat, return_index=True)
+    atoms, met = atoms[atoms != KEPT], met[atoms != KEPT]
+    if not len(atoms):
+        return []
+    atoms = atoms[np.argsort(met)]  # as they are met
+    index = np.zeros(int(atoms.max()) + 1, np.int64)
+    index[atoms] = np.arange(len(atoms))
+    rows = np.full((len(atoms), len(component)), -1)  # in each block, where the atom lies
     for i, block in enumerate(component):
-        for row, atoms in enumerate(block):
-            for atom in atoms[atoms != KEPT].tolist():
-                place.setdefault(atom, [-1] * len(component))[i] = row
-    cells: dict[tuple[int, ...], list[int]] = {}
-    for atom, key in place.items():
-        cells.setdefault(tuple(key), []).append(atom)
-    size = math.gcd(*(len(c) for c in cells.values())) if cells else 0
-    return [np.asarray(c[i : i + size]) for c in cells.values() for i in range(0, len(c), size)]
+        row, column = np.nonzero(block != KEPT)
+        rows[index[block[row, column]], i] = row
+    # Atoms that lie alike in all blocks are one cell.
+    _, first, cell, sizes = np.unique(
+        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    size = math.gcd(*sizes.tolist())
+    by_cell = np.argsort(cell.reshape(-1), kind="stable")
+    parts = np.split(atoms[by_cell], np.cumsum(sizes)[:-1])
+    cells = [parts[i] for i in np.argsort(first, kind="stable")]
+    return [c[i : i + size] for c in cells for i in range(0, len(c), size)]
 
 
-def _order(resolved: Mapping[str, list[Axis]], paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all atoms that remove anything, and where each is met first."""
+def _order(resolved: Mapping[str, list[Axis]], paths: list[str], n_atoms: int) -> np.ndarray:
+    """Returns all atoms that remove anything, in the order in which they are met."""
     rows = [x.reshape(-1) for path in paths for x in resolved[path] if x is not None]
     flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    atoms, first = np.unique(flat, return_index=True)
-    free = atoms != KEPT
-    return atoms[free], first[free]
+    met = np.full(n_atoms, len(flat))
+    met[flat[::-1]] = np.arange(len(flat))[::-1]  # the last to be written is met first
+    met[KEPT] = len(flat)
+    atoms: np.ndarray = np.flatnonzero(met < len(flat))
+    return atoms[np.argsort(met[atoms])]
 
 
 def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[int]:
-    found: set[int] = set()
+    found = np.zeros(int(numbers.max(initial=0)) + 1, bool)
     for axis in axes:
         x = flow.atoms.resolve(axis)
         if x is not None:
-            found.update(np.unique(numbers[x]).tolist())
-    return found - {0}
+            found[numbers[x]] = True
+    return set(np.flatnonzero(found).tolist()) - {0}
 
 
 def _role(flow: Flow, path: str, axis: int, ndim: int) -> str:
@@ -257,38 +274,27 @@ def _families(
     random = np.random.default_rng(0)
     key = np.zeros(n_units + 1, np.uint64)
     kinds = np.full(n_units + 1, "channel", dtype=object)
-    places: list[tuple[str, int, str, list[tuple[np.ndarray, np.ndarray]]]] = []
-    for path, leaf in leaves.items():
-        for axis, units in enumerate(leaf.units):
-            if units is None:
-                continue
-            columns = []
-            for column in units.reshape(-1, units.shape[-1]).T:
-                lowest = column.min(initial=n_units)
-                count = np.bincount(column - lowest)
-                if lowest == KEPT:
-                    count[KEPT] = 0
-                found = np.flatnonzero(count)
-                counts = count[found]
-                found += lowest
-                token = random.integers(1, 2**63, dtype=np.uint64)
-                key[found] += token * counts.astype(np.uint64)
-                _geometry(column, found[counts > 1], kinds)
-                columns.append((found, counts))
-            places.append((path, axis, leaf.roles[axis], columns))
+    for _, _, units in _axes_of(leaves):
+        for column in units.reshape(-1, units.shape[-1]).T:
+            lowest = int(column.min(initial=n_units))
+            counts = np.bincount(column - lowest)
+            if lowest == KEPT:
+                counts[KEPT] = 0
+            token = random.integers(1, 2**63, dtype=np.uint64)
+            key[lowest : lowest + len(counts)] += token * counts.astype(np.uint64)
+            _geometry(column, lowest + np.flatnonzero(counts > 1), kinds)
     _, first, index = np.unique(key[1:], return_index=True, return_inverse=True)
     of_unit = np.argsort(np.argsort(first))[index.reshape(-1)]  # families by their first units
-    leads = np.zeros(n_units + 1, bool)
-    leads[1 + first] = True
+    # Every family lies where its first unit does.
+    family_led = np.full(n_units + 1, -1)
+    family_led[1 + np.sort(first)] = np.arange(len(first))
     inside: list[list[FamilyAxis]] = [[] for _ in first]
-    for path, axis, role, columns in places:
-        positions: dict[int, int] = {}
-        for found, counts in columns:
-            leading = leads[found]
-            for unit, n in zip(found[leading].tolist(), counts[leading].tolist(), strict=True):
-                positions[unit] = positions.get(unit, 0) + n
-        for unit, n in positions.items():
-            inside[of_unit[unit - 1]].append(FamilyAxis(path, axis, role, n))
+    for path, axis, units in _axes_of(leaves):
+        found = family_led[units.reshape(-1)]
+        positions = np.bincount(found[found >= 0])
+        for i in np.flatnonzero(positions).tolist():
+            role = leaves[path].roles[axis]
+            inside[i].append(FamilyAxis(path, axis, role, int(positions[i])))
     order = np.argsort(of_unit, kind="stable") + 1
     parts = np.split(order, np.cumsum(np.bincount(of_unit))[:-1]) if n_units else []
     families = []
@@ -309,13 +315,21 @@ def _families(
     return tuple(sorted(families, key=lambda f: (-len(f.units), int(f.units[0]))))
 
 
+def _axes_of(leaves: Mapping[str, Coupled]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yields the axes that units lie in: path, axis, and the units of every position."""
+    for path, leaf in leaves.items():
+        for axis, units in enumerate(leaf.units):
+            if units is not None:
+                yield path, axis, units
+
+
 def _geometry(column: np.ndarray, several: np.ndarray, kinds: np.ndarray) -> None:
     """Notes whether units that have several positions of an axis have them side by side."""
     if not len(several):
         return
-    runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))], minlength=len(kinds))
-    for unit in several:
-        kinds[unit] = "block" if runs[unit] == 1 and kinds[unit] != "position" else "position"
+    runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))])[several]
+    together = (runs == 1) & (kinds[several] != "position")
+    kinds[several] = np.where(together, "block", "position")
 
 
 def _groups(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.coupling.atoms import KEPT, Axis
+from purepruning.coupling.atoms import KEPT, Axis, all_differ
 from purepruning.coupling.removed_values import UNIFORM, UNKNOWN
 
 AtRemoved = float | np.ndarray
@@ -153,7 +153,7 @@ def near(a: float, b: float) -> bool:
 def is_free(axis: np.ndarray) -> bool:
     """Whether no position is coupled to another one of the axis."""
     atoms = axis[axis != KEPT]
-    return axis.shape[1] == 1 and len(np.unique(atoms)) == len(atoms)
+    return axis.shape[1] == 1 and all_differ(atoms)
 
 
 def uniform_of(value: Value) -> float | None:
