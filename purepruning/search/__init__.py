@@ -1,5 +1,6 @@
 """Searches for how much each layer loses, as pure state machines."""
 
+from purepruning.saving.tables import Tables, load_tables, save_tables
 from purepruning.search.amc import amc, layer_features, refit
 from purepruning.search.amc_chain import Chain, chain_episode
 from purepruning.search.annealing import annealing
@@ -26,6 +27,9 @@ __all__ = [
     "Problem",
     "problem",
     "choices",
+    "Tables",
+    "save_tables",
+    "load_tables",
     "Search",
     # By a formula.
     "uniform",

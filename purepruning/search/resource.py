@@ -7,6 +7,7 @@ Numbers exceed 32 bits, so that they are kept as limbs of ten, lowest first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -268,7 +269,8 @@ def table_of(
 
     Args:
         name: the resource's name, for messages.
-        table: by group name, or pair of them, costs by how many units are kept.
+        table: by group name, or pair of them, costs by how many units are kept: arrays, or
+            mappings from the numbers that were measured.
         names, counts, sizes: of the groups.
 
     Raises:
@@ -285,19 +287,45 @@ def table_of(
                 f"tables[{name!r}]: keys must be a group, or two different ones, of "
                 f"{', '.join(map(repr, names))}; got {key!r}"
             )
-        found = np.asarray(costs, np.float64)
         groups = tuple(from_name[n] for n in pair)
         wanted = tuple(sizes[g] + 1 for g in groups)
+        where = f"tables[{name!r}][{key!r}]"
+        found = _filled(where, costs, wanted) if isinstance(costs, Mapping) else costs
+        found = np.asarray(found, np.float64)
         if found.shape != wanted:
             raise ValueError(
-                f"tables[{name!r}][{key!r}] must have shape {wanted}, a cost for every number of "
+                f"{where} must have shape {wanted}, a cost for every number of "
                 f"units kept from 0 on, got {found.shape}"
             )
         if not (np.isfinite(found).all() and (found >= 0).all()):
-            raise ValueError(f"tables[{name!r}][{key!r}] must hold finite costs of at least 0")
+            raise ValueError(f"{where} must hold finite costs of at least 0")
         kept = [sizes[g] - counts[g] for g in groups]
         rows.append((groups, found[np.ix_(*kept)]))
     most = sum(float(costs.max()) for _, costs in rows)
     unit = 2.0 ** (math.ceil(math.log2(most)) - 40) if most > 0 else 1.0
     whole = [(g, np.ceil(costs / unit).astype(np.int64)) for g, costs in rows]
     return lookup_of(whole, unit=unit)
+
+
+def _filled(where: str, measured: Mapping[Any, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns costs of all numbers kept: those of the next larger ones that were measured."""
+    costs = {k if isinstance(k, tuple) else (k,): cost for k, cost in measured.items()}
+    for kept in costs:
+        fits = len(kept) == len(shape) and all(isinstance(k, int | np.integer) for k in kept)
+        if not fits or not all(0 <= k < n for k, n in zip(kept, shape, strict=True)):
+            most = " and ".join(str(n - 1) for n in shape)
+            raise ValueError(f"{where}: units kept must be whole, at most {most}, got {kept}")
+    points = [np.unique([kept[axis] for kept in costs]) for axis in range(len(shape))]
+    if not costs or any(p[-1] != n - 1 for p, n in zip(points, shape, strict=True)):
+        raise ValueError(
+            f"{where} has no cost with nothing pruned, of {' and '.join(str(n - 1) for n in shape)}"
+            " units kept; measure it as well"
+        )
+    grid = [tuple(map(int, kept)) for kept in itertools.product(*points)]
+    lacking = [kept for kept in grid if kept not in costs]
+    if lacking:
+        raise ValueError(f"{where} has no cost of {lacking[0]} units kept; measure all pairs")
+    table = np.asarray([costs[kept] for kept in grid], np.float64)
+    places = [np.searchsorted(p, np.arange(n)) for p, n in zip(points, shape, strict=True)]
+    result: np.ndarray = table.reshape([len(p) for p in points])[np.ix_(*places)]
+    return result
