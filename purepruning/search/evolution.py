@@ -132,11 +132,10 @@ def evolution(
         lower = levels.at[down].add(jnp.where(levels[down] > 0, -1, 0))
 
         def raise_one(levels: Any, group: Any) -> tuple[Any, None]:
-            needed = ~of.within(levels) & (group != down)
             least = smallest_level(of, levels, group, levels[group], of.within, longest)
             # A group that cannot make up for it all gives what it has.
             target = jnp.where(least < 0, jnp.asarray(lasts)[group], least)
-            return levels.at[group].set(jnp.where(needed, target, levels[group])), None
+            return levels.at[group].set(jnp.where(group == down, levels[group], target)), None
 
         order = jax.random.permutation(up_key, n)
         raised, _ = jax.lax.scan(raise_one, lower, order)

@@ -153,7 +153,7 @@ def netadapt(
             halvings = carry[0] + 1
             return halvings, candidates(state.levels, target(halvings))
 
-        start = jnp.zeros((), jnp.int32), candidates(state.levels, target(jnp.zeros(())))
+        start = jnp.full((), -1, jnp.int32), jnp.full(n, -1, jnp.int32)
         _, found = jax.lax.while_loop(none, halve, start)
         # One level more of each, where even the smallest reduction is more than any can spare.
         more = jnp.where(state.levels < of.last, state.levels + 1, -1)

@@ -165,12 +165,16 @@ def problem(
 
     Args:
         config: the resolved rules, of layer scope; they need no sparsity.
-        budget: by resource, the most that may be left: a fraction of what there is, or a whole
-            number of at least 2. ``"params"``, ``"macs"`` (multiply-adds) and ``"bytes"`` (of the
-            parameters) with a coupling, ``"weights"`` without, or names of ``tables``.
+        budget: by resource, the most that may be left: a fraction of what there is, or a number of
+            at least 2 (of milliseconds fewer than that, give microseconds). ``"params"``,
+            ``"macs"`` (multiply-adds) and ``"bytes"`` (of the parameters) with a coupling,
+            ``"weights"`` without, or names of ``tables``.
         tables: resources of your own, such as a latency measured layer by layer: by group name, or
             by a pair of them, the cost for every number of units kept, from none to all,
-            ``(size + 1,)`` or ``(size + 1, size + 1)``. What does not depend on groups is left out.
+            ``(size + 1,)`` or ``(size + 1, size + 1)``; or a mapping from the numbers that were
+            measured, all units among them, such as ``{8: 0.4, 16: 0.7}``, where others cost what
+            the next larger one does. What does not depend on groups is left out.
+            :func:`load_tables` reads them from a file.
         caps: the largest fraction of its units that a group may lose, of all or by name.
         options: a group with more counts than this has evenly spaced ones.
         itemsize: bytes of a parameter, for ``"bytes"``.
@@ -306,15 +310,16 @@ def fit(of: Problem, shares: Any, *, only_less: bool = False) -> Any:
         up = jnp.sum(jnp.asarray(table, jnp.float32) < (wanted - 1e-6)[:, None], axis=1)
         return jnp.minimum(up.astype(jnp.int32), last)
 
-    def halve(_: Any, bracket: Any) -> Any:
-        low, high = bracket
-        middle = 0.5 * (low + high)
+    def halve(i: Any, bracket: Any) -> Any:
+        low, high, met = bracket
+        middle = jnp.where(i == 0, high, 0.5 * (low + high))
         fits = of.within(levels_at(middle))
-        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high), met | fits
 
     top = jnp.ones(()) if only_less else 1.0 / jnp.min(shares)
-    levels = levels_at(jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(top), top))[1])
-    levels = jnp.where(of.within(levels), levels, last)
+    start = jnp.zeros_like(top), top, jnp.zeros((), bool)
+    _, scale, met = jax.lax.fori_loop(0, 41, halve, start)
+    levels = jnp.where(met, levels_at(scale), last)
     return give_back(of, levels, jnp.argsort(shares))
 
 
@@ -362,13 +367,12 @@ def smallest_level(
     def halve(_: Any, bracket: Any) -> Any:
         low, high = bracket
         middle = (low + high) // 2
-        good = fits(levels.at[group].set(middle))
+        good = fits(levels.at[group].set(middle)) | (low >= high)
         return jnp.where(good, low, middle + 1), jnp.where(good, middle, high)
 
-    low = jnp.asarray(above, jnp.int32)
-    _, high = jax.lax.fori_loop(0, max(longest - 1, 1).bit_length() + 1, halve, (low, last))
-    good = fits(levels.at[group].set(high)) & (low <= last)
-    return jnp.where(good, high, -1)
+    bracket = jnp.asarray(above, jnp.int32), last + 1  # one more, for none that fits
+    found = jax.lax.fori_loop(0, longest.bit_length() + 1, halve, bracket)[1]
+    return jnp.where(found > last, -1, found)
 
 
 def check_problem(where: str, given: Any) -> Problem:
