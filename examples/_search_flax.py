@@ -42,7 +42,7 @@ def masked(coupling: pp.Coupling, variables: Any, removed: Any) -> Any:
 def make(data: Any, training: Any, tuning: Any, seed: int) -> Twin:
     """Returns the trained network; ``training`` and ``tuning`` are images by step."""
     x = data.train_images[:1]
-    variables = MODEL.init(jax.random.key(seed, impl="rbg"), x)
+    variables = jax.jit(MODEL.init)(jax.random.key(seed, impl="rbg"), x)
     layers = linen.layers(MODEL, variables, x)
     return twin_of(forward, variables, layers, data, training, tuning)
 
@@ -58,8 +58,8 @@ def twin_of(fn: Any, variables: Any, layers: Any, data: Any, training: Any, tuni
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch])
         return losses.mean(), stats
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def fit(variables: Any, removed: Any, steps: Any, rate: float, pull: Any, rho: Any) -> Any:
+    @jax.jit
+    def fit(variables: Any, removed: Any, steps: Any, rate: Any, pull: Any, rho: Any) -> Any:
         """Trains with units removed; weights are pulled towards others by rho, as ADMM does."""
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, len(steps)))
 
@@ -90,14 +90,14 @@ def twin_of(fn: Any, variables: Any, layers: Any, data: Any, training: Any, tuni
         return -optax.softmax_cross_entropy_with_integer_labels(logits, labels[:128]).mean()
 
     @jax.jit
-    def right(variables: Any) -> Any:
-        logits, _ = fn(variables, jnp.asarray(data.test_images), False)
+    def right(variables: Any, removed: Any) -> Any:
+        logits, _ = fn(masked(coupling, variables, removed), jnp.asarray(data.test_images), False)
         return jnp.mean(jnp.argmax(logits, -1) == jnp.asarray(data.test_labels))
 
     def accuracies(removed: Any) -> tuple[float, float]:
-        steps = jnp.asarray(tuning)
-        tuned = fit(variables, jnp.asarray(removed), steps, TUNING, variables["params"], 0.0)
-        return float(right(masked(coupling, variables, removed))), float(right(tuned))
+        gone = jnp.asarray(removed)
+        tuned = fit(variables, gone, jnp.asarray(tuning), TUNING, variables["params"], 0.0)
+        return float(right(variables, gone)), float(right(tuned, gone))
 
     def compress(config: pp.Config, removed: Any) -> Twin:
         """Returns the smaller twin: two rounds of ADMM towards the plan, and then it is cut."""
@@ -116,6 +116,6 @@ def twin_of(fn: Any, variables: Any, layers: Any, data: Any, training: Any, tuni
         )
         return twin_of(small.fn, small.params, smaller, data, (), tuning)
 
-    squares = jax.tree.map(jnp.square, variables)
+    squares = jax.tree.map(lambda w: np.square(np.asarray(w)), variables)
     scores = pp.unit_scores(squares, coupling, reduce="mean", normalize="mean", roles=ROLES)
     return Twin(variables, coupling, layers, scores, evaluate, accuracies, evaluate, compress)
