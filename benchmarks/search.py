@@ -66,6 +66,7 @@ def main() -> None:
     make = importlib.import_module("_search_flax").make
     methods = {**search.METHODS, "optuna TPE": tpe}
     data, found = digits.load_data(), {}
+    console = Console()
     for seed in range(given.seeds):
         seeds = np.array([seed])
         epochs = (1, 1) if given.quick else (10, 2)
@@ -75,6 +76,11 @@ def main() -> None:
         twin = make(data, training, tuning, seed)
         for row in search.compare(twin, methods, quick=given.quick):
             found.setdefault((row.budget, row.method), []).append(row)
+        console.print(f"Seeds: {seed + 1}", table(found), sep="\n")
+
+
+def table(found: dict[tuple[float, str], list[Any]]) -> Table:
+    """Returns the rows so far: means over seeds."""
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("", no_wrap=True)
     for name in ("asked,\n%", "evalu-\nations", "s", "pruned,\n%", "tuned,\n%"):
@@ -87,7 +93,7 @@ def main() -> None:
         evaluations = f"{np.mean([len(row.found.scores) for row in rows]):.0f}"
         seconds = f"{np.mean([row.seconds for row in rows]):.1f}"
         view.add_row(method, f"{100 * budget:.0f}", evaluations, seconds, *cells)
-    Console().print(view)
+    return view
 
 
 if __name__ == "__main__":
