@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import purepruning as pp
 import purepruning_interop
 
-for name in ("torch", "array_api_compat", "flax", "equinox", "haiku"):
+for name in ("torch", "array_api_compat", "flax", "equinox", "haiku", "keras"):
     assert importlib.util.find_spec(name) is None, f"the environment is not clean: it has {name}"
 
 for package in (pp, purepruning_interop):

@@ -259,6 +259,7 @@ _MODELS = {
             "MultiTransformedWithState",
         ),
     ),
+    "keras": ("keras.src.", ("Layer",)),
     "torch": ("torch.nn.", ("Module",)),
 }
 

@@ -17,6 +17,7 @@ _PARAMETERS = {
     "purepruning_interop.torch, which take the module",
     "nnx": "nnx.state(model, nnx.Param)",
     "linen": "what model.init returned, such as its ['params']",
+    "keras": "purepruning_interop.keras.params(model)",
     "haiku": "the parameters that its init returned",
 }
 
@@ -39,7 +40,7 @@ def flatten(tree: Any) -> Flat:
     only.
 
     Raises:
-        TypeError: ``tree`` is a model of torch, Flax or Haiku, not its parameters; or keys of a
+        TypeError: ``tree`` is a model of torch, Flax, Keras or Haiku, not its parameters; keys of a
             dict cannot be sorted, or names of tensors are no strings.
         ValueError: two leaves have the same path, or torch tensors are not in one flat dict.
 

@@ -37,6 +37,7 @@ RANGES = {
     "flax": Range("0.12.0", "0.12"),
     "equinox": Range("0.13.1", "0.13"),
     "dm-haiku": Range("0.0.15", "0.0.17"),
+    "keras": Range("3.15.0", "3.15"),
     "torch": Range("2.13.0", "2.13"),
     "array-api-compat": Range("1.14.0"),
 }

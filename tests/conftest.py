@@ -17,6 +17,9 @@ from tests.fast import compiled_quickly
 # several processes share the cores. Read when torch is imported; the fixture `threads` has more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Read when Keras is imported.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -78,6 +81,13 @@ def threads():
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rank_promotion():
+    """Lets ranks promote, for a test that runs Keras: its layers add a bias to a batch."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

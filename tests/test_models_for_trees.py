@@ -4,6 +4,7 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import keras
 import optax
 import pytest
 import torch
@@ -17,12 +18,14 @@ MODELS = {
     "torch": torch.nn.Sequential(torch.nn.Linear(3, 4)),
     "nnx": nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
     "linen": linen.Dense(4),
+    "keras": keras.layers.Dense(4),
     "haiku": hk.transform(lambda x: hk.Linear(4)(x)),
 }
 REMEDY = {
     "torch": "dict(model.named_parameters())",
     "nnx": "nnx.state(model, nnx.Param)",
     "linen": "model.init",
+    "keras": "purepruning_interop.keras.params(model)",
     "haiku": "init returned",
 }
 CONFIG = pp.resolve(0.5, [Layer("fc", "Linear", "kernel", (3, 4), (1,), (0,))])
@@ -55,7 +58,7 @@ def test_a_model_is_no_tree(function, adapter):
         TAKES_PARAMS[function](model)
 
 
-@pytest.mark.parametrize("adapter", ["nnx", "linen", "haiku"])
+@pytest.mark.parametrize("adapter", ["nnx", "linen", "keras", "haiku"])
 def test_apply_masks_takes_no_model(adapter):
     with raises(TypeError, REMEDY[adapter]):
         pp.apply_masks(MODELS[adapter], MASKS)

@@ -18,7 +18,7 @@ import purepruning
 import purepruning_interop
 
 ROOT = Path(__file__).parent.parent
-FRAMEWORKS = {"torch", "array_api_compat", "flax", "equinox", "haiku"}
+FRAMEWORKS = {"torch", "array_api_compat", "flax", "equinox", "haiku", "keras", "tensorflow"}
 LIBRARY = [m.name for m in pkgutil.walk_packages(purepruning.__path__, "purepruning.")]
 SOURCES = sorted((ROOT / "purepruning").rglob("*.py"))
 
@@ -29,6 +29,7 @@ ADAPTERS = {
     "nnx": ("flax", set()),
     "equinox": ("equinox", set()),
     "haiku": ("haiku", {"flax"}),
+    "keras": ("keras", set()),
     "torch": ("torch", {"array_api_compat"}),
 }
 

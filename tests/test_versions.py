@@ -32,7 +32,7 @@ def lower_bounds():
     """The lower bound of every package that the library or an adapter needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*project["dependencies"]]
-    for extra in ("flax", "equinox", "haiku", "torch"):
+    for extra in ("flax", "equinox", "haiku", "keras", "torch"):
         texts += project["optional-dependencies"][extra]
     found = [Requirement(text) for text in texts]
     return {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in found}
@@ -108,6 +108,7 @@ NEEDS = [
     ("purepruning_interop.nnx", "flax"),
     ("purepruning_interop.equinox", "equinox"),
     ("purepruning_interop.haiku", "dm-haiku"),
+    ("purepruning_interop.keras", "keras"),
     ("purepruning_interop.torch", "torch"),
     ("purepruning_interop.torch", "array-api-compat"),
 ]

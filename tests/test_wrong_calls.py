@@ -27,7 +27,7 @@ MODULES = [
     "stats.gradients",
     "stats.inputs",
 ]
-ADAPTERS = ["torch", "linen", "nnx", "equinox", "haiku"]
+ADAPTERS = ["torch", "linen", "nnx", "equinox", "haiku", "keras"]
 
 # Users run with the promotion that JAX comes with.
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -83,18 +83,20 @@ def called(
 KEY = "_purepruning_key"
 
 
-def marking_class(cls: Any, body: dict[str, Any] | None = None, **options: Any) -> Any:
+def marking_class(
+    cls: Any, body: dict[str, Any] | None = None, *, method: str = "__call__", **options: Any
+) -> Any:
     """Returns a subclass of a module class whose instances mark what a call reads and returns.
 
     So ``isinstance`` and all attributes are as before. ``body`` and ``options`` are further
-    arguments of the metaclass.
+    arguments of the metaclass; ``method`` is what is called.
     """
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
         name, sides = getattr(self, KEY)
-        return called(name, sides, super(subclass, self).__call__, args, kwargs)
+        return called(name, sides, getattr(super(subclass, self), method), args, kwargs)
 
-    body = {"__call__": __call__, "__module__": cls.__module__, **(body or {})}
+    body = {method: marked, "__module__": cls.__module__, **(body or {})}
     subclass: Any = type(cls)(cls.__name__, (cls,), body, **options)
     return subclass
 

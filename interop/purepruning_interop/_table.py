@@ -56,7 +56,7 @@ class Owner(NamedTuple):
     """One module: its dotted names, the parameters it holds itself, and what it says of them.
 
     ``others`` are parameters whose role is known to be no weight's (a bias that belongs to several
-    weights); they get no row.
+    weights); they get no row. ``joint`` stands between a module's name and a parameter's.
     """
 
     names: tuple[str, ...]
@@ -64,6 +64,7 @@ class Owner(NamedTuple):
     params: Mapping[str, Param]
     weights: tuple[Weight, ...] = ()
     others: tuple[str, ...] = ()
+    joint: str = "."
 
 
 def in_out(
@@ -223,7 +224,7 @@ def rows(owners: Sequence[Owner], floats: Mapping[str, Shape]) -> tuple[Layer, .
         present = [w for w in owner.weights if w.param in owner.params]
         for weight in present:
             path = owner.params[weight.param].path
-            names = _names(owner.names, weight.param, several=len(present) > 1)
+            names = _names(owner, weight.param, several=len(present) > 1)
             if path in table:  # a tied weight: one row, further names
                 table[path] = _alias(table[path], names)
             else:
@@ -235,7 +236,7 @@ def rows(owners: Sequence[Owner], floats: Mapping[str, Shape]) -> tuple[Layer, .
         known = {w.param for w in owner.weights}
         for name, param in owner.params.items():
             rank = len(param.shape) - len(param.stack_axes)
-            names = _names(owner.names, name, several=True)
+            names = _names(owner, name, several=True)
             if param.path in table:
                 if name not in known:
                     table[param.path] = _alias(table[param.path], names)
@@ -293,13 +294,13 @@ def _row(owner: Owner, weight: Weight, names: tuple[str, ...]) -> Layer:
     )
 
 
-def _names(modules: Iterable[str], param: str, *, several: bool) -> tuple[str, ...]:
+def _names(owner: Owner, param: str, *, several: bool) -> tuple[str, ...]:
     """Returns a row's names: its modules', or, of several in a module, its own names first.
 
     The root module has no name; its weight goes by the parameter's.
     """
-    modules = tuple(modules)
-    own = tuple(f"{m}.{param}" if m else param for m in modules if several or not m)
+    modules, joint = owner.names, owner.joint
+    own = tuple(f"{m}{joint}{param}" if m else param for m in modules if several or not m)
     return tuple(dict.fromkeys(own + tuple(m for m in modules if m)))
 
 

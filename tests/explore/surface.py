@@ -18,12 +18,14 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import optax
 import torch
 from flax import nnx
 
 import purepruning as pp
+from purepruning_interop import keras as ppk
 from tests.explore import kinds, world
 from tests.explore.kinds import Kind, Wrong, choice, flag, integer, none, real
 from tests.explore.world import Side, coupling, folder, sides
@@ -1139,17 +1141,23 @@ def _jax(s: Side) -> Iterator[Call]:
     of |= {"masks": masks}
     key = jax.random.key(0)
     linen, transformed = world.Linen(), hk.transform(_haiku)
-    nnx_model, mlp = world.NNX(), eqx.nn.MLP(4, 4, width_size=6, depth=1, key=key)
+    nnx_model, keras_model = world.NNX(), world.keras_model()
+    mlp = eqx.nn.MLP(4, 4, width_size=6, depth=1, key=key)
     for name, model, kind, state, inputs, layer in [
         ("linen", linen, _module(nn.Module), linen.init(key, x), x, "a"),
         ("haiku", transformed, _transformed(), transformed.init(key, x), x, "a"),
         ("nnx", nnx_model, _module(nnx.Module), nnx.state(nnx_model, nnx.Param), x, "a"),
+        ("keras", keras_model, _module(keras.layers.Layer), ppk.params(keras_model), x, "a"),
         ("equinox", mlp, _module(eqx.Module), eqx.filter(mlp, eqx.is_array), x[0], "layers.0"),
     ]:
         given = (model, state) if name in ("linen", "haiku") else (model,)
         yield from _adapter(
             f"purepruning_interop.{name}", given, state, inputs, layer, of | {"model": kind}
         )
+    params = Kind(words, lambda x: "either" if _holds_nothing(x) else "refuse", _bad_trees)
+    of |= {"model": _module(keras.layers.Layer), "params": params}
+    yield row("purepruning_interop.keras.params", keras_model, of=of)
+    yield row("purepruning_interop.keras.load", keras_model, ppk.params(keras_model), of=of)
 
 
 def _transformed() -> Kind:

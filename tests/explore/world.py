@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import torch
 import torch.nn.utils.prune
@@ -146,6 +147,13 @@ class Linen(nn.Module):
     def __call__(self, x: Any) -> Any:
         """Returns the output of two dense layers."""
         return nn.Dense(4, name="b")(nn.relu(nn.Dense(6, name="a")(x)))
+
+
+def keras_model() -> Any:
+    """Returns a small Keras model."""
+    a = keras.layers.Dense(6, activation="relu", use_bias=False, name="a")
+    b = keras.layers.Dense(4, use_bias=False, name="b")
+    return keras.Sequential([keras.Input((4,)), a, b])
 
 
 class NNX(nnx.Module):

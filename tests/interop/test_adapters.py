@@ -8,6 +8,7 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 import torch
@@ -18,14 +19,15 @@ import purepruning as pp
 from purepruning.coupling.shrink_report import ShrinkReport, Shrunk
 from purepruning.trees import flatten
 from purepruning_interop import equinox, haiku, linen
+from purepruning_interop import keras as ppk
 from purepruning_interop import nnx as ppn
 from purepruning_interop import torch as ppt
 from tests.coupling.law import distance
 from tests.interop.torch_law import masked
 
 pytestmark = pytest.mark.usefixtures(
-    "unoptimized", "standard_promotion"
-)  # Haiku's moving averages need it
+    "unoptimized", "standard_promotion", "rank_promotion"
+)  # Haiku's moving averages need the one, Keras's layers the other
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 GONE = [0, 3, 4]
@@ -83,6 +85,13 @@ class Torch(torch.nn.Module):
     def forward(self, x, train=False):
         assert train is self.training
         return self.last(self.norm(self.first(x)).relu())
+
+
+def keras_net():
+    layers = keras.layers
+    x = inputs = keras.Input((3,))
+    x = layers.BatchNormalization(name="norm")(layers.Dense(8, name="first")(x))
+    return keras.Model(inputs, layers.Dense(2, name="last")(layers.ReLU()(x)))
 
 
 def drawn(tree):
@@ -227,6 +236,21 @@ def test_nnx():
     assert again.model.first.out_features == 5
 
 
+def test_keras():
+    model = keras_net()
+    ppk.load(model, drawn(ppk.params(model)))
+    masks, small, again = run(ppk, model, None, X, training=False)
+    assert (small.report.kind, small.reason) == ("module", "")
+    assert small.report.deviation <= 1e-5
+    full = keras.models.clone_model(model)
+    ppk.load(full, pp.apply_masks(ppk.params(model), masks))
+    assert distance(full(X), small.model(X)) < 1e-5
+    assert distance(full(X, training=True), small.fn(small.params, X, training=True)) < 1e-5
+    ppk.load(again.model, ppk.params(small.model))
+    np.testing.assert_array_equal(again.model(X), small.model(X))
+    assert again.model.get_layer("first").units == 5
+
+
 def each(model, x):
     net, state = model
     return jax.vmap(lambda x: net(x, state)[0])(x)
@@ -268,7 +292,14 @@ def test_torch():
 
 # One signature.
 
-ADAPTERS = {"linen": linen, "haiku": haiku, "nnx": ppn, "equinox": equinox, "torch": ppt}
+ADAPTERS = {
+    "linen": linen,
+    "haiku": haiku,
+    "nnx": ppn,
+    "equinox": equinox,
+    "keras": ppk,
+    "torch": ppt,
+}
 BETWEEN = {
     "layers": (),
     "activations": (),
@@ -307,6 +338,7 @@ MODELS = {
     "haiku": hk.transform(haiku_net),
     "nnx": nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))),
     "equinox": eqx.nn.Linear(3, 2, key=jax.random.key(0)),
+    "keras": keras.layers.Dense(2),
     "torch": torch.nn.Linear(3, 2),
 }
 
