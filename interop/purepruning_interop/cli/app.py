@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from purepruning_interop.cli import inspect, prune
+from purepruning_interop.cli import inspect, prune, shrink
 from purepruning_interop.cli.errors import BUG, NOT_WRITTEN, USAGE, WRONG_INPUT, message_of
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app = typer.Typer(
 # One line for each command.
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
+app.command("shrink")(shrink.shrink)
 
 _options = {"traceback": False}
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer names none of its bases

@@ -70,7 +70,7 @@ class Contents:
             "bytes": self.bytes,
             "dtypes": dict(dtypes(c.tensors)),
             "types_are_guessed": True,
-            "layers": [_row_as_json(row) for row in self.rows],
+            "layers": [row_as_json(row) for row in self.rows],
             "largest": [
                 {"name": n, "shape": list(x.shape), "dtype": x.dtype.name, "bytes": x.nbytes}
                 for n, x in self.largest(top)
@@ -209,7 +209,8 @@ def dtypes(tensors: Mapping[str, np.ndarray]) -> Counter[str]:
     return Counter(x.dtype.name for x in tensors.values())
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
+def row_as_json(row: Row) -> dict[str, Any]:
+    """Returns a row as JSON knows it."""
     p, layer = row.pattern, row.layer
     return {
         "name": layer.name,

@@ -20,6 +20,7 @@ class Row(NamedTuple):
         pattern: what is zero in them, together.
         same: whether they have the same N:M pattern.
         lost: how many weights rules would remove of them; None where they select none.
+        macs: multiply-adds of them, where that is known.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     pattern: Pattern
     same: bool
     lost: int | None
+    macs: int = 0
 
 
 def merged(rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -54,7 +56,8 @@ def _one(group: list[Row]) -> Row:
     )
     lost = None if first.lost is None else sum(row.lost or 0 for row in group)
     name = _names([row.name for row in group])
-    return first._replace(name=name, times=len(group), pattern=together, same=same, lost=lost)
+    macs = sum(row.macs for row in group)
+    return Row(name, first.layer, first.dtype, len(group), together, same, lost, macs)
 
 
 def _names(names: list[str]) -> str:

@@ -1,0 +1,189 @@
+"""Models by ``package.module:function``: made, given inputs and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purepruning.arguments import adapter_of, missing
+from purepruning.trees import flatten
+from purepruning_interop.checkpoints import read_checkpoint
+
+_ADAPTERS = ("torch", "linen", "nnx", "equinox")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A model, and what it is called with.
+
+    Attributes:
+        source: ``package.module:function``.
+        name: its adapter's name.
+        model: the module; of Linen module and variables, together.
+        inputs: example inputs.
+    """
+
+    source: str
+    name: str
+    model: Any
+    inputs: tuple[Any, ...]
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter, with ``layers``, ``count``, ``couple`` and ``shrink``."""
+        return importlib.import_module(f"purepruning_interop.{self.name}")
+
+    @property
+    def edge(self) -> Any:
+        """What differs between frameworks beside that: arrays in and out."""
+        return edge_of(self.name)
+
+    @property
+    def first(self) -> tuple[Any, ...]:
+        """The first arguments of the adapter's functions."""
+        if self.name == "linen":
+            return self.model.module, self.model.variables
+        return (self.model,)
+
+
+def edge_of(name: str) -> Any:
+    """Returns the module of a framework in ``recipes.edges``."""
+    return importlib.import_module(f"purepruning_interop.recipes.edges.{name}")
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is ``package.module:function``, and no file."""
+    return bool(re.fullmatch(r"[\w.]+:\w+", source)) and not Path(source).exists()
+
+
+def make_model(source: str, inputs: list[str], weights: Path | None = None) -> Given:
+    """Returns what ``package.module:function`` returns when it is called without arguments.
+
+    It returns a torch, NNX or Equinox module, or ``(module, *inputs)``; of Linen
+    ``(module, variables, *inputs)``.
+
+    Args:
+        source: ``package.module:function``; modules of the current folder too.
+        inputs: example inputs in place of those, such as ``1x3x32x32`` or ``int:1x16``.
+        weights: a checkpoint to read into it.
+
+    Raises:
+        ValueError, TypeError, OSError: it is no such function, or what it made does not fit.
+    """
+    made = _called(source)
+    first, *rest = made if isinstance(made, tuple) else (made,)
+    name = adapter_of(first)
+    if name not in _ADAPTERS:
+        raise TypeError(
+            f"{source} must return a torch, Linen, NNX or Equinox module, maybe with inputs "
+            f"behind it, got {type(first).__name__}; return one"
+        )
+    model = first
+    if name == "linen":
+        if not rest:
+            raise TypeError(
+                f"{source} returns a Linen module alone; return (module, variables, *inputs)"
+            )
+        model = edge_of(name).Bound(first, rest.pop(0))
+    found = [edge_of(name).zeros(()) if x is None else x for x in rest]
+    if inputs:
+        found = [_input(name, text) for text in inputs]
+    if not found:
+        raise ValueError(
+            f"{source} returns no inputs; return (model, *inputs), or give --input 1x3x32x32"
+        )
+    given = Given(source, name, model, tuple(found))
+    return given if weights is None else _with_weights(given, weights)
+
+
+def _called(source: str) -> Any:
+    module_name, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _theirs(source, error) from error
+        raise ValueError(
+            f"{source}: there is no module {error.name!r}; run this where it can be imported"
+        ) from None
+    except Exception as error:
+        raise _theirs(source, error) from error
+    function = getattr(module, name, None)
+    if function is None:
+        known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
+        raise ValueError(missing(f"{source}: the module has no {name!r}", name, known))
+    if adapter_of(function) is not None and not isinstance(function, type):
+        return function
+    if not callable(function):
+        raise TypeError(f"{source} must be a function without arguments, got {function!r}")
+    try:
+        return function()
+    except Exception as error:
+        raise _theirs(source, error) from error
+
+
+def _theirs(source: str, error: Exception) -> ValueError:
+    words = " ".join(str(error).split())
+    return ValueError(
+        f"{source} raised {type(error).__name__}: {words}; purepruning --traceback ... shows where"
+    )
+
+
+def _input(name: str, text: str) -> Any:
+    found = re.fullmatch(r"(int:)?(\d+(?:x\d+)*)", text)
+    if found is None:
+        raise ValueError(f"--input must be a shape as 1x3x32x32 or int:1x16, got {text!r}")
+    shape = tuple(map(int, found[2].split("x")))
+    zeros = edge_of(name).zeros(shape)
+    if not found[1]:
+        return zeros
+    return zeros.long() if name == "torch" else zeros.astype(np.int32)
+
+
+def _with_weights(given: Given, path: Path) -> Given:
+    """Returns the model with the arrays of a checkpoint, by their names."""
+    tensors = {n.replace("/", "."): x for n, x in read_checkpoint(path).tensors.items()}
+    tree = flatten(given.edge.arrays(given.model))
+    values = {}
+    for name, leaf in tree.leaves.items():
+        plain = name.replace("/", ".")
+        if plain not in tensors:
+            raise ValueError(
+                missing(f"{path} has no {plain!r}, which {given.source} has", plain, tensors)
+            )
+        array = tensors[plain]
+        if array.shape != tuple(leaf.shape):
+            raise ValueError(
+                f"{path}: {plain!r} has shape {array.shape}, and {given.source} makes it "
+                f"{tuple(leaf.shape)}; name the checkpoint of this model"
+            )
+        values[name] = _like(given.name, array, leaf)
+    rest = set(tensors) - {name.replace("/", ".") for name in values}
+    if rest:
+        first = min(rest)
+        raise ValueError(
+            missing(f"{path} has {first!r}, which {given.source} has not", first, tree.leaves)
+        )
+    return dataclasses.replace(given, model=given.edge.restored(given.model, tree.rebuild(values)))
+
+
+def _like(name: str, array: np.ndarray, leaf: Any) -> Any:
+    if name != "torch":
+        import jax.numpy as jnp
+
+        return jnp.asarray(np.asarray(array), leaf.dtype)
+    import torch
+
+    array = np.array(array)  # torch writes to what it is given
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array).to(leaf.dtype)
