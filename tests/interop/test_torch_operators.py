@@ -76,6 +76,57 @@ def test_a_scale_for_each_channel_goes_with_it():
     assert distance(masked(model, masks)(x), small(x)) <= 1e-6
 
 
+class Observed(nn.Module):
+    """What ``prepare_qat`` makes quantise weights and activations, by ranges that it observes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.c = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.b(torch.relu(self.norm(self.a(x))))
+        return self.c(torch.relu(x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about what comes after torch.ao
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", ["fbgemm", "per tensor"])
+def test_modules_of_torch_ao_shrink_after_training(backend, frozen):
+    """Scales, zero points (integers) and ranges of channels go with them."""
+    ao = torch.ao.quantization
+    torch.manual_seed(0)
+    model = Observed().train()
+    model.qconfig = {
+        "fbgemm": ao.get_default_qat_qconfig("fbgemm"),
+        "per tensor": ao.QConfig(ao.default_fused_act_fake_quant, ao.default_fused_wt_fake_quant),
+    }[backend]
+    model, x = ao.prepare_qat(model), torch.randn(4, 3, 8, 8)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        sgd.zero_grad()
+        model(x).square().sum().backward()
+        sgd.step()
+    if frozen:
+        model.apply(ao.disable_observer)
+    model.eval()
+    coupling = ppt.couple(model, x)
+    assert not coupling.unknown
+    assert sorted(len(f) for f in coupling.families) == [6, 8]
+    masks = coupling.masks(half(coupling), state_of(model))
+    masks = {k: m for k, m in masks.items() if "fake_quant" not in k and "process" not in k}
+    found = ppt.shrink(model, masks, coupling, x)
+    small = found.model.state_dict()
+    assert (len(small["a.weight"]), len(small["b.weight"])) == (4, 3)
+    if backend == "fbgemm":
+        for name in ("scale", "zero_point"):
+            assert small[f"a.weight_fake_quant.{name}"].shape == (4,)
+    # A sum that is added up in another order may be rounded to the next level.
+    step = float(model.c.activation_post_process.scale)
+    assert (masked(model, masks)(x) - found.model(x)).abs().max() <= 1.5 * step
+    assert (masked(model, masks)(x) - model(x)).abs().max() > 10 * step
+
+
 def test_noise_times_a_parameter_does_not_pin_channels():
     class Noisy(nn.Module):
         def __init__(self):

@@ -215,6 +215,38 @@ def test_coupling_goes_through_quantizers_and_shrunk_weights_are_theirs(scheme):
     np.testing.assert_allclose(small.fn(small.params, X[0]), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["per_tensor_affine", "per_channel_symmetric"])
+def test_torch_modules_trained_with_masks_and_quantizers_shrink(scheme):
+    """Quantised by the trained state, the small module computes what the masked one did."""
+    model = torch_model()
+    rules = WEIGHTS | {"quant_bits": 8, "quant_scheme": scheme}, OUTPUTS | {"quant_bits": 8}
+    config = torch_config(model, *rules)
+    params, x = dict(model.named_parameters()), torch.tensor(X[0])
+    coupling = ppt.couple(model, x)
+    masks = coupling.masks([2, 5], params)
+    ppt.apply_(model, masks)
+    state, sgd = qat.init(params, config), torch.optim.SGD(model.parameters(), lr=0.05)
+    with ppt.keep_pruned(model, masks, sgd):
+        for batch in X:
+            weights = pp.apply_masks(qat.weights(params, state, config), masks)
+            at = qat.activations(state, config)
+            y, seen = ppt.replace(model, torch.tensor(batch), at=at, params=weights)
+            sgd.zero_grad()
+            ((y - torch.tensor(Y)) ** 2).mean().backward()
+            sgd.step()
+            state = qat.update(state, seen, config)
+
+    def evaluated(model):
+        own = torch_config(model, *rules)
+        weights = qat.weights(dict(model.named_parameters()), state, own)
+        at = qat.activations(state, own, training=False)
+        return ppt.replace(model, x, at=at, params=weights)[0].detach()
+
+    small = ppt.shrink(model, masks, coupling, x).model
+    assert (small.first.out_features, small.last.in_features) == (4, 4)
+    torch.testing.assert_close(evaluated(small), evaluated(model), rtol=1e-5, atol=1e-6)
+
+
 # The other quantizers.
 
 

@@ -105,9 +105,10 @@ def trace(
     program = program_of(model, args, kwargs, known_operators(), how)
     state = model.state_dict(keep_vars=True)
     leaves: dict[str, Value] = {}
+    zero_points = _zero_points(program)
     for path in sorted(set(leaf_names(model).values())):
-        tensor = state[path]
-        leaves[path] = flow.leaf(path, tuple(tensor.shape), tensor.is_floating_point())
+        floating, table = state[path].is_floating_point(), path in zero_points
+        leaves[path] = flow.leaf(path, tuple(state[path].shape), floating or table, table=table)
     used = _used_leaves(program)
     training_only: frozenset[str] | None = frozenset()
     training, unused = None, "not used"
@@ -138,6 +139,17 @@ def _used_leaves(program: Program) -> set[str]:
     read.update(v.number for v in program.outputs if isinstance(v, Var))
     read.update(program.mutations)
     return {path for number, path in program.leaves.items() if number in read}
+
+
+def _zero_points(program: Program) -> set[str]:
+    """Returns the paths of integers that go with scales: those of quantised channels."""
+    read = [op.args["zero_point"] for op in program.ops if "zero_point" in op.args]
+    paths = {program.leaves.get(v.number): v for v in read if isinstance(v, Var)}
+    return {
+        path
+        for path, v in paths.items()
+        if path is not None and not program.avals[v.number].dtype.is_floating_point
+    }
 
 
 def _operations(program: Program) -> list[str]:

@@ -163,15 +163,33 @@ def _drawn_like(s: Walk, op: Op) -> list[Value] | None:
 
 def _fake_quantize(s: Walk, op: Op) -> list[Value] | None:
     """Rounded to a grid in which zero stays zero, of one scale or one for each channel."""
-    x, scale, zero_point = (s.value(op.args[k]) for k in ("self", "scale", "zero_point"))
+    x, *grid = (s.value(op.args[k]) for k in ("self", "scale", "zero_point"))
     if "axis" in op.args:
-        axis = op.args["axis"] % x.ndim
-        scale, zero_point = (along_channel(s, v, x.ndim, axis) for v in (scale, zero_point))
-    rounded = _function_of(lambda x, *_: 0.0 if x == 0 else UNKNOWN)
-    value = s.flow.elementwise(
-        "fake quantise", [x, scale, zero_point], s.shape(op), s.where(), rounded
-    )
+        grid = [along_channel(s, v, x.ndim, op.args["axis"] % x.ndim) for v in grid]
+    value = _rounded(s, op, [x, *grid])
     return [value, *(whole(s.shape(op, i)) for i in range(1, len(op.outputs)))]
+
+
+def _observed_fake_quantize(s: Walk, op: Op) -> list[Value] | None:
+    """The same by ranges that are observed, which contain zero: pruned zeros do not change them."""
+    x, *ranges = (s.value(op.args[k]) for k in ("self", *OBSERVED))
+    operands = [x]
+    if op.args["per_row_fake_quant"]:
+        operands += [along_channel(s, v, x.ndim, op.args["ch_axis"] % x.ndim) for v in ranges]
+    mask = [whole(s.shape(op, 1))] if len(op.outputs) > 1 else []
+    return [_rounded(s, op, operands), *mask, *(ranges if len(op.outputs) > 2 else ())]
+
+
+#: What an operator that observes ranges reads, and puts out again.
+OBSERVED = ("running_min", "running_max", "scale", "zero_point")
+
+
+def _rounded(s: Walk, op: Op, operands: list[Value]) -> Value:
+    x, *grid = operands
+    # Whatever the grid is at removed positions, a zero stays zero.
+    grid = [dataclasses.replace(v, at_removed=(0.0,) * v.ndim, known=None) for v in grid]
+    keep_zero = _function_of(lambda x, *_: 0.0 if x == 0 else UNKNOWN)
+    return s.flow.elementwise("fake quantise", [x, *grid], s.shape(op), s.where(), keep_zero)
 
 
 RULES = rules_of(
@@ -186,6 +204,11 @@ RULES = rules_of(
         _fake_quantize,
         "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
         "fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask",
+    ),
+    (
+        _observed_fake_quantize,
+        "fused_moving_avg_obs_fake_quant _fused_moving_avg_obs_fq_helper "
+        "_fused_moving_avg_obs_fq_helper_functional",
     ),
 )
 
