@@ -91,53 +91,215 @@ def test_rounds_go_on_from_their_folder(tmp_path):
         pp.search.run_rounds((0.25, 0.5, 0.75), other, prune, folder=tmp_path)
 
 
-def test_rounds_may_shrink_and_go_on_from_smaller_arrays(tmp_path):
-    """Two dense layers with 12 channels between them; of these a share of the first 12 goes."""
+# Shrinking between rounds: three dense layers, 12 and 8 channels between them.
 
+INPUTS = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+WIDTHS = {"a": 12, "b": 8}
+
+
+def weights():
+    """Kernels ``(in, out)`` of the three layers."""
+    rng = np.random.default_rng(1)
+    shapes = {"a": (5, 12), "b": (12, 8), "c": (8, 3)}
+    return {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+
+
+class InJax:
+    """A state is the kernels."""
+
+    def begin(self):
+        return weights()
+
+    def kernels(self, state):
+        return state
+
+    @staticmethod
     def fn(params, x):
-        return jnp.maximum(x @ params["a"], 0.0) @ params["b"]
+        x = jnp.maximum(x @ params["a"], 0.0)
+        return jnp.maximum(x @ params["b"], 0.0) @ params["c"]
 
-    rng = np.random.default_rng(0)
-    params = {n: rng.normal(size=s).astype(np.float32) for n, s in (("a", (5, 12)), ("b", (12, 3)))}
-    x = rng.normal(size=(4, 5)).astype(np.float32)
-    outputs = []
+    def config(self, state):
+        coupling = pp.couple(self.fn, state, INPUTS)
+        layers = [pp.make_layer(state, n, "Linear", name=n, out_axes=1, in_axes=0) for n in WIDTHS]
+        return pp.resolve([{"op_types": ["Linear"]}], layers, coupling=coupling)
 
-    def prune(state, sparsity):
-        coupling = pp.couple(fn, state, x)
-        width = state["a"].shape[1]
-        layer = pp.Layer("a", "Linear", "a", (5, width), (1,), (0,))
-        config = pp.resolve([{"op_types": ["Linear"]}], [layer], coupling=coupling)
-        gone = width - (12 - pp.count_of(sparsity, 12))
-        masks = pp.l1_norm(state, None, config.with_counts({"a": gone}))
-        small = pp.shrink(fn, state, masks, coupling, x).params
-        masked = pp.apply_masks(state, masks)
-        outputs.append((fn(masked, x), fn(small, x)))
+    def outputs(self, state):
+        return np.asarray(self.fn(state, INPUTS))
+
+    def shrink(self, state, masks, coupling):
+        small = pp.shrink(self.fn, state, masks, coupling, INPUTS).params
         return {n: np.asarray(w) for n, w in small.items()}
 
+
+class InTorch:
+    """A state is the state dict of a model, whose widths are read off its arrays."""
+
+    def begin(self):
+        return {f"{n}.weight": torch.tensor(w.T.copy()) for n, w in weights().items()}
+
+    def kernels(self, state):
+        return {n.removesuffix(".weight"): w.numpy().T for n, w in state.items()}
+
+    def model(self, state):
+        parts = {}
+        for name, weight in state.items():
+            outputs, inputs = weight.shape
+            parts[name.removesuffix(".weight")] = torch.nn.Linear(inputs, outputs, bias=False)
+            parts[f"relu_{len(parts)}"] = torch.nn.ReLU()
+        parts.popitem()
+        model = torch.nn.Sequential()
+        for name, part in parts.items():
+            model.add_module(name, part)
+        model.load_state_dict(state)
+        return model
+
+    def config(self, state):
+        model = self.model(state)
+        coupling = interop.couple(model, torch.tensor(INPUTS))
+        rules = [{"op_names": list(WIDTHS)}]
+        return pp.resolve(rules, interop.layers(model), coupling=coupling)
+
+    def outputs(self, state):
+        with torch.no_grad():
+            return self.model(state)(torch.tensor(INPUTS)).numpy()
+
+    def shrink(self, state, masks, coupling):
+        small = interop.shrink(self.model(state), masks, coupling, torch.tensor(INPUTS)).model
+        return {n: w.detach().clone() for n, w in small.state_dict().items()}
+
+
+def cut(side, state, counts, config):
+    """Returns the smaller state, which computes what the masked one does."""
+    masks = pp.l1_norm(state, None, config.with_counts(counts))
+    small = side.shrink(state, masks, config.allocation.coupling)
+    masked = side.outputs(pp.apply_masks(state, masks))
+    np.testing.assert_allclose(side.outputs(small), masked, rtol=1e-5, atol=1e-5)
+    return small
+
+
+def widths(side, state):
+    return {n: w.shape[1] for n, w in side.kernels(state).items() if n in WIDTHS}
+
+
+def by_hand(kernels, wanted):
+    """Returns the channels of largest L1 norm, in their order, with the rows that read them."""
+    keep = {n: np.sort(np.argsort(np.abs(kernels[n]).sum(0))[-k:]) for n, k in wanted.items()}
+    a, b, c = (kernels[n] for n in "abc")
+    return {"a": a[:, keep["a"]], "b": b[keep["a"]][:, keep["b"]], "c": c[keep["b"]]}, keep
+
+
+EXPECTED = {  # count_of(12, s) and count_of(8, s) of these sparsities are gone
+    "linear": ((0.25, 0.5, 0.75), [(9, 6), (6, 4), (3, 2)]),
+    "agp": ((0.5278, 0.7222, 0.75), [(6, 4), (4, 3), (3, 2)]),
+    "lottery": ((0.37, 0.6031, 0.75), [(8, 6), (5, 4), (3, 2)]),
+}
+CASES = [("linear", InJax), ("agp", InTorch), ("lottery", InJax)]
+CASES = [
+    pytest.param(kind, side, marks=() if (kind, side) in CASES else pytest.mark.full)
+    for kind in EXPECTED
+    for side in (InJax, InTorch)
+]
+
+
+@pytest.mark.parametrize(("kind", "side"), CASES)
+def test_rounds_may_shrink_and_go_on_from_smaller_arrays(kind, side, tmp_path):
+    side, (shares, sizes) = side(), EXPECTED[kind]
+    sparsities = pp.search.totals(kind, 0.75, 3)
+    assert sparsities == pytest.approx(shares, abs=1e-4)
+
+    def prune(state, sparsity):
+        now = widths(side, state)
+        gone = {n: now[n] - (k - pp.count_of(sparsity, k)) for n, k in WIDTHS.items()}
+        return cut(side, state, gone, side.config(state))
+
     def run(**options):
-        widths = []
+        seen = []
 
         def evaluate(state):
-            widths.append(state["a"].shape[1])
-            return -abs(state["a"].shape[1] - 6.0)
+            seen.append(tuple(widths(side, state).values()))
+            return -abs(seen[-1][1] - 4.0)
 
-        found = pp.search.run_rounds((0.25, 0.5, 0.75), params, prune, evaluate=evaluate, **options)
-        return found, widths
+        start = side.begin()
+        return pp.search.run_rounds(sparsities, start, prune, evaluate=evaluate, **options), seen
 
-    whole, widths = run()
-    assert widths == [9, 6, 3]
-    assert whole.best["a"].shape == (5, 6)
-    # What stays are the columns of largest L1 norm, in their order, and the rows that read them.
-    kept = np.sort(np.argsort(np.abs(params["a"]).sum(0))[-3:])
-    np.testing.assert_array_equal(whole.state["a"], params["a"][:, kept])
-    np.testing.assert_array_equal(whole.state["b"], params["b"][kept])
-    for masked, small in outputs:
-        np.testing.assert_allclose(small, masked, rtol=1e-5, atol=1e-5)
+    whole, seen = run()
+    assert seen == sizes
+    kernels, best = side.kernels(side.begin()), None
+    for size in sizes:
+        kernels, _ = by_hand(kernels, dict(zip(WIDTHS, size, strict=True)))
+        best = kernels if size[1] == 4 and best is None else best
+    jax.tree.map(np.testing.assert_array_equal, side.kernels(whole.state), kernels)
+    jax.tree.map(np.testing.assert_array_equal, side.kernels(whole.best), best)
     run(folder=tmp_path, max_rounds=2)
-    rest, widths = run(folder=tmp_path)
-    assert widths == [3]
-    jax.tree.map(np.testing.assert_array_equal, rest.state, whole.state)
-    jax.tree.map(np.testing.assert_array_equal, rest.best, whole.best)
+    rest, seen = run(folder=tmp_path)
+    assert seen == sizes[2:]
+    for name in ("state", "best"):
+        found, wanted = (side.kernels(getattr(x, name)) for x in (rest, whole))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("side", [InTorch, pytest.param(InJax, marks=pytest.mark.full)])
+def test_tickets_that_are_shrunk_go_back_to_the_first_weights_of_what_is_kept(side):
+    """NNI's ``reset_weight`` with speed-up: a state has the channels of the first one it keeps."""
+    side = side()
+    all_channels = {n: np.arange(k) for n, k in WIDTHS.items()}
+
+    def tune(state):
+        return {**state, "weights": {n: -2 * w for n, w in state["weights"].items()}}
+
+    def prune(state, sparsity):
+        now = widths(side, state["weights"])
+        counts = {n: now[n] - (k - pp.count_of(sparsity, k)) for n, k in WIDTHS.items()}
+        _, keep = by_hand(side.kernels(state["weights"]), {n: now[n] - counts[n] for n in now})
+        small = cut(side, state["weights"], counts, side.config(state["weights"]))
+        return {"weights": small, "kept": {n: state["kept"][n][i] for n, i in keep.items()}}
+
+    def reset(start, state):
+        a, b = (state["kept"][n] for n in WIDTHS)
+        old = side.kernels(start["weights"])
+        new = {"a": old["a"][:, a], "b": old["b"][a][:, b], "c": old["c"][b]}
+        if isinstance(side, InTorch):
+            new = {f"{n}.weight": torch.tensor(w.T.copy()) for n, w in new.items()}
+        return {**state, "weights": new}
+
+    start = {"weights": side.begin(), "kept": all_channels}
+    sparsities = pp.search.totals("lottery", 0.75, 2)
+    run = pp.search.run_rounds(sparsities, start, prune, tune=tune, reset=reset)
+    kernels = side.kernels(side.begin())
+    for size in ((6, 4), (3, 2)):
+        kernels, _ = by_hand(kernels, dict(zip(WIDTHS, size, strict=True)))
+    jax.tree.map(np.testing.assert_array_equal, side.kernels(run.state["weights"]), kernels)
+
+
+@pytest.mark.parametrize("side", [InJax, pytest.param(InTorch, marks=pytest.mark.full)])
+def test_a_search_may_divide_what_every_round_prunes(side):
+    """Annealing in each round, on what the one before has left."""
+    side = side()
+    wanted = side.outputs(side.begin())
+    dense = pp.search.problem(side.config(side.begin()), {"macs": 1.0}).dense()["macs"]
+    left = []
+
+    def prune(state, sparsity):
+        config = side.config(state)
+        of = pp.search.problem(config, {"macs": int(dense * (1 - sparsity))})
+        search = pp.search.annealing(of, max_proposals=4)
+
+        def score(trial):
+            masks = pp.l1_norm(state, None, config.with_counts(trial.counts))
+            found = side.outputs(pp.apply_masks(state, masks))
+            return -float(np.square(found - wanted).mean())
+
+        key = jax.random.key(len(left))
+        counts = pp.search.run_search(search, search.init(key), score).best
+        small = cut(side, state, counts, config)
+        left.append(pp.search.problem(side.config(small), {"macs": 1.0}).dense()["macs"])
+        return small
+
+    run = pp.search.run_rounds(pp.search.totals("linear", 0.6, 2), side.begin(), prune)
+    assert 0.55 * dense < left[0] <= 0.7 * dense
+    assert 0.25 * dense < left[1] <= 0.4 * dense
+    a, b = widths(side, run.state).values()
+    assert left[1] == len(INPUTS) * (5 * a + a * b + b * 3)
 
 
 # AutoCompress.
