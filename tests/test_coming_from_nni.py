@@ -52,6 +52,13 @@ def test_admm(page):
     assert all(0 < distance < np.inf for distance in page["distances"])
 
 
+def test_costs_from_a_file(page):
+    of, name = page["quick"], page["layers"][0].name
+    # Sixteen channels take 0.5, eight or fewer 0.2, and half of it may be left.
+    assert of.dense()["latency"] == pytest.approx(0.5)
+    assert pp.search.fitted(of, dict.fromkeys(of.names, 1.0))[name] == 8
+
+
 def test_agp(page):
     shares = [0.8 - 0.8 * (1 - epoch / 9) ** 3 for epoch in range(10)]
     assert page["pruned"] == [int(5760 * s + 1e-9) for s in shares]

@@ -79,6 +79,20 @@ def test_the_trace_of_nni():
     assert len(run.history) < 52 - 3
 
 
+def test_the_second_trace_of_nni():
+    """A threshold that other ratios fail at: 0.4 0.4 0.4, then 0.4 0.3 0.4, then 0.3 0.2 0.3."""
+    run, plans = decided(0.7, 0.02)
+    expected = 0.31930251, 0.25777576, 0.31930251
+    np.testing.assert_allclose(np.asarray(run.state.pruned), expected, atol=1e-6)
+    # After two iterations 0.2085, 0.1814 and 0.2085 are gone: r (1 - 0.1) 367.2 / 1218.24 + 0.1.
+    assert [row["counts"] for row in plans] == [
+        {"conv1": 0, "conv2": 1, "conv3": 1},
+        {"conv1": 1, "conv2": 2, "conv3": 3},
+        {"conv1": 2, "conv2": 4, "conv3": 5},
+    ]
+    assert len(run.history) < 38 - 3
+
+
 def test_it_stops_by_what_is_left_not_by_nominal_shares():
     """NNI goes on to a nominal 0.3, of a model that already has less than three quarters."""
     _run, plans = decided(0.75, 0.02)
