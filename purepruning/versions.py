@@ -13,7 +13,7 @@ import warnings
 from typing import NamedTuple
 
 #: The version of the library; the build reads it here.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class Range(NamedTuple):
