@@ -26,6 +26,7 @@ from purepruning.config.channel_units import (
 )
 from purepruning.config.config import BiasRule, Config, Pool, checked_count
 from purepruning.config.rules import (
+    BRANCH,
     UNIT_KINDS,
     Rule,
     Scope,
@@ -109,7 +110,8 @@ def allocate(
             kept.append(_kept_whole(coupling, i, members, reason))
     if scope == "layer" and options.extra == "none":
         # Of the others nothing is pruned.
-        selected = [x for x in selected if any(i in free for i in x.groups)]
+        selected = [x for x in selected if x.branches or any(i in free for i in x.groups)]
+    whole = _branches(matched, coupling, selected, kept)
     builder = UnitSets(coupling, selected, options)
     if scope == "global":
         for i, members in free.items():
@@ -121,6 +123,8 @@ def allocate(
                 builder.add_common(i, members)
             if options.extra != "none":
                 builder.add_extra(i, members, common=i in free)
+        for some in whole.values():
+            builder.add_branches(some)
         config = Config({}, tuple(builder.pools), "layer", "output_channel", bias)
     if (selected or kept) and not builder.sets:
         raise ValueError(
@@ -201,6 +205,11 @@ def _selected(
         if "prune_iterations" in rule:
             iterations = integer(rule, "prune_iterations", number, 1, 1)
         sparsity = sparsity_of(number, rule, scope, "output_channel")
+        if rule.get("units") == BRANCH and scope == "global":
+            raise ValueError(
+                f"rule {number}: 'units': 'branch' has a meaning in scope='layer' only; leave "
+                "scope out: branches of a rule are ranked together there"
+            )
         kinds = []
         for layer in mine:
             units = np.zeros((1, 1), np.int64)
@@ -215,27 +224,65 @@ def _selected(
                     )
                 kept.append(KeptWhole(layer.name, layer.out_channels, (layer.name,), reason))
                 continue
-            kinds.append(kinds_of(coupling, units))
+            inside = frozenset[int]()
+            if rule.get("units") == BRANCH:
+                inside = _inside(coupling, units)
+                if not inside:
+                    reason = "it makes no channels inside of a residual branch"
+                    kept.append(KeptWhole(layer.name, layer.out_channels, (layer.name,), reason))
+                    continue
+            kinds.append({BRANCH} if inside else kinds_of(coupling, units))
             found.append(
                 Selected(
                     layer,
                     number,
                     units,
-                    choose(coupling, units, rule.get("units"), spans),
+                    frozenset() if inside else choose(coupling, units, rule.get("units"), spans),
                     sparsity,
                     rule.get("allow_empty", False),
                     gradual(number, rule),
                     iterations,
                     largest[layer.name],
+                    inside,
                 )
             )
         if "units" in rule and kinds and not any(rule["units"] in k for k in kinds):
             there = ", ".join(map(repr, sorted(set().union(*kinds))))
             raise ValueError(
                 f"rule {number}: no layer has units of kind {rule['units']!r}; there are {there} "
-                f"(of {', '.join(map(repr, UNIT_KINDS))})"
+                f"(of {', '.join(map(repr, (*UNIT_KINDS, BRANCH)))})"
             )
     return sorted(found, key=lambda x: x.layer.name)
+
+
+def _inside(coupling: Coupling, units: np.ndarray) -> frozenset[int]:
+    """Returns the residual branches that some units are of, by index."""
+    there = np.zeros(coupling.n_units + 1, bool)
+    there[units] = True
+    return frozenset(i for i, b in enumerate(coupling.branches) if there[b.units].any())
+
+
+def _branches(
+    matched: Matched, coupling: Coupling, selected: Sequence[Selected], kept: list[KeptWhole]
+) -> dict[int, dict[int, list[Selected]]]:
+    """Returns by rule the residual branches that may go, with the layers that make each."""
+    found: dict[int, dict[int, list[Selected]]] = {}
+    owners = {layer.weight: layer.name for layer in matched.table}
+    for i in sorted({i for x in selected for i in x.branches}):
+        branch = coupling.branches[i]
+        members = [x for x in selected if i in x.branches]
+        mine = {x.layer.weight: x.rule for x in members}
+        other = next((p for p in branch.makers if p not in mine), None)
+        if other is None and len(set(mine.values())) == 1:
+            found.setdefault(members[0].rule, {})[i] = members
+            continue
+        reason = "its layers are pruned by different rules; give them one rule"
+        if other is not None:
+            name = owners.get(other, other)
+            reason = f"{name!r} makes channels inside of it too, and the rule does not select it"
+        names = tuple(x.layer.name for x in members)
+        kept.append(KeptWhole(branch.name, len(branch.units), names, reason))
+    return found
 
 
 # What protects units.

@@ -49,6 +49,8 @@ class UnitSet:
             loses first; None where there is none.
         allowed: the counts there are, ascending; the last is the most that may go.
         together: whether all that makes the units loses them, so that they can be removed.
+        branches: where the units are residual branches, all the units inside of each, of which
+            ``units`` has the first; else None.
     """
 
     units: np.ndarray
@@ -57,6 +59,7 @@ class UnitSet:
     common: np.ndarray | None
     allowed: np.ndarray
     together: bool
+    branches: tuple[np.ndarray, ...] | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -96,6 +99,7 @@ class Allocation:
         arrays: list[Any] = [*self.layers]
         for s in self.sets:
             arrays += [s.units, s.scores, s.start, s.common, s.allowed, s.together]
+            arrays += s.branches or []
         arrays += [x for name in self.layers for x in (name, self.channels[name])]
         arrays += map(repr, self.readers)
         arrays += [self.costs, self.budget.key if self.budget else None]
@@ -129,7 +133,17 @@ class Allocation:
         for s in self.sets:
             if s.together:
                 found[s.units.reshape(-1)] = s.places
+            for place, units in zip(s.places, s.branches or (), strict=False):
+                found[units] = place
         return found
+
+    def refuse_branches(self, where: str) -> None:
+        """Raises ValueError if a rule prunes by residual branches, which ``where`` cannot rank."""
+        if any(s.branches is not None for s in self.sets):
+            raise ValueError(
+                f"{where}: a rule has 'units': 'branch'; rank branches by a criterion that scores "
+                "channels, such as pp.l1_norm"
+            )
 
     @functools.cached_property
     def along(self) -> dict[str, tuple[int, ...]]:

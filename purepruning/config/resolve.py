@@ -85,7 +85,9 @@ def resolve(
     - ``units``: with a coupling, the kind of units where an axis lies in two factors: ``"head"``
       (what is taken of attention unless said), ``"head_position"``, ``"position"`` (what is taken
       elsewhere) or ``"block"``, see :class:`purepruning.coupling.units.Family`. Layers without a
-      choice lose what they have.
+      choice lose what they have. ``"branch"``: the residual branches whose layers the rule selects
+      (:attr:`Coupling.branches`) are ranked together by the sum of their layers' scores, and the
+      lowest go whole, which makes the model less deep; ``sparsity`` is that of branches.
 
     With a ``coupling`` coupled channels are pruned together (NNI's
     ``dependency_aware`` mode):

@@ -83,6 +83,9 @@ KEYS_OF_NNI_3 = {
 #: Kinds of units that a rule can choose between where an axis lies in two factors.
 UNIT_KINDS = ("head", "channel", "position", "block", "head_position")
 
+#: The kind of units that are residual branches: all that is inside of one goes together.
+BRANCH = "branch"
+
 
 @dataclasses.dataclass(frozen=True)
 class Gradual:
@@ -123,7 +126,7 @@ def check_keys(number: int, rule: Any) -> None:
     for key in ("exclude", "allow_empty"):
         if not isinstance(rule.get(key, False), bool):
             raise TypeError(f"rule {number}: {key} must be True or False, got {rule[key]!r}")
-    one_of(f"rule {number}: units", rule.get("units", "head"), UNIT_KINDS)
+    one_of(f"rule {number}: units", rule.get("units", "head"), (*UNIT_KINDS, BRANCH))
     given = [key for key in _SPARSITIES if key in rule]
     other = [key for key in rule if key not in (*SELECTORS, "exclude")]
     if rule.get("exclude", False) and other:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ class Selected(NamedTuple):
         groups: indices of the coupling's groups that the rule prunes it by.
         sparsity, allow_empty, gradual, iterations, most: what the rule says; ``most`` is the
             largest fraction to prune in global scope.
+        branches: where the rule prunes by residual branches, indices of those the layer makes.
     """
 
     layer: Layer
@@ -39,6 +40,7 @@ class Selected(NamedTuple):
     gradual: Gradual | None
     iterations: int | None
     most: float
+    branches: frozenset[int] = frozenset()
 
 
 class UnitSets:
@@ -126,6 +128,44 @@ class UnitSets:
                 )
         most = min(*caps, size - (not allow_empty))
         self._add(chunks, members, self._allowed(chunks, members, most), None)
+
+    def add_branches(self, branches: Mapping[int, Sequence[Selected]]) -> None:
+        """Adds residual branches that one rule prunes, by index, with the layers that make each."""
+        members = list({x.layer.name: x for some in branches.values() for x in some}.values())
+        inside = tuple(self.coupling.branches[i].units for i in branches)
+        lead = members[0]
+        self.check_times(members)
+        places = self.next + np.arange(len(inside))
+        scores = []
+        for place, units, some in zip(places, inside, branches.values(), strict=True):
+            self.common[units] = place
+            rows = [np.flatnonzero(np.isin(x.units, units).any(1)) for x in some]
+            each = [self.start[x.layer.name] + row for x, row in zip(some, rows, strict=True)]
+            scores.append(np.concatenate(each))
+        index = np.full((len(scores), max(map(len, scores))), self.n_channels)
+        for row, channels in zip(index, scores, strict=True):
+            row[: len(channels)] = channels
+        most = len(inside) - (not lead.allow_empty)
+        first = np.array([[units[0] for units in inside]])
+        allowed = np.arange(most + 1)
+        self.sets.append(
+            UnitSet(first, index.astype(np.int32), self.next, None, allowed, True, inside)
+        )
+        self.pools.append(
+            Pool(
+                self._name(f"branches of rule {lead.rule}"),
+                lead.rule,
+                tuple(x.layer for x in members),
+                len(inside),
+                most,
+                (),
+                lead.sparsity,
+                lead.allow_empty,
+                lead.gradual,
+                lead.iterations,
+            )
+        )
+        self.next += len(inside)
 
     def channels(self) -> dict[str, np.ndarray]:
         """Returns by layer the places of the units that its channels go with."""

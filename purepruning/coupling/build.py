@@ -55,6 +55,7 @@ def build(
             tuple(roles[path, a] for a in range(len(leaves[path]))),
             tuple((path, a) in flow.nonzero for a in range(len(leaves[path]))),
             path in flow.tables,
+            path in flow.depthwise,
         )
         for path in paths
     }

@@ -26,6 +26,7 @@ from purepruning.arrays import (
     namespace,
 )
 from purepruning.counts import count_of
+from purepruning.coupling.branches import Branch, branches_of
 from purepruning.coupling.describe import text
 from purepruning.coupling.unit_masks import (
     Chosen,
@@ -78,6 +79,24 @@ class Coupling:
         for i, family in enumerate(self.families):
             found[family.units] = i
         return found
+
+    @functools.cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """The residual branches, whose units may go all at once: a rule's ``"units": "branch"``.
+
+        >>> import jax, jax.numpy as jnp
+        >>> import purepruning as pp
+        >>> def fn(params, x):
+        ...     h = x @ params["stem"]
+        ...     for block in params["blocks"]:
+        ...         h = h + jax.nn.relu(h @ block["up"]) @ block["down"]
+        ...     return h @ params["head"]
+        >>> blocks = [{"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))} for _ in range(2)]
+        >>> params = {"stem": jnp.ones((3, 4)), "blocks": blocks, "head": jnp.ones((4, 2))}
+        >>> pp.couple(fn, params, jnp.ones((1, 3))).branches
+        (Branch('blocks.0.up[1]', 8 units), Branch('blocks.1.up[1]', 8 units))
+        """
+        return branches_of(self.leaves, self.families)
 
     @functools.cached_property
     def digest(self) -> str:

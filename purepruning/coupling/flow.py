@@ -45,6 +45,7 @@ class Flow:
         self.stacks: set[tuple[str, int]] = set()
         self.nonzero: set[tuple[str, int]] = set()
         self.tables: set[str] = set()
+        self.depthwise: set[str] = set()
         self.heads: list[np.ndarray] = []
         self.head_positions: list[np.ndarray] = []
         self.unknown: dict[str, int] = {}

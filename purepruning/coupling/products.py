@@ -210,6 +210,8 @@ def _grouped(
     n_in = n_full if transposed else n_shared
     if n_shared == 1 and n_full == 1:
         atoms.same(ends[0], right.axes[full], "a channel and its own kernel")
+        if right.origins is not None:
+            flow.depthwise.update(path for path, _ in right.origins[full])
         return right.axes[full], None, 1
     known = [atoms.resolve(x) for x in ends]
     direct = right.leaf is not None and once and n_shared > 1 and n_full > 1

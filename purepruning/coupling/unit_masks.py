@@ -9,6 +9,7 @@ import numpy as np
 
 from purepruning.arguments import missing, shown
 from purepruning.arrays import array_like, is_array, is_concrete, is_torch, jax_array
+from purepruning.coupling.branches import branches_of
 from purepruning.coupling.units import Coupled, Family
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.trees import flatten
@@ -75,7 +76,7 @@ class Chosen(NamedTuple):
 def check_removal(
     leaves: Mapping[str, Coupled], families: Sequence[Family], groups: Groups, removed: np.ndarray
 ) -> None:
-    """Raises ValueError if removing these units is uneven or empties an axis."""
+    """Raises ValueError if this is uneven, or empties an axis that lies in no whole branch."""
     for chunks in groups:
         counts = [int(removed[chunk].sum()) for chunk in chunks]
         if len(set(counts)) > 1:
@@ -84,10 +85,18 @@ def check_removal(
                 f"units of {family.name} must go evenly from the {len(chunks)} parts of it, "
                 f"got {counts}"
             )
-    for path, leaf in leaves.items():
-        for axis, units in enumerate(leaf.units):
-            if units is not None and removed[units].any(-1).all():
-                raise ValueError(f"pruned leaves nothing of axis {axis} of {path!r}")
+    emptied = [
+        (path, axis, units)
+        for path, leaf in leaves.items()
+        for axis, units in enumerate(leaf.units)
+        if units is not None and removed[units].any(-1).all()
+    ]
+    whole = np.zeros_like(removed)
+    for branch in branches_of(leaves, families) if emptied else ():
+        whole[branch.units] = removed[branch.units].all()
+    for path, axis, units in emptied:
+        if not whole[units].any(-1).all():
+            raise ValueError(f"pruned leaves nothing of axis {axis} of {path!r}")
 
 
 def units_of(

@@ -26,6 +26,7 @@ class Coupled:
         nonzero: for every axis whether it reads channels that are not zero once what makes, scales
             and shifts them is masked, as behind a sigmoid.
         table: whether it holds integers or booleans, which are cut and never masked.
+        depthwise: whether it is a kernel that reads and makes the same channels, each by itself.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class Coupled:
     roles: tuple[str, ...]
     nonzero: tuple[bool, ...]
     table: bool = False
+    depthwise: bool = False
 
     def kept(self, axis: int, removed: np.ndarray) -> np.ndarray | None:
         """Returns which positions of an axis stay, ``(n,)`` or ``(blocks, n)``; None for all."""

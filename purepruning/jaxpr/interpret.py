@@ -81,6 +81,9 @@ class Run:
         s = self.s
         operands = [self.values[n] for n in op.inputs]
         results = [self.values[n] for n in op.outputs]
+        if self.is_of_nothing(op, operands, results):
+            avals = [self.program.avals[n] for n in op.outputs]
+            return [jnp.zeros(s.shape(v), x.dtype) for v, x in zip(results, avals, strict=True)]
         arrays = [self.read(n) for n in op.inputs]
         if op.name in ("div", "mul") and (mean := self.mean(op)) is not None:
             arrays = _with_divisor(arrays, operands, mean, op.name, s)
@@ -95,6 +98,15 @@ class Run:
             full = self.bind(op, arrays, op.params)
             return [self.cut(a, v) for a, v in zip(full, results, strict=True)]
         return self.bind(op, arrays, op.params)
+
+    def is_of_nothing(self, op: Op, operands: list[Value], results: list[Value]) -> bool:
+        """Whether an operation runs inside of a branch that went, or sums what is left behind it.
+
+        XLA knows no convolution of no channels; the sum of no products is zero.
+        """
+        if op.inner or not any(_is_emptied(self.s, v) for v in operands):
+            return False
+        return op.name == "conv_general_dilated" or all(_is_emptied(self.s, v) for v in results)
 
     def inner(self) -> list[Trace]:
         """Returns the traces of the programs inside the present operation."""
@@ -191,6 +203,11 @@ class Run:
         if op.inner:
             return _elementwise(op.inner[0], parts)[which]
         return self.bind(op, parts, op.params)[which]
+
+
+def _is_emptied(s: Removal, value: Value) -> bool:
+    kept = [s.kept(axis) for axis in value.axes]
+    return any(k is not None and not len(k) for k in kept)
 
 
 def _elementwise(program: Program, arguments: Sequence[Any]) -> list[Any]:

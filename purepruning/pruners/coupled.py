@@ -245,6 +245,7 @@ def units_pruned(where: str, scores: Array, params: Params, config: Config) -> t
     if is_torch(like) != is_torch(scores):
         kinds = ["torch" if is_torch(x) else "JAX" for x in (scores, like)]
         raise TypeError(f"{where}: scores are of {kinds[0]}, but params of {kinds[1]}")
+    allocation.refuse_branches(where)
     order = np.concatenate([s.units.reshape(-1) for s in allocation.sets]) - 1
     grids = {x.name: grid(x, config.granularity) for x in config.layers}
     before = by_path(config.masks, tree.leaves) if config.masks else {}

@@ -98,6 +98,7 @@ def _units_of(coupling: Any) -> tuple[Coupling, np.ndarray]:
     allocation = coupling.allocation
     if allocation is None:
         raise ValueError("group_penalty: the config has no coupling; give resolve a coupling=...")
+    allocation.refuse_branches("group_penalty")
     chosen = np.zeros(allocation.coupling.n_units + 1, bool)
     for units in allocation.sets:
         chosen[units.units.reshape(-1)] = True

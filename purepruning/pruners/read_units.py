@@ -96,6 +96,7 @@ def readers_of(
 
 def _refuse_unread(where: str, found: Sequence[Reader], config: Config) -> None:
     allocation = allocation_of(where, config)
+    allocation.refuse_branches(where)
     seen = np.zeros(allocation.coupling.n_units + 1, bool)
     for reader in found:
         seen[reader.places.units] = True

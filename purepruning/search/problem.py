@@ -209,6 +209,7 @@ def problem(
     resources: dict[str, Resource] = {}
     if config.allocation is not None:
         coupling = config.allocation.coupling
+        config.allocation.refuse_branches("problem")
         sets = [s.units for s in config.allocation.sets]
         if any(s.common is not None for s in config.allocation.sets):
             raise ValueError(

@@ -620,3 +620,44 @@ def test_tables_that_are_in_no_state_dict_are_cut_in_the_own_class():
     assert torch.equal(small.scale, model.scale[kept])
     assert model.scale.shape == (16,)
     check_law(model, inputs, masks, small, report.plan)
+
+
+class _Residual(nn.Module):
+    """A block that adds to what it is given."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def test_whole_residual_branches_go_and_the_class_stays():
+    blocks = [_Residual(nn.Linear(8, 6), nn.Linear(6, 8)) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(3, 8), *blocks, nn.Linear(8, 2))
+    with torch.no_grad():
+        blocks[1].up.weight.mul_(0.1)
+    x = torch.randn(2, 3)
+    coupling = ppt.couple(model, x)
+    rules = [{"sparsity": 0.4, "op_partial_names": ["up"], "units": "branch"}]
+    config = pp.resolve(rules, ppt.layers(model), coupling=coupling)
+    masks = pp.l1_norm(dict(model.named_parameters()), None, config)
+    small = ppt.shrink(model, masks, coupling, x).model
+    assert type(small) is nn.Sequential
+    assert [tuple(small[i].up.weight.shape) for i in (1, 2, 3)] == [(6, 8), (0, 8), (6, 8)]
+    expected = model[0](x)  # by hand: of the second block its last bias is left
+    expected = blocks[2](blocks[0](expected) + blocks[1].down.bias)
+    torch.testing.assert_close(small(x), model[4](expected))
+
+
+def test_branches_of_convolutions_are_refused_by_name():
+    blocks = [_Residual(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Conv2d(8, 2, 1))
+    x = torch.randn(1, 3, 4, 4)
+    coupling = ppt.couple(model, x)
+    rules = [{"sparsity": 0.5, "op_partial_names": ["up"], "units": "branch"}]
+    config = pp.resolve(rules, ppt.layers(model), coupling=coupling)
+    masks = pp.l1_norm(dict(model.named_parameters()), None, config)
+    with pytest.raises(ValueError, match="no convolutions without channels; leave its layers out"):
+        ppt.shrink(model, masks, coupling, x)

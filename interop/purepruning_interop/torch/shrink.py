@@ -246,6 +246,7 @@ def _build(
     norms: str,
 ) -> _Built:
     plan = plan_of(coupling, removed)
+    _refuse_empty_kernels(plan)
     names = leaf_names(model)
     state = _cut_state(model, plan, masked, names)
     found = analyse(model, *given, coupling.outputs)
@@ -291,6 +292,18 @@ def _build(
     elif lost:
         why += f"; the graph lacks what only training uses: {', '.join(sorted(lost))}"
     return _Built(graph.module, plan, "graph", why, deviation, graph.fixed)
+
+
+def _refuse_empty_kernels(plan: Plan) -> None:
+    """Raises ValueError where a residual branch goes whose convolutions would have no channels."""
+    for path in plan.cuts:
+        shape = plan.shape(path)
+        if len(shape) > 3 and 0 in shape:
+            raise ValueError(
+                f"a residual branch goes, and {path!r} would be of shape {shape}, but torch has no "
+                "convolutions without channels; leave its layers out of rules with 'units': "
+                "'branch', or take the block away by purepruning_interop.torch.drop_blocks"
+            )
 
 
 def _in_training(own: torch.nn.Module, model: torch.nn.Module, reference: Reference) -> str:
