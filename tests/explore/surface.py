@@ -1158,6 +1158,18 @@ def _jax(s: Side) -> Iterator[Call]:
     of |= {"model": _module(keras.layers.Layer), "params": params}
     yield row("purepruning_interop.keras.params", keras_model, of=of)
     yield row("purepruning_interop.keras.load", keras_model, ppk.params(keras_model), of=of)
+    trained = world.keras_model()
+    trained.compile(ppk.KeepPruned(keras.optimizers.SGD()))
+    made = {"a/kernel": np.eye(4, 6) > 0}
+    yield row("purepruning_interop.keras.get_masks", trained, of=of)
+    yield row("purepruning_interop.keras.set_masks", trained, made, of=of)
+    shares = {name: real(0, 1) for name in ("target_sparsity", "initial_sparsity")}
+    steps = {name: integer(0) for name in ("begin_step", "end_step")}
+    of = shares | steps | {"final_sparsity": _GOOD, "power": _GOOD, "frequency": integer(1)}
+    yield row(
+        "purepruning_interop.keras.ConstantSparsity", 0.5, 0, 8, 1, of=of | {"end_step": _GOOD}
+    )
+    yield row("purepruning_interop.keras.PolynomialDecay", 0.0, 0.5, 0, 8, 3.0, 1, of=of)
 
 
 def _transformed() -> Kind:

@@ -14,6 +14,8 @@ require_jax(__name__)
 
 from purepruning_interop.keras.capture import activations, capture, replace
 from purepruning_interop.keras.layers import layers
+from purepruning_interop.keras.optimizer import KeepPruned, get_masks, set_masks
+from purepruning_interop.keras.schedule import ConstantSparsity, PolynomialDecay, PruneOnSchedule
 from purepruning_interop.keras.shrink import count, couple, rebuild, shrink
 from purepruning_interop.keras.variables import function, load, params
 
@@ -29,4 +31,10 @@ __all__ = [
     "count",
     "shrink",
     "rebuild",
+    "KeepPruned",
+    "get_masks",
+    "set_masks",
+    "PruneOnSchedule",
+    "ConstantSparsity",
+    "PolynomialDecay",
 ]

@@ -64,12 +64,12 @@ def _is_graph(model: Any) -> bool:
 def _config(layer: Any, name: str, plan: pp.Plan) -> dict[str, Any]:
     """Returns the configuration of a layer with the sizes that a plan leaves."""
     config = layer.get_config()
-    if isinstance(layer, keras.layers.Wrapper):  # its configuration holds that of another layer
-        for key in ("layer", "backward_layer"):
-            inner = getattr(layer, "forward_layer" if key == "layer" else key, None)
-            inner = inner or getattr(layer, "layer", None)
-            if inner is not None and config.get(key):
-                config[key]["config"] |= _sizes(inner, f"{name}/{inner.name}", plan)
+    inside: dict[str, Any] = {"layer": getattr(layer, "layer", None)}
+    if isinstance(layer, keras.layers.Bidirectional):
+        inside = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
+    for key, inner in inside.items():  # configurations that this one holds
+        if isinstance(config.get(key), dict):
+            config[key]["config"] |= _sizes(inner, f"{name}/{inner.name}", plan)
     return config | _sizes(layer, name, plan)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from purepruning.arguments import missing, shown
+from purepruning.arrays import copied
 from purepruning_interop._capture import call_model
 from purepruning_interop.keras.walk import check, walk
 
@@ -23,8 +24,8 @@ def params(model: Any, /) -> dict[str, jax.Array]:
     A path is made of the names of the layers around a variable and its own, joined by ``/``:
     ``variable.path`` without the name of the model itself. Those that are not trained, such as the
     averages of a batch norm, are among them; states of random numbers, of metrics and of the
-    optimizer are not. Keras numbers layers without a name through the whole process (``dense_3``):
-    name layers whose masks are to be saved.
+    optimizer are not. They are copies, which ``fit`` does not touch. Keras numbers layers without a
+    name through the whole process (``dense_3``): name layers whose masks are to be saved.
 
     Args:
         model: a built model or layer: functional, sequential or subclassed.
@@ -39,7 +40,7 @@ def params(model: Any, /) -> dict[str, jax.Array]:
     {'last/kernel': (3, 2), 'last/bias': (2,)}
     """
     check("params(model)", model)
-    return {path: v.value for path, v in variables(model).items()}
+    return _copies(variables(model))
 
 
 def load(model: Any, params: Mapping[str, Any], /) -> None:
@@ -64,7 +65,7 @@ def load(model: Any, params: Mapping[str, Any], /) -> None:
     check(where, model)
     found = variables(model)
     for path, array in _fitting(where, found, params).items():
-        found[path].assign(array)
+        write(found[path], array)
 
 
 def function(
@@ -88,12 +89,21 @@ def function(
     def fn(params: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
         return call(model, found, params, method, inputs, kwargs)[0]
 
-    return fn, {path: v.value for path, v in found.items()}
+    return fn, _copies(found)
 
 
 def variables(model: Any) -> dict[str, Any]:
     """Returns the ``keras.Variable`` objects of a model by their keys among the parameters."""
     return {path: v for held in walk(model) for path, v in held.variables.items()}
+
+
+def write(variable: Any, array: jax.Array) -> None:
+    """Assigns a copy: ``fit`` gives away the memory of what its variables hold."""
+    variable.assign(copied(array))
+
+
+def _copies(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {path: copied(v.value) for path, v in variables.items()}
 
 
 def current(
