@@ -82,7 +82,7 @@ def test_importing_the_adapters_package_loads_no_framework(tmp_path):
     assert loaded_by(["purepruning_interop"], tmp_path)["purepruning_interop"] & FRAMEWORKS == set()
 
 
-@pytest.mark.parametrize("part", ["recipes", "tasks"])
+@pytest.mark.parametrize("part", ["recipes", "tasks", "study", "report"])
 def test_what_serves_all_frameworks_loads_none_of_them(part, tmp_path):
     name = f"purepruning_interop.{part}"
     assert loaded_by([name], tmp_path)[name] & FRAMEWORKS == set()
@@ -90,7 +90,7 @@ def test_what_serves_all_frameworks_loads_none_of_them(part, tmp_path):
 
 def test_adapters_are_the_listed_ones():
     found = {m.name for m in pkgutil.iter_modules(purepruning_interop.__path__)}
-    listed = {*ADAPTERS, "recipes", "tasks", "checkpoints", "cli"}
+    listed = {*ADAPTERS, "recipes", "tasks", "study", "report", "checkpoints", "cli"}
     assert {name for name in found if not name.startswith("_")} == listed
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from purepruning_interop.cli import inspect, prune, shrink
+from purepruning_interop.cli import inspect, prune, shrink, study
 from purepruning_interop.cli.errors import BUG, NOT_WRITTEN, USAGE, WRONG_INPUT, message_of
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("shrink")(shrink.shrink)
+app.command("study")(study.study)
 
 _options = {"traceback": False}
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer names none of its bases

@@ -9,7 +9,7 @@ from typing import Any
 import purepruning as pp
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # functions are equal to none
 class Task:
     """A model, its data and its training, as pure functions over parameters.
 
