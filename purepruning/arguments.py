@@ -15,6 +15,8 @@ import numpy as np
 from purepruning.arrays import (
     by_numpy,
     compiled,
+    has_values,
+    is_array,
     is_concrete,
     is_dense,
     is_numpy,
@@ -87,6 +89,13 @@ def instance(value: Any, of: type | tuple[type, ...], where: str, expected: str)
     """Raises TypeError for what is none of these; ``where`` names the argument in the message."""
     if not isinstance(value, of):
         raise TypeError(f"{where} must be {expected}, got {shown(value)}")
+
+
+def floats(value: Any, where: str) -> None:
+    """Raises TypeError for what is no array of real floating-point numbers."""
+    known = is_array(value) and has_values(value)
+    if not (known and namespace(value).isdtype(value.dtype, "real floating")):
+        raise TypeError(f"{where} must be an array of floats, got {shown(value)}")
 
 
 def function(value: Any, where: str, expected: str) -> None:

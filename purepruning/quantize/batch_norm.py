@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import collection, instance, missing
+from purepruning.arguments import collection, floats, instance, missing, scalar
 from purepruning.arrays import by_numpy, namespace, sqrt
 from purepruning.layers import Layer
 from purepruning.trees import flatten
@@ -85,6 +85,9 @@ def fold_batch_norms(
     found: dict[str, dict[str, Any]] = {}
     for norm in rows:
         instance(norm, BatchNorm, "fold_batch_norms: every norm", "a BatchNorm")
+        instance(
+            norm.layer, Layer, f"fold_batch_norms: the layer of {norm.name!r}", "its Layer row"
+        )
         found[norm.name] = {
             what: _leaf(norm, what, path, tree.leaves, of)
             for tree, of, paths in zip(trees, ("params", "statistics"), _paths(norm), strict=True)
@@ -118,6 +121,7 @@ def _leaf(norm: BatchNorm, what: str, path: str, leaves: Mapping[str, Any], of: 
     if path not in leaves:
         message = f"fold_batch_norms: {of} have no {what} {path!r} of the norm {norm.name!r}"
         raise KeyError(missing(message, path, leaves))
+    floats(leaves[path], f"fold_batch_norms: the {what} {path!r} of the norm {norm.name!r}")
     return leaves[path]
 
 
@@ -188,14 +192,18 @@ def fold_batch_norm(
     >>> fold_batch_norm(one[:, None], None, 6 * one, one, 0.5 * one, 4 * one, out_axis=0, epsilon=0)
     (array([[3.]], dtype=float32), array([-0.5], dtype=float32))
     """
+    given = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
+    given |= {} if bias is None else {"bias": bias}
+    for name, x in {"weight": weight, **given}.items():
+        floats(x, f"fold_batch_norm: {name}")
+    scalar(epsilon, "fold_batch_norm: epsilon", zero=True)
+    instance(out_axis, int, "fold_batch_norm: out_axis", "the number of an axis")
     if not -weight.ndim <= out_axis < weight.ndim:
         raise ValueError(
             f"fold_batch_norm: out_axis={out_axis} has no place in the weight's shape "
             f"{tuple(weight.shape)}; give the axis of the outputs"
         )
     channels = weight.shape[out_axis]
-    given = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
-    given |= {} if bias is None else {"bias": bias}
     for name, x in given.items():
         if tuple(x.shape) != (channels,):
             raise ValueError(

@@ -15,6 +15,7 @@ import math
 import warnings
 from typing import Any
 
+from purepruning.arguments import floats
 from purepruning.arrays import iota, namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target
 from purepruning.quantize.integers import Levels, in_steps
@@ -83,6 +84,7 @@ def activations(config: QuantizationConfig, *, key: Any = None) -> dict[str, AtS
         ValueError: as :func:`weights`.
     """
     _check("bnn.activations", config)
+    words = None if key is None else key_words(key)
     outputs = [t for t in config.activations if t.what == "output"]
     constant = [t.name for t in outputs if t.layer.type in _NEVER_NEGATIVE]
     if constant:
@@ -94,10 +96,7 @@ def activations(config: QuantizationConfig, *, key: Any = None) -> dict[str, AtS
         )
 
     def at(target: Target) -> AtSite:
-        return lambda value: (
-            map_arrays(lambda x: activation(x, key, name=target.site), value),
-            None,
-        )
+        return lambda value: (map_arrays(lambda x: _activation(x, words, target.site), value), None)
 
     return {target.site: at(target) for target in config.activations}
 
@@ -111,10 +110,14 @@ def activation(x: Array, key: Any = None, *, name: str = "") -> Any:
     >>> jax.vmap(jax.value_and_grad(activation))(jnp.array([-2.0, 0.0, 1.0]))[1].tolist()
     [0.0, 1.0, 1.0]
     """
+    floats(x, "bnn.activation: x")
+    return _activation(x, None if key is None else key_words(key), name)
+
+
+def _activation(x: Any, words: Any, name: str) -> Any:
     xp = namespace(x)
     constant = stop_gradient(x)
     through = xp.where(xp.abs(constant) <= 1, x - constant, 0.0)
-    words = None if key is None else key_words(key)
     return _sign(constant, words, name) + xp.where(constant == constant, through, x)
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Any
 
-from purepruning.arguments import whole_number
+from purepruning.arguments import floats, whole_number
 from purepruning.arrays import iota, map_gradient, namespace, stop_gradient
 from purepruning.quantize.config import MOST_BITS, QuantizationConfig, Target
 from purepruning.quantize.fake import fake_quantize, round_through
@@ -127,7 +127,8 @@ def activation(x: Array, bits: int) -> Any:
     >>> activation(np.float32([-1, 0.2, 0.4, 2]), 1).tolist()
     [0.0, 0.0, 0.0, 1.0]
     """
-    n = 2**bits - 1
+    n = 2 ** whole_number(bits, "dorefa.activation: bits", 1, MOST_BITS) - 1
+    floats(x, "dorefa.activation: x")
     return fake_quantize(x, namespace(x).asarray(1 / n, dtype=namespace(x).float32), 0, 0, n)
 
 
@@ -136,6 +137,8 @@ def gradient(g: Array, key: Any, bits: int, *, name: str = "") -> Any:
 
     The formula is that of :func:`activations`; ``name`` is the layer's.
     """
+    floats(g, "dorefa.gradient: g")
+    bits = whole_number(bits, "dorefa.gradient: bits", 1, MOST_BITS)
     return _gradient(g, *own_words(key_words(key), name), bits=bits)
 
 

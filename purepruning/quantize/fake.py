@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from purepruning.arguments import floats, is_number, scalar, whole_number
 from purepruning.arrays import namespace, stop_gradient
 from purepruning.types import Array
 
@@ -43,6 +44,7 @@ def affine(smallest: Array, largest: Array, low: int, high: int) -> Scale:
     >>> [float(x) for x in affine(np.float32(-3), np.float32(4.65), 0, 255)]
     [0.03, 100.0]
     """
+    _check_range("affine", smallest, largest, low, high)
     xp = namespace(smallest)
     zero = xp.zeros_like(smallest)
     smallest, largest = xp.minimum(smallest, zero), xp.maximum(largest, zero)
@@ -61,6 +63,7 @@ def symmetric(smallest: Array, largest: Array, low: int, high: int) -> Scale:
     >>> [float(x) for x in symmetric(np.float32(-3), np.float32(2.54), -127, 127)]
     [0.0236220, 0.0]
     """
+    _check_range("symmetric", smallest, largest, low, high)
     xp = namespace(smallest)
     scale = _or_one(xp.maximum(xp.abs(smallest), xp.abs(largest)) * (2 / (high - low)))
     return Scale(scale, xp.full_like(scale, (low + high) // 2))
@@ -85,10 +88,18 @@ def fake_quantize(x: Array, scale: Any, zero_point: Any, low: int, high: int) ->
         scale, zero_point: scalars, or arrays of as many axes as ``x`` that broadcast to it.
         low, high: the smallest and the largest integer.
 
+    Raises:
+        TypeError: ``x`` is no array of floats.
+        ValueError: the scale is a number that is not positive, or ``low`` is not below ``high``.
+
     >>> import jax.numpy as jnp
     >>> fake_quantize(jnp.array([-2.0, 0.3, 0.7, 9.0]), 0.5, 2, 0, 7).tolist()
     [-1.0, 0.5, 0.5, 2.5]
     """
+    floats(x, "fake_quantize: x")
+    _check_levels("fake_quantize", low, high)
+    if is_number(scale):
+        scalar(scale, "fake_quantize: scale")
     xp = namespace(x)
     wide = xp.astype(x, xp.float32)
     constant = stop_gradient(wide)
@@ -118,6 +129,17 @@ def round_through(x: Array) -> Any:
     xp = namespace(x)
     constant = stop_gradient(x)
     return xp.round(constant) + (x - constant)
+
+
+def _check_range(where: str, smallest: Any, largest: Any, low: Any, high: Any) -> None:
+    for name, x in (("smallest", smallest), ("largest", largest)):
+        if not is_number(x):
+            floats(x, f"{where}: {name}")
+    _check_levels(where, low, high)
+
+
+def _check_levels(where: str, low: Any, high: Any) -> None:
+    whole_number(high, f"{where}: high", whole_number(low, f"{where}: low", -(2**31)) + 1)
 
 
 def _or_one(scale: Any) -> Any:

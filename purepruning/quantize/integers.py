@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from purepruning.arguments import instance
 from purepruning.arrays import as_numpy, by_numpy, is_concrete, is_torch, namespace
 from purepruning.quantize.config import QuantizationConfig, Target, grouped
 from purepruning.quantize.targets import check_sites, weights_of
@@ -88,6 +89,8 @@ def of(
     check_sites("integers.of: levels", levels, config.weights, "levels of the quantizer")
     result = {}
     for target in config.weights:
+        where = f"integers.of: levels[{target.site!r}]"
+        instance(levels[target.site], Levels, where, "what levels of the quantizer returned")
         weight = on_host(found[target.owner.weight])
         result[target.site] = _integers(weight, levels[target.site], target)
     return result
@@ -126,6 +129,7 @@ def pack(weight: IntegerWeight) -> np.ndarray:
     >>> [f"{byte:08b}" for byte in pack(weight)]
     ['00011000']
     """
+    instance(weight, IntegerWeight, "integers.pack: weight", "what integers.of returned")
     unsigned = (weight.integers.astype(np.int64) - weight.low).reshape(-1, 1)
     return np.packbits((unsigned >> np.arange(weight.bits - 1, -1, -1)) & 1)
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from purepruning.arguments import floats, whole_number
 from purepruning.arrays import by_numpy, namespace, stop_gradient
 from purepruning.quantize.config import (
     QuantizationConfig,
@@ -84,6 +85,8 @@ def init(
     for target in config.activations:
         calls = seen[target.site]
         calls = calls if isinstance(calls, list) else [calls]
+        for call in calls:
+            floats(call, f"lsq.init: seen[{target.site!r}]")
         xp = namespace(calls[0])
         means = [xp.mean(call) for call in calls]
         scales[target.site] = _first(functools.reduce(xp.add, means) / len(means), target)
@@ -109,6 +112,8 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
     """
     refuse_start("lsq.weights", config)
     check_sites("lsq.weights: scales", scales, config.weights, "lsq.init")
+    for target in config.weights:
+        _check_scale(target, scales[target.site])
 
     def quantized(weight: Any, target: Target, scales: Mapping[str, Any]) -> Any:
         return quantize(weight, scales[target.site], *_range(target), group_size(target))
@@ -162,6 +167,10 @@ def quantize(x: Array, scale: Array, low: int, high: int, size: int) -> Any:
     >>> float(dx), float(ds)
     (1.0, 0.1133893)
     """
+    floats(x, "lsq.quantize: x")
+    whole_number(size, "lsq.quantize: size", 1)
+    whole_number(low, "lsq.quantize: low", -(2**31), 0)
+    whole_number(high, "lsq.quantize: high", 1)
     xp = namespace(x)
     wide = xp.astype(x, xp.float32)
     constant, step = stop_gradient(wide), stop_gradient(scale)
@@ -173,6 +182,18 @@ def quantize(x: Array, scale: Array, low: int, high: int, size: int) -> Any:
     of_x = xp.where(inside, wide - constant, 0.0)
     value = whole * step + of_x + slope * (scale - step)
     return xp.astype(xp.where(constant == constant, value, wide), x.dtype)
+
+
+def _check_scale(target: Target, scale: Any) -> None:
+    where = f"lsq.weights: scales[{target.site!r}]"
+    floats(scale, where)
+    shape, axes = grouped(target)
+    wanted = tuple(1 if a in axes else n for a, n in enumerate(shape))
+    if tuple(scale.shape) not in (wanted, ()):
+        raise ValueError(
+            f"{where} has shape {tuple(scale.shape)}, but by its rule {wanted}; give what lsq.init "
+            "returned for this config"
+        )
 
 
 def _range(target: Target) -> tuple[int, int]:

@@ -18,12 +18,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from purepruning.arguments import fraction, instance, one_of
+from purepruning.arguments import fraction, instance, one_of, shown
 from purepruning.arrays import (
     bits_float,
     counted,
     float_bits,
     iota,
+    is_array,
     namespace,
     stop_gradient,
     zeros,
@@ -93,6 +94,7 @@ def init(params: Params, config: QuantizationConfig, kind: Kind = "min_max") -> 
 def watch(state: Observers, config: QuantizationConfig) -> dict[str, AtSite]:
     """Returns functions for ``replace`` that leave values as they are and find what is observed."""
     check_quantization("observers.watch", config)
+    _check_state("observers.watch: state", state)
     check_sites("observers.watch: state", state, config.activations, "observers.init")
 
     def at(target: Target) -> AtSite:
@@ -116,9 +118,12 @@ def update(state: Observers, seen: Mapping[str, Any], config: QuantizationConfig
         KeyError: there is no observer of a site, or nothing was seen there.
     """
     check_quantization("observers.update", config)
+    _check_state("observers.update: state", state)
     check_sites("observers.update: state", state, config.activations, "observers.init")
     check_sites("observers.update: seen", seen, config.activations, "replace")
     sites = [target.site for target in config.activations]
+    for site in sites:
+        _check_seen(f"observers.update: seen[{site!r}]", seen[site], state[site])
     return {**state, **{site: after(state[site], seen[site]) for site in sites}}
 
 
@@ -157,7 +162,7 @@ def merge(a: Observers, b: Observers) -> Observers:
         ValueError: they are of different sites or kinds.
     """
     for state in (a, b):
-        instance(state, Mapping, "observers.merge: state", "what observers.init returned")
+        _check_state("observers.merge: state", state)
     if {site: type(x) for site, x in a.items()} != {site: type(x) for site, x in b.items()}:
         raise ValueError(
             "observers.merge: the states are of different sites or kinds; make both by "
@@ -192,6 +197,7 @@ def ranges(state: Observers, *, coverage: float = 1.0) -> dict[str, Range]:
     Range(low=Array(-1., dtype=float32), high=Array(3., dtype=float32))
     """
     coverage = fraction(coverage, "observers.ranges: coverage")
+    _check_state("observers.ranges: state", state)
     if coverage < 1 and not all(isinstance(x, Histogram) for x in state.values()):
         raise ValueError(
             "observers.ranges: coverage has a meaning for histograms only; make the observers by "
@@ -232,6 +238,23 @@ def whole_range(seen: Any) -> Range:
     calls = [seen] if isinstance(seen, Range) else list(seen)
     xp = namespace(calls[0].low)
     return _covering([Range(xp.min(call.low), xp.max(call.high)) for call in calls])
+
+
+def _check_state(where: str, state: Any) -> None:
+    instance(state, Mapping, where, "what observers.init returned, observers by site")
+    for site, observer in state.items():
+        kinds = (Range, MovingAverage, Histogram)
+        instance(observer, kinds, f"{where}[{site!r}]", "an observer as observers.init makes them")
+
+
+def _check_seen(where: str, seen: Any, observer: Observer) -> None:
+    for call in seen if isinstance(seen, list) else [seen]:
+        right = is_array(call) if isinstance(observer, Histogram) else isinstance(call, Range)
+        if not right:
+            raise TypeError(
+                f"{where} must be what the function at this site found, got {shown(call)}; give "
+                "what replace returned with at=watch(state, config)"
+            )
 
 
 def _covering(ranges: list[Range]) -> Range:

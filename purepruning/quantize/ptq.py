@@ -1,11 +1,13 @@
 """Quantisation after training: weights by their range, activations by what observers have seen.
 
-state = observers.init(params, config, "histogram")
-for x in batches:
-    _, seen = linen.replace(model, params, x, at=observers.watch(state, config))
-    state = observers.update(state, seen, config)
-at = ptq.activations(observers.ranges(state, coverage=0.9999), config)
-logits, _ = linen.replace(model, ptq.weights(params, None, config), x, at=at)
+::
+
+    state = observers.init(params, config, "histogram")
+    for x in batches:
+        _, seen = linen.replace(model, params, x, at=observers.watch(state, config))
+        state = observers.update(state, seen, config)
+    at = ptq.activations(observers.ranges(state, coverage=0.9999), config)
+    logits, _ = linen.replace(model, ptq.weights(params, None, config), x, at=at)
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from purepruning.arguments import instance
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
 from purepruning.quantize.fake import fake_quantize
 from purepruning.quantize.integers import Levels, weight_levels
@@ -44,8 +47,7 @@ def levels(params: Params, config: QuantizationConfig) -> dict[str, Levels]:
 
 def activation_levels(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for inputs and outputs of these ranges."""
-    check_quantization("ptq.activation_levels", config)
-    check_sites("ptq.activation_levels: ranges", ranges, config.activations, "observers.ranges")
+    _check("ptq.activation_levels", ranges, config)
     return {t.site: Levels(*scale_of(t, *ranges[t.site]), *t.range) for t in config.activations}
 
 
@@ -57,8 +59,7 @@ def activations(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict
     Raises:
         KeyError: there is no range of a site.
     """
-    check_quantization("ptq.activations", config)
-    check_sites("ptq.activations: ranges", ranges, config.activations, "observers.ranges")
+    _check("ptq.activations", ranges, config)
 
     def at(target: Target) -> AtSite:
         scale = scale_of(target, *ranges[target.site])
@@ -69,3 +70,11 @@ def activations(ranges: Mapping[str, Range], config: QuantizationConfig) -> dict
         return quantize
 
     return {target.site: at(target) for target in config.activations}
+
+
+def _check(where: str, ranges: Any, config: Any) -> None:
+    check_quantization(where, config)
+    check_sites(f"{where}: ranges", ranges, config.activations, "observers.ranges")
+    for site in (target.site for target in config.activations):
+        wanted = "a Range, as observers.ranges returns"
+        instance(ranges[site], Range, f"{where}: ranges[{site!r}]", wanted)

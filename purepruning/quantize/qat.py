@@ -101,6 +101,8 @@ def activations(
 
     def at(target: Target) -> AtSite:
         average = state.averages[target.site]
+        where = f"qat.activations: state.averages[{target.site!r}]"
+        instance(average, observers.MovingAverage, where, "as qat.init makes it")
 
         def quantize(value: Any) -> tuple[Any, Any]:
             arrays, seen, now = arrays_at("qat.activations", target, value), None, average

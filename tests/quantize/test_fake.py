@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from purepruning.quantize import Scale, affine, fake_quantize, symmetric
+from purepruning.quantize import (
+    Scale,
+    affine,
+    bnn,
+    dorefa,
+    fake_quantize,
+    fold_batch_norm,
+    integers,
+    lsq,
+    symmetric,
+)
 from purepruning.quantize.fake import round_through, to_integers
+from tests.messages import raises
 
 F = np.float32
 
@@ -142,3 +153,45 @@ def test_round_through():
     y = round_through(x)
     y.sum().backward()
     assert (y.tolist(), x.grad.tolist()) == ([0, 2, 0], [1, 1, 1])
+
+
+X = jnp.ones((2, 3))
+ONE = jnp.float32(1)
+MISTAKES = [
+    (
+        TypeError,
+        "fake_quantize: x must be an array of floats",
+        lambda: fake_quantize("a", 1, 0, 0, 7),
+    ),
+    (TypeError, "array of floats", lambda: fake_quantize(jnp.arange(3), 1.0, 0, 0, 7)),
+    (ValueError, "fake_quantize: scale", lambda: fake_quantize(X, 0.0, 0, 0, 7)),
+    (ValueError, "fake_quantize: scale", lambda: fake_quantize(X, -1.0, 0, 0, 7)),
+    (ValueError, "high must be at least 8, got 0", lambda: fake_quantize(X, 1.0, 0, 7, 0)),
+    (TypeError, "low must be an integer", lambda: fake_quantize(X, 1.0, 0, 0.5, 7)),
+    (ValueError, "affine: high must be at least 8", lambda: affine(ONE, ONE, 7, 7)),
+    (TypeError, "affine: smallest", lambda: affine("a", ONE, 0, 7)),
+    (TypeError, "symmetric: largest", lambda: symmetric(ONE, None, 0, 7)),
+    (ValueError, "dorefa.activation: bits", lambda: dorefa.activation(X, 0)),
+    (TypeError, "dorefa.gradient: g", lambda: dorefa.gradient(3, 1, 2)),
+    (ValueError, "dorefa.gradient: bits", lambda: dorefa.gradient(X, 1, 0)),
+    (TypeError, "bnn.activation: x", lambda: bnn.activation(jnp.arange(3))),
+    (TypeError, "lsq.quantize: x", lambda: lsq.quantize(None, ONE, -8, 7, 1)),
+    (ValueError, "lsq.quantize: size", lambda: lsq.quantize(X, ONE, -8, 7, 0)),
+    (ValueError, "lsq.quantize: high", lambda: lsq.quantize(X, ONE, -8, 0, 1)),
+    (TypeError, "integers.pack: weight", lambda: integers.pack(3)),
+    (TypeError, "fold_batch_norm: weight", lambda: folded(weight=[[1.0]])),
+    (TypeError, "fold_batch_norm: epsilon", lambda: folded(epsilon="a")),
+    (ValueError, "fold_batch_norm: epsilon", lambda: folded(epsilon=-1.0)),
+    (TypeError, "fold_batch_norm: out_axis", lambda: folded(out_axis="a")),
+]
+
+
+def folded(*, weight=X, out_axis=0, epsilon=1e-5):
+    arrays = (jnp.ones(2),) * 4
+    return fold_batch_norm(weight, None, *arrays, out_axis=out_axis, epsilon=epsilon)
+
+
+@pytest.mark.parametrize(("error", "part", "call"), MISTAKES, ids=[m[1] for m in MISTAKES])
+def test_mistakes_are_named(error, part, call):
+    with raises(error, part):
+        call()

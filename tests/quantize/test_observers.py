@@ -169,6 +169,29 @@ def test_mistakes_are_named():
             init({}, CONFIG)
 
 
+def test_states_and_ranges_that_are_none_are_named():
+    state, averages = observed("min_max", BATCHES), qat.init(PARAMS, CONFIG)
+    found = Range(F(-1), F(1))
+    for call, parts in [
+        (lambda: observers.update(state, {SITE: 3}, CONFIG), ("seen['fc:input']", "give what rep")),
+        (lambda: observers.update(state, {SITE: jnp.ones(3)}, CONFIG), ("seen['fc:input']",)),
+        (lambda: observers.update({SITE: 3}, {SITE: found}, CONFIG), ("state['fc:input']", "3")),
+        (lambda: observers.watch({SITE: 3}, CONFIG), ("watch: state['fc:input']",)),
+        (lambda: observers.ranges(None), ("observers.ranges: state", "None")),
+        (lambda: observers.ranges(averages), ("observers.ranges: state", "State")),
+        (lambda: qat.update(averages, {SITE: "a"}, CONFIG), ("seen['fc:input']", "'a'")),
+        (
+            lambda: qat.activations(averages._replace(averages=state), CONFIG)[SITE],
+            ("averages['fc",),
+        ),
+        (lambda: ptq.activations({SITE: (F(-1), F(1))}, CONFIG), ("ranges['fc:input']", "Range")),
+        (lambda: ptq.activations(averages.averages, CONFIG), ("ranges['fc:input']", "Range")),
+        (lambda: ptq.activation_levels({SITE: 3}, CONFIG), ("ptq.activation_levels: ranges",)),
+    ]:
+        with raises(TypeError, *parts):
+            call()
+
+
 def test_observers_of_sites_that_are_not_asked_for_stay():
     state = {**observed("min_max", BATCHES), "fd:input": Range(F(-1), F(1))}
     found = observers.update(state, {SITE: Range(F(-90), F(90))}, CONFIG)

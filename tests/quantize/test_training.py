@@ -305,6 +305,11 @@ def test_lsq_of_one_signed_bit_is_refused():
         lsq.init(FLAX, flax_config(WEIGHTS | {"quant_bits": 1}))
     with raises(KeyError, "lsq.init", "'relu1:output'"):
         lsq.init(FLAX, flax_config(OUTPUTS))
+    config = flax_config(WEIGHTS)
+    scales = lsq.init(FLAX, config)
+    for wrong, error in ((jnp.ones(5), ValueError), ("a", TypeError)):
+        with raises(error, "lsq.weights: scales['first:weight']"):
+            lsq.weights(FLAX, scales | {"first:weight": wrong}, config)
     with raises(ValueError, "quant_start_step", "only qat counts steps"):
         lsq.init(FLAX, flax_config(WEIGHTS | {"quant_start_step": 9}))
 
