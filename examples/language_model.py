@@ -1,188 +1,75 @@
-"""One shot on a language model: magnitude, Wanda, RIA, SparseGPT and ALPS, uniform and with OWL.
+"""One shot on a language model: single weights, then whole heads, neurons and blocks.
 
-    python examples/language_model.py           # about a million weights, some minutes
-    python examples/language_model.py --quick   # under half a minute, for a smoke test
+    python examples/language_model.py                     # about a million weights, some minutes
+    python examples/language_model.py --framework torch   # the same with an nn.Module
+    python examples/language_model.py --quick             # under 40 seconds, for a smoke test
 
-A character-level GPT in plain JAX learns the sources of Python's standard library, which every
-Python ships. It is then pruned without any training, block by block: block i + 1 is calibrated with
-what the pruned block i makes of the data. Validation loss is in bits per character. ``--obc`` adds
-optimal brain compression, which is exact and takes minutes.
+A character-level GPT learns the sources of Python's standard library, which every Python ships. It
+is then pruned without any further training. Single weights go block by block: block i + 1 is
+calibrated with what the pruned block i makes of the data; by magnitude, Wanda, RIA, SparseGPT and
+ALPS, as many in every block or by OWL. Then a quarter of the blocks' weights goes as whole heads
+and neurons (FLAP, Minitron) or as whole blocks (ShortGPT, SLEB), and what is left is a smaller
+model whose speed is measured. Validation loss is in bits per character. ``--obc`` adds optimal
+brain compression, which is exact and takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
-import sysconfig
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from _gpt import Settings, contexts, text
 from rich.console import Console
 from rich.table import Table
 
 import purepruning as pp
-from purepruning.stats import inputs
 
 RULES = [{"op_types": ["Linear"]}]
-RATE = 3e-3  # Adam's, with cosine decay
-
-
-class Settings(NamedTuple):
-    """Sizes of the model, of its training and of what it is calibrated and judged by."""
-
-    blocks: int = 4
-    width: int = 144
-    heads: int = 4
-    context: int = 128
-    batch: int = 16
-    steps: int = 900
-    characters: int = 2_000_000
-    calibration: int = 64  # contexts
-    validation: int = 128
-    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7)
-
-
-QUICK = Settings(2, 48, 2, 32, 32, 400, 60_000, 32, 64, (0.6,))
-Params = dict[str, Any]
+QUICK = Settings(4, 32, 4, 32, 32, 300, 60_000, 32, 64, (0.6,))
+QUARTER = 0.25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--framework", choices=["jax", "torch"], default="jax")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for a smoke test")
     parser.add_argument("--obc", action="store_true", help="also OBC, for minutes")
     arguments, console, start = parser.parse_args(), Console(), time.perf_counter()
     settings = QUICK if arguments.quick else Settings()
-    train, valid, letters = text(settings)
-    params = trained(train, letters, settings)
-    dense = bits(params, valid, settings)
-    weights = sum(x.size for x in jax.tree.leaves(params))
+    side = importlib.import_module(f"_gpt_{arguments.framework}").Side(settings)
+    data = text(settings)
+    model = side.trained(data)
+    valid = contexts(data.valid, settings.validation, settings)
+    some = contexts(data.train, settings.calibration, settings)
+    dense = side.bits(model, valid)
     console.print(
-        f"{weights:,} weights, {len(train):,} characters, {dense:.3f} bits per character after "
-        f"{time.perf_counter() - start:.0f} seconds."
+        f"{side.parameters(model):,} weights, {len(data.train):,} characters, {dense:.3f} bits per "
+        f"character after {time.perf_counter() - start:.0f} seconds."
     )
-    some = contexts(train, settings.calibration, settings)
     methods = METHODS | ({"OBC": pp.obc} if arguments.obc else {})
-    found = {
-        (name, how): pruned(params, some, method, how, settings)
+    losses = {
+        (name, how): side.bits(pruned(side, model, some, method, how, settings), valid)
         for how in allocations(settings)
         for name, method in methods.items()
     }
-    losses = {key: bits(p, valid, settings) for key, p in found.items()}
     console.print(table(losses, list(methods), dense, settings))
     console.print("\n".join(order(losses, settings)))
+    console.print(structures(side, smaller(side, model, some, settings), valid))
     console.print(f"{time.perf_counter() - start:.0f} seconds in all.")
 
 
-# The text and the model.
-
-
-def text(settings: Settings) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns text to train on and to validate by, as letters by number, and how many there are."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in folder.glob("*.py") if path.is_file())
-    whole = "".join(path.read_text("utf-8", "ignore") for path in files)
-    codes = np.frombuffer(whole.encode("ascii", "ignore"), np.uint8)
-    letters, numbers = np.unique(codes[: settings.characters], return_inverse=True)
-    cut = int(0.9 * len(numbers))
-    numbers = numbers.astype(np.int32)
-    return numbers[:cut], numbers[cut:], len(letters)
-
-
-def contexts(numbers: np.ndarray, n: int, settings: Settings) -> Any:
-    """Returns n pieces of text, ``(n, context + 1)``, always the same ones."""
-    starts = np.random.default_rng(0).integers(0, len(numbers) - settings.context - 1, n)
-    return jnp.asarray(np.stack([numbers[s : s + settings.context + 1] for s in starts]))
-
-
-def init(key: Any, letters: int, settings: Settings) -> Params:
-    d = settings.width
-    shapes = {"qkv": (d, 3 * d), "out": (d, d), "up": (d, 4 * d), "down": (4 * d, d)}
-    keys = iter(jax.random.split(key, 2 + len(shapes) * settings.blocks))
-
-    def normal(shape: tuple[int, ...], scale: float) -> Any:
-        return scale * jax.random.normal(next(keys), shape)
-
-    blocks = {
-        f"block{i}": {
-            **{name: normal(s, s[0] ** -0.5) for name, s in shapes.items()},
-            "norm1": jnp.ones(d),
-            "norm2": jnp.ones(d),
-        }
-        for i in range(settings.blocks)
-    }
-    places = normal((settings.context, d), 0.02)
-    return {"letters": normal((letters, d), 0.02), "places": places, **blocks, "norm": jnp.ones(d)}
-
-
-def normed(x: Any, scale: Any) -> Any:
-    return x * scale * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def block(p: Params, x: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
-    """Returns the output of a block, and what its linear layers are given."""
-    n, t, d = x.shape
-    a = normed(x, p["norm1"])
-    q, k, v = jnp.split((a @ p["qkv"]).reshape(n, t, settings.heads, -1), 3, axis=-1)
-    scores = jnp.einsum("nthd,nshd->nhts", q, k) / math.sqrt(d // settings.heads)
-    scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -1e9)
-    mixed = jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores), v).reshape(n, t, d)
-    x = x + mixed @ p["out"]
-    b = normed(x, p["norm2"])
-    c = jax.nn.gelu(b @ p["up"])
-    return x + c @ p["down"], {"qkv": a, "out": mixed, "up": b, "down": c}
-
-
-def loss(params: Params, rows: Any, settings: Settings) -> Any:
-    """Returns the mean cross-entropy, in bits per character."""
-    x = params["letters"][rows[:, :-1]] + params["places"][: rows.shape[1] - 1]
-    for i in range(settings.blocks):
-        x, _ = block(params[f"block{i}"], x, settings)
-    logits = normed(x, params["norm"]) @ params["letters"].T
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-    return entropy.mean() / math.log(2)
-
-
-def trained(numbers: np.ndarray, letters: int, settings: Settings) -> Params:
-    transform = optax.adam(optax.cosine_decay_schedule(RATE, settings.steps))
-    params = init(jax.random.key(0), letters, settings)
-
-    @jax.jit
-    def step(params: Params, state: Any, rows: Any) -> tuple[Params, Any]:
-        grads = jax.grad(loss)(params, rows, settings)
-        updates, state = transform.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    length = settings.context + 1
-    state, rng = transform.init(params), np.random.default_rng(1)
-    for _ in range(settings.steps):
-        starts = rng.integers(0, len(numbers) - length, settings.batch)
-        rows = np.stack([numbers[s : s + length] for s in starts])
-        params, state = step(params, state, rows)
-    return params
-
-
-def bits(params: Params, numbers: np.ndarray, settings: Settings) -> float:
-    rows = contexts(numbers, settings.validation, settings)
-    return float(jax.jit(loss, static_argnums=2)(params, rows, settings))
-
-
-# One shot, block by block.
-
-
-def magnitude(params: Params, stats: Any, config: pp.Config) -> Any:
-    return pp.apply_masks(params, pp.level(params, None, config)), None
+# Single weights, block by block.
 
 
 def by_masks(pruner: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a pruner of masks as one that returns parameters too, as those that repair do."""
 
-    def prune(params: Params, stats: Any, config: pp.Config) -> Any:
+    def prune(params: Any, stats: Any, config: pp.Config) -> Any:
         masks = pruner(params, stats, config)
         return pp.apply_masks(params, masks), masks
 
@@ -190,7 +77,7 @@ def by_masks(pruner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "magnitude": magnitude,
+    "magnitude": by_masks(lambda params, stats, config: pp.level(params, None, config)),
     "Wanda": by_masks(pp.wanda),
     "RIA": by_masks(pp.ria),
     "SparseGPT": pp.sparse_gpt,
@@ -198,55 +85,36 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def layers(params: Params, name: str) -> list[pp.Layer]:
-    """Returns the rows of one block; weights are (inputs, outputs)."""
-    return [
-        pp.make_layer(
-            params, f"{name}.{key}", "Linear", name=f"{name}.{key}", out_axes=1, in_axes=0
-        )
-        for key in ("qkv", "out", "up", "down")
-    ]
-
-
-def seen(params: Params, x: Any, name: str, settings: Settings) -> tuple[Any, Any]:
-    """Returns statistics of what the layers of one block are given, and the block's output."""
-    table = layers(params, name)
-    x, given = block(params[name], x, settings)
-    stats = inputs.init(params, table, keep=["squares", "grams"])
-    named = {f"{name}.{key}": value for key, value in given.items()}
-    return inputs.update(stats, named, table), x
-
-
 def pruned(
-    params: Params, rows: Any, method: Callable[..., Any], how: Any, settings: Settings
-) -> Params:
-    """Returns the parameters after pruning all blocks, the first one first."""
+    side: Any, model: Any, rows: np.ndarray, method: Any, how: Any, settings: Settings
+) -> Any:
+    """Returns the model after pruning all blocks, the first one first."""
     sparsity, allocation = how
-    x = params["letters"][rows[:, :-1]] + params["places"][: rows.shape[1] - 1]
-    shares = None if allocation == "uniform" else outliers(params, x, sparsity, settings)
+    x = side.begin(model, rows)
+    shares = None if allocation == "uniform" else outliers(side, model, x, sparsity, settings)
     for i in range(settings.blocks):
-        name = f"block{i}"
-        stats, _ = seen(params, x, name, settings)
+        layers = side.layers(model, i)
         if sparsity == "2:4":
-            config = pp.resolve(RULES, layers(params, name), granularity=pp.NM(keep=2, of=4))
+            config = pp.resolve(RULES, layers, granularity=pp.NM(keep=2, of=4))
         else:
-            config = pp.resolve(RULES, layers(params, name))
+            config = pp.resolve(RULES, layers)
             config = config.with_sparsity(sparsity if shares is None else shares[i])
-        params, _ = method(params, stats, config)
-        x, _ = block(params[name], x, settings)  # the next block sees what this one has become
-    return params
+        params, _ = method(side.params(model), side.seen(model, i, x), config)
+        model = side.with_params(model, params)
+        x = side.after(model, i, x)  # the next block sees what this one has become
+    return model
 
 
-def outliers(params: Params, x: Any, sparsity: float, settings: Settings) -> list[float]:
+def outliers(side: Any, model: Any, x: Any, sparsity: float, settings: Settings) -> list[float]:
     """Returns OWL's sparsity of every block, from Wanda's scores in the dense model."""
     scores, first = {}, []
     for i in range(settings.blocks):
-        name, table = f"block{i}", layers(params, f"block{i}")
-        stats, x = seen(params, x, name, settings)
-        found = pp.wanda_scores(params, stats, pp.resolve(RULES, table))
+        config = pp.resolve(RULES, side.layers(model, i))
+        found = pp.wanda_scores(side.params(model), side.seen(model, i, x), config)
         # One sparsity for a whole block: the first layer stands for all of them.
-        first.append(table[0])
-        scores[table[0].name] = np.concatenate([np.asarray(s).reshape(-1) for s in found.values()])
+        first.append(config.layers[0])
+        scores[first[-1].name] = np.concatenate([np.asarray(s).reshape(-1) for s in found.values()])
+        x = side.after(model, i, x)
     config = pp.search.owl(scores, pp.resolve(RULES, first), sparsity=sparsity)
     return [config.counts[row.name] / math.prod(row.shape) for row in first]
 
@@ -276,6 +144,70 @@ def order(losses: dict[Any, float], settings: Settings) -> list[str]:
         verdict = "as known" if holds else "not as known: see how far the model has been trained"
         lines.append(f"{sparsity:.0%}: SparseGPT and ALPS, Wanda, magnitude: {verdict}.")
     return lines
+
+
+# Whole heads, neurons and blocks: smaller models.
+
+
+def smaller(side: Any, model: Any, rows: np.ndarray, settings: Settings) -> dict[str, Any]:
+    """Returns models with a quarter less in their blocks, by what chose it."""
+    drop = round(QUARTER * settings.blocks)
+    depth = {
+        "ShortGPT, depth": pp.short_gpt(side.turned(model, rows), drop),
+        "SLEB, depth": pp.sleb(
+            lambda kept: side.bits(
+                side.without(model, set(range(settings.blocks)) - set(kept)), rows
+            ),
+            settings.blocks,
+            drop,
+        ),
+    }
+    found = {name: side.without(model, dropped) for name, dropped in depth.items()}
+    layers, coupling = side.couple(model, rows)
+    rules = [{"op_names_re": [r".*\.(qkv|up)"], "sparsity": QUARTER}]
+    even = pp.resolve(rules, layers, coupling=coupling)
+    # As many parameters as without a quarter of the blocks.
+    left = side.parameters(next(iter(found.values()))) / side.parameters(model)
+    rules[0]["sparsity"] = 1 - left
+    whole = pp.resolve(rules, layers, coupling=coupling, scope="global")
+    stats, params = side.read(model, rows, even.readers), side.params(model)
+    for name, method, config in (
+        ("magnitude, width", by_masks(lambda p, s, c: pp.group_norm(p, None, c)), even),
+        ("Minitron, width", by_masks(lambda p, s, c: pp.minitron(p, s, c)), even),
+        ("FLAP without means", lambda p, s, c: pp.flap(p, s, c, compensate=False), whole),
+        ("FLAP, width", pp.flap, whole),
+    ):
+        new, masks = method(params, stats, config)
+        found[name] = side.shrunk(side.with_params(model, new), masks, coupling, rows)
+    return {"dense": model} | found
+
+
+def structures(side: Any, models: dict[str, Any], rows: np.ndarray) -> Table:
+    view = Table(title="A quarter of the blocks' weights less, and no training after it")
+    for name in ("", "weights", "bits", "characters/s", "speed"):
+        view.add_column(name, justify="left" if not name else "right")
+    took = seconds({name: side.forward(model, rows) for name, model in models.items()})
+    speeds = {name: rows[:, 1:].size / least for name, least in took.items()}
+    for name, model in models.items():
+        view.add_row(
+            name,
+            f"{side.parameters(model):,}",
+            f"{side.bits(model, rows):.3f}",
+            f"{speeds[name]:,.0f}",
+            f"{speeds[name] / speeds['dense']:.2f}x",
+        )
+    return view
+
+
+def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Returns the shortest time of each call; they take turns, as machines change their pace."""
+    least = dict.fromkeys(calls, math.inf)
+    for _ in range(10):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            least[name] = min(least[name], time.perf_counter() - start)
+    return least
 
 
 if __name__ == "__main__":

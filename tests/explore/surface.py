@@ -1091,6 +1091,9 @@ def _torch(s: Side) -> Iterator[Call]:
     of_blocks = of | {"dropped": _some("dropped"), "at": kinds.text()}
     two = Made(lambda: torch.nn.Sequential(world.torch_model()))
     yield row(f"{where}.drop_blocks", two, [1], "0", of=of_blocks)
+    of_blocks |= {"batches": _GOOD}
+    chain = Made(lambda: torch.nn.Sequential(world.torch_model()))
+    yield row(f"{where}.blocks_in_turn", chain, [x], "0", of=of_blocks)
     pruned = Made(world.torch_model_of_torch_prune)
     either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
     yield row(f"{where}.masks_from_torch_prune", pruned, of=either)

@@ -19,6 +19,7 @@ from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
 from purepruning_interop.torch.shrink import rebuild, shrink
 from purepruning_interop.torch.sparse import sparse_training
+from purepruning_interop.torch.stream import blocks_in_turn
 from purepruning_interop.torch.training import apply_, keep_pruned, masked_call
 from purepruning_interop.torch.unpickling import allow
 
@@ -40,5 +41,6 @@ __all__ = [
     "shrink",
     "rebuild",
     "drop_blocks",
+    "blocks_in_turn",
     "export_onnx",
 ]
