@@ -90,7 +90,7 @@ def test_what_serves_all_frameworks_loads_none_of_them(part, tmp_path):
 
 def test_adapters_are_the_listed_ones():
     found = {m.name for m in pkgutil.iter_modules(purepruning_interop.__path__)}
-    listed = {*ADAPTERS, "recipes", "tasks", "study", "report", "checkpoints", "cli"}
+    listed = {*ADAPTERS, "recipes", "tasks", "study", "report", "checkpoints", "runs", "cli"}
     assert {name for name in found if not name.startswith("_")} == listed
 
 

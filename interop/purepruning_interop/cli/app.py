@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from purepruning_interop.cli import inspect, prune, shrink, study
+from purepruning_interop.cli import run as run_command
 from purepruning_interop.cli.errors import BUG, NOT_WRITTEN, USAGE, WRONG_INPUT, message_of
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("shrink")(shrink.shrink)
+app.command("run")(run_command.run)
 app.command("study")(study.study)
 
 _options = {"traceback": False}
@@ -100,7 +102,7 @@ def _status(error: BaseException) -> tuple[int, str]:
         return USAGE, f"error: {error.format_message()} See purepruning --help."  # type: ignore[attr-defined]
     if type(error).__name__ == "NotWritten":  # whose module loads NumPy
         return NOT_WRITTEN, f"error: {text}"
-    if isinstance(error, (ValueError, TypeError, KeyError, OSError)):
+    if isinstance(error, (ValueError, TypeError, KeyError, OSError, RuntimeError)):
         return WRONG_INPUT, f"error: {text}"
     if isinstance(error, MemoryError):
         return WRONG_INPUT, "error: not enough memory"

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def _called(source: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _theirs(source, error) from error
+            raise raised_by(source, error) from error
         raise ValueError(
             f"{source}: there is no module {error.name!r}; run this where it can be imported"
         ) from None
     except Exception as error:
-        raise _theirs(source, error) from error
+        raise raised_by(source, error) from error
     function = getattr(module, name, None)
     if function is None:
         known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
@@ -128,10 +129,11 @@ def _called(source: str) -> Any:
     try:
         return function()
     except Exception as error:
-        raise _theirs(source, error) from error
+        raise raised_by(source, error) from error
 
 
-def _theirs(source: str, error: Exception) -> ValueError:
+def raised_by(source: str, error: Exception) -> ValueError:
+    """Returns the error for what a user's own code raised."""
     words = " ".join(str(error).split())
     return ValueError(
         f"{source} raised {type(error).__name__}: {words}; purepruning --traceback ... shows where"
@@ -151,33 +153,48 @@ def _input(name: str, text: str) -> Any:
 
 def _with_weights(given: Given, path: Path) -> Given:
     """Returns the model with the arrays of a checkpoint, by their names."""
-    tensors = {n.replace("/", "."): x for n, x in read_checkpoint(path).tensors.items()}
-    tree = flatten(given.edge.arrays(given.model))
-    values = {}
-    for name, leaf in tree.leaves.items():
+    tree, tensors = given.edge.arrays(given.model), read_checkpoint(path).tensors
+    arrays = arrays_into(tree, given.name, tensors, path, given.source)
+    return dataclasses.replace(given, model=given.edge.restored(given.model, arrays))
+
+
+def arrays_into(
+    tree: Any, framework: str, tensors: Mapping[str, np.ndarray], path: Path, source: str
+) -> Any:
+    """Returns a tree with the arrays of a checkpoint in the places of its leaves, by their names.
+
+    Args:
+        tree: the arrays of a model.
+        framework: ``"torch"``, or any on JAX.
+        tensors: the checkpoint's.
+        path, source: of the checkpoint and the model, for messages.
+
+    Raises:
+        ValueError: names or shapes are not the same.
+    """
+    named = {name.replace("/", "."): x for name, x in tensors.items()}
+    flat, values = flatten(tree), {}
+    for name, leaf in flat.leaves.items():
         plain = name.replace("/", ".")
-        if plain not in tensors:
-            raise ValueError(
-                missing(f"{path} has no {plain!r}, which {given.source} has", plain, tensors)
-            )
-        array = tensors[plain]
+        if plain not in named:
+            raise ValueError(missing(f"{path} has no {plain!r}, which {source} has", plain, named))
+        array = named.pop(plain)
         if array.shape != tuple(leaf.shape):
             raise ValueError(
-                f"{path}: {plain!r} has shape {array.shape}, and {given.source} makes it "
+                f"{path}: {plain!r} has shape {array.shape}, and {source} makes it "
                 f"{tuple(leaf.shape)}; name the checkpoint of this model"
             )
-        values[name] = _like(given.name, array, leaf)
-    rest = set(tensors) - {name.replace("/", ".") for name in values}
-    if rest:
-        first = min(rest)
+        values[name] = _like(framework, array, leaf)
+    if named:
+        first = min(named)
         raise ValueError(
-            missing(f"{path} has {first!r}, which {given.source} has not", first, tree.leaves)
+            missing(f"{path} has {first!r}, which {source} has not", first, flat.leaves)
         )
-    return dataclasses.replace(given, model=given.edge.restored(given.model, tree.rebuild(values)))
+    return flat.rebuild(values)
 
 
-def _like(name: str, array: np.ndarray, leaf: Any) -> Any:
-    if name != "torch":
+def _like(framework: str, array: np.ndarray, leaf: Any) -> Any:
+    if framework != "torch":
         import jax.numpy as jnp
 
         return jnp.asarray(np.asarray(array), leaf.dtype)

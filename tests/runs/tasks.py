@@ -1,0 +1,103 @@
+"""Small tasks: a linear map that is trained by steps that a few lines of NumPy do too."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import torch
+
+import purepruning as pp
+from purepruning_interop.tasks import Task
+
+ROWS, COLUMNS = 8, 4
+TARGET = jnp.arange(1.0, 1 + ROWS * COLUMNS).reshape(ROWS, COLUMNS) / 8
+
+
+def _apply(params, x):
+    return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+
+def _loss(params, batch):
+    return ((_apply(params, batch) - 1) ** 2).mean()
+
+
+def _step(params, masks, seed, epochs):
+    # Half of the way to the target in an epoch, and a little of the seed, so that it is seen.
+    for _ in range(epochs):
+        goal = {"w": TARGET + seed / 1000, "v": jnp.ones((COLUMNS, 2))}
+        params = jax.tree.map(lambda p, g: (p + g) / 2, params, goal)
+    return params if masks is None else pp.apply_masks(params, masks)
+
+
+def _init(seed):
+    # Powers of two: nothing is rounded.
+    return {"w": jnp.full((ROWS, COLUMNS), 0.5) * (1 + seed), "v": jnp.ones((COLUMNS, 2))}
+
+
+def small():
+    params = _init(0)
+    calls = []
+
+    def evaluate(params):
+        calls.append(0)
+        if os.environ.get("STOP_AT") == str(len(calls)):
+            os.kill(os.getpid(), 9)
+        return -jnp.abs(params["w"] - TARGET).mean()
+
+    return Task(
+        name="small",
+        layers=(
+            pp.make_layer(params, "w", "Linear", out_axes=1, in_axes=0),
+            pp.make_layer(params, "v", "Linear", out_axes=1, in_axes=0),
+        ),
+        rules=[{"sparsity": 0.5}],
+        init=_init,
+        train=lambda params, seed: _step(params, None, seed, 2),
+        tune=_step,
+        evaluate=evaluate,
+        tuning_epochs=1,
+        metric="score",
+        batches=[jnp.eye(ROWS) * (1 + i) for i in range(2)],
+        loss=_loss,
+        capture=lambda params, x, layers, of: {"w": x @ params["w"]},
+        apply=_apply,
+        inputs=(jnp.ones((1, ROWS)),),
+        traced=True,
+    )
+
+
+def bare():
+    return dataclasses.replace(small(), loss=None, capture=None, apply=None, batches=())
+
+
+def of_torch():
+    model = torch.nn.Linear(4, 2)
+
+    def tune(params, masks, seed, epochs):
+        params = {n: x * 1.5 for n, x in params.items()}
+        return params if masks is None else pp.apply_masks(params, masks)
+
+    def capture(params, batch, layers, of):
+        return {"": torch.func.functional_call(model, params, batch)}
+
+    return Task(
+        name="of torch",
+        layers=(pp.Layer("fc", "Linear", "weight", (2, 4), (0,), (1,), bias="bias"),),
+        rules=[{"sparsity": 0.5}],
+        init=lambda seed: {"weight": torch.arange(8.0).reshape(2, 4) + seed, "bias": torch.ones(2)},
+        train=lambda params, seed: {n: x + 1 for n, x in params.items()},
+        tune=tune,
+        evaluate=lambda params: params["weight"].sum(),
+        batches=[torch.eye(4)],
+        loss=lambda params, x: torch.func.functional_call(model, params, x).square().mean(),
+        capture=capture,
+    )
+
+
+def not_a_task():
+    return 3
+
+
+def failing():
+    raise RuntimeError("no\ndata")
