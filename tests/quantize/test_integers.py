@@ -173,6 +173,31 @@ def test_layers_computed_in_int32_are_the_fake_quantised_ones(layer, scheme, of_
     assert (off <= 1e-6 * size * scales).all()
 
 
+@pytest.mark.parametrize("of_input", INPUTS)
+@pytest.mark.parametrize("scheme", ["affine", "symmetric"])
+def test_groups_of_inputs_are_summed_in_int32_and_then_scaled(scheme, of_input):
+    x = (RNG.normal(size=(7, 30)) + 0.5).astype(F)
+    params = {"kernel": jnp.asarray(RNG.normal(size=(30, 6)).astype(F))}
+    table = [pp.make_layer(params, "kernel", "Linear", name="", out_axes=1, in_axes=0)]
+    rule = {"quant_types": ["weight"], "quant_bits": 8, "quant_scheme": scheme, "granularity": 10}
+    read = {"quant_types": ["input"], "quant_bits": 8, "quant_scheme": of_input}
+    config = pp.resolve_quantization([rule, read], table)
+    weights = ptq.weights(params, None, config)
+    ranges = {":input": observers.Range(x.min(), x.max())}
+    y, _ = linen.replace(DENSE, weights, x, at=ptq.activations(ranges, config))
+    w = integers.of(weights, ptq.levels(params, config), config)[":weight"]
+    at = ptq.activation_levels(ranges, config)[":input"]
+    q = np.clip(np.round(x * (F(1) / at.scale)) + at.zero_point, at.low, at.high).astype(np.int32)
+    a = (q - np.int32(at.zero_point)).reshape(7, 3, 10)
+    assert w.grouped == (3, 10, 6)
+    b = w.integers.reshape(w.grouped).astype(np.int32) - w.zero_point.astype(np.int32)
+    total, size = (np.einsum("ngi,gio->ngo", *f) for f in ((a, b), (abs(a), abs(b))))
+    assert total.dtype == np.int32
+    scales = (np.float64(at.scale) * w.scale).reshape(3, -1)
+    off = np.abs(np.asarray(y, np.float64) - (total * scales).sum(1))
+    assert (off <= 1e-6 * (size * scales).sum(1)).all()
+
+
 def _convolve(x, w):
     """A convolution of integers, by its definition."""
     y = 0
