@@ -7,8 +7,10 @@ gradients, and of the frameworks one model of every kind of structure, without.
 import jax
 import pytest
 
-from tests.coupling.law import compare
+import purepruning as pp
+from tests.coupling.law import compare, distance, half
 from tests.coupling.zoo import MODELS
+from tests.fast import jit_once
 from tests.versions import enable_x64
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -93,3 +95,51 @@ def test_in_double_precision_they_agree_to_rounding(name, standard_promotion):
 
 def _double(x):
     return x.astype("float64") if x.dtype == "float32" else x
+
+
+#: Models that run in bfloat16 by default; the others do with --full.
+HALF = {"linen_llama", "linen_lstm", "nnx_resnet", "plain_grouped_queries"}
+
+#: Functions that JAX does not run in bfloat16: carries of another dtype, no such complex numbers.
+SINGLE = {
+    "plain_on_the_circle",
+    "plain_scan_over_layers",
+    "plain_spectral_convolution",
+    "plain_fixed_point",
+}
+
+
+def _in_half(entry):
+    return pytest.param(entry, marks=[pytest.mark.full] * (entry.name not in HALF), id=entry.name)
+
+
+@pytest.mark.parametrize(
+    "entry", [_in_half(e) for e in (x.values[0] for x in ENTRIES) if e.name not in SINGLE]
+)
+def test_in_bfloat16_they_differ_by_no_more_than_rounding(entry, standard_promotion):
+    """Rounding is how far the masked model is from itself in float32, with the same weights."""
+    with jax.numpy_rank_promotion("allow"):
+        fn, params, inputs = entry.build(jax.random.key(0))
+        params, inputs = jax.tree.map(_half, (params, inputs))
+        coupling = pp.couple(fn, params, *inputs)
+        masks = coupling.masks(half(coupling), params)
+        small = pp.shrink(fn, params, masks, coupling, *inputs)
+        masked = pp.apply_masks(params, masks)
+        wide = jax.tree.map(_single, (masked, inputs))
+
+        def run(masked, small_params, wide):
+            return fn(masked, *inputs), small.fn(small_params, *inputs), fn(wide[0], *wide[1])
+
+        masked_out, small_out, exact = jit_once(run)(masked, small.params, wide)
+    dtypes = [{x.dtype for x in jax.tree.leaves(out)} for out in (masked_out, small_out)]
+    assert dtypes[0] == dtypes[1]
+    rounding = distance(exact, masked_out)
+    assert distance(exact, small_out) <= 2 * rounding + 2**-7
+
+
+def _half(x):
+    return x.astype("bfloat16") if x.dtype == "float32" else x
+
+
+def _single(x):
+    return x.astype("float32") if x.dtype == "bfloat16" else x
