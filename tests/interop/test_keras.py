@@ -13,6 +13,7 @@ from keras import layers as kl
 
 import purepruning as pp
 from purepruning_interop import keras as adapter
+from purepruning_interop.keras.backend import require_jax
 from tests.interop.capture import assert_outputs
 from tests.interop.table import assert_table, row
 from tests.messages import raises
@@ -384,7 +385,7 @@ def test_what_a_call_writes_is_dropped_or_returned():
 def test_layers_called_twice_or_in_loops():
     y, outputs = adapter.capture(shared(), X, layers=["shared", "shared/kernel"])
     assert [len(v) for v in outputs.values()] == [2, 2]
-    for kind, states in ((kl.SimpleRNN, 1), (kl.GRU, 1), (kl.LSTM, 2)):
+    for kind, states in ((kl.GRU, 1), (kl.LSTM, 2)):
         model = one(kind(3, name="m", return_sequences=True), 5, 2)
         x = np.ones((2, 5, 2), np.float32)
         y, outputs = adapter.capture(model, x, layers=["m", adapter.layers(model)[0]])
@@ -445,24 +446,27 @@ def test_a_model_that_was_not_called_has_no_variables():
 IMPORT = "import sys; {}; import purepruning_interop.keras; print('tensorflow' in sys.modules)"
 
 
-@pytest.mark.parametrize(
-    ("backend", "before", "message"),
-    [
-        ("jax", "pass", ""),
-        ("", "pass", "KERAS_BACKEND is not set; set KERAS_BACKEND=jax"),
-        ("tensorflow", "pass", "KERAS_BACKEND is 'tensorflow'; set KERAS_BACKEND=jax"),
-        ("numpy", "import keras", "imported with the backend 'numpy'; set KERAS_BACKEND=jax"),
-    ],
-)
-def test_another_backend_is_refused_where_it_is_imported(backend, before, message):
+def imported(backend, before="pass"):
+    """The last line that a new process says when it imports the adapter."""
     env = {**os.environ, "KERAS_BACKEND": backend}
-    if not backend:
-        del env["KERAS_BACKEND"]
     command = [sys.executable, "-c", IMPORT.format(before)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    if message:
-        last = result.stderr.splitlines()[-1]
-        assert last.startswith("ImportError: purepruning_interop.keras needs Keras on JAX")
-        assert message in last
-    else:
-        assert result.stdout.strip() == "False", result.stderr
+    return (result.stdout + result.stderr).splitlines()[-1]
+
+
+def test_another_backend_is_refused_where_it_is_imported(monkeypatch):
+    start = "ImportError: purepruning_interop.keras needs Keras on JAX"
+    last = imported("numpy", "import keras")
+    assert last.startswith(start)
+    assert "imported with the backend 'numpy'; set KERAS_BACKEND=jax" in last
+    monkeypatch.delitem(sys.modules, "keras")  # before it is imported
+    for value, words in {"": "is not set; set", "tensorflow": "is 'tensorflow'; set"}.items():
+        monkeypatch.setenv("KERAS_BACKEND", value)
+        with raises(ImportError, f"KERAS_BACKEND {words} KERAS_BACKEND=jax in the environment"):
+            require_jax("test")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    require_jax("test")
+
+
+def test_tensorflow_is_never_imported():
+    assert imported("jax") == "False"

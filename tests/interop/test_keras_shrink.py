@@ -158,7 +158,13 @@ def shrunk(model, shape, pruned=None):
     return small, expected, x
 
 
-@pytest.mark.parametrize("name", MODELS)
+#: What others cover: the rest of layers and of data formats.
+FULL = ("channels first", "gru", "rnn", "each step", "grouped")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in MODELS]
+)
 def test_a_model_is_rebuilt_and_computes_the_same(name):
     make, shape = MODELS[name]
     model = make()
@@ -180,7 +186,7 @@ def by_kind(kind):
     return pruned
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_whole_heads_leave_a_model_and_positions_of_queries_a_function(grouped):
     """A temperature is written in the layer, as the root of the size of a head."""
 

@@ -5,6 +5,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import optax
 import torch
@@ -100,6 +101,22 @@ class Nnx(nnx.Module):
         x = nnx.relu(self.norm(self.conv1(x.transpose(0, 2, 3, 1))))
         x = nnx.relu(self.conv2(x))
         return self.fc2(nnx.relu6(nnx.relu(self.fc1(x.reshape(x.shape[0], -1)))))
+
+
+def keras_net():
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((1, 8, 8))
+    x = layers.Permute((2, 3, 1))(x)
+    x = layers.Conv2D(8, 3, strides=2, padding="same", name="conv1")(x)
+    x = layers.Activation("relu")(layers.BatchNormalization(name="norm")(x))
+    x = layers.Conv2D(16, 3, strides=2, padding="same", activation="relu", name="conv2")(x)
+    x = layers.Dense(32, activation="relu", name="fc1")(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Dense(10, name="fc2")(layers.Activation("relu6")(x)))
+
+
+def keras_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
 
 
 class Equinox(eqx.Module):

@@ -2,20 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
 import purepruning as pp
 from purepruning.trees import flatten
+from purepruning_interop.keras import KeepPruned
 from purepruning_interop.recipes import create_compressor
 from tests.messages import raises
 from tests.recipes import nets
 from tests.recipes.seed_recipes import SEEDS
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimized")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "rank_promotion", "unoptimized")
 
 X, Y = (jnp.asarray(part[:20]) for part in nets.digits()[0])
-LOSSES = {"linen": nets.linen_loss, "nnx": nets.nnx_loss, "equinox": nets.equinox_loss}
+LOSSES = {
+    "linen": nets.linen_loss,
+    "nnx": nets.nnx_loss,
+    "equinox": nets.equinox_loss,
+    "tensorflow": nets.keras_loss,
+}
 CHANNELS = 4 * 9 + 8 * 72
 LEVEL = 57 + 921 + 1638 + 256
 #: Pruned weights; kernels only.
@@ -41,6 +48,8 @@ def model_of(framework):
         return (nets.Linen(),), {"variables": nets.linen_variables(), "inputs": (X[:1],)}
     if framework == "nnx":
         return (nets.Nnx(),), {"inputs": (X[:1],)}
+    if framework == "tensorflow":
+        return (nets.keras_net(),), {"inputs": (X[:1],)}
     return (nets.Equinox(),), {"inputs": (X[0],)}
 
 
@@ -90,13 +99,13 @@ QUICK = ["level", "l1_filter", "lottery_ticket", "qat"]
 
 def case(framework, name):
     """A few of each framework, which share all but a few lines, and the rest with ``--full``."""
-    full = name not in QUICK
+    full = name not in (QUICK if framework != "tensorflow" else QUICK[:1])
     return pytest.param(framework, name, marks=[pytest.mark.full] * full)
 
 
 CASES = [
     case(framework, name)
-    for framework in ("linen", "nnx", "equinox")
+    for framework in ("linen", "nnx", "equinox", "tensorflow")
     for name in PRUNED
     if (framework, name) != ("equinox", "slim")  # that network has no batch norm
 ]
@@ -119,14 +128,16 @@ def test_every_pruner_prunes_what_it_says(framework, name):
     assert zeros == PRUNED[name]
     if name == "slim":
         scales = flatten(compressor.masks).leaves
-        assert sum(int((~m).sum()) for n, m in scales.items() if n.endswith("scale")) == 6
+        assert (
+            sum(int((~m).sum()) for n, m in scales.items() if n.endswith(("scale", "gamma"))) == 6
+        )
 
 
 @pytest.mark.parametrize(
     ("framework", "name"),
     [
         pytest.param(f, n, marks=[pytest.mark.full] * ((f, n) != ("linen", "sensitivity")))
-        for f in ("linen", "nnx", "equinox")
+        for f in ("linen", "nnx", "equinox", "tensorflow")
         for n in ("net_adapt", "simulated_annealing", "sensitivity")
     ],
 )
@@ -152,7 +163,7 @@ def test_evaluators_get_the_pruned_model_in_the_place_of_the_given_one(framework
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("framework", ["linen", "nnx", "tensorflow"])
 def test_amc(framework):
     compressor = made("amc", framework)
     compressor.compress()
@@ -164,7 +175,11 @@ def test_amc(framework):
 
 @pytest.mark.parametrize(
     ("framework", "name"),
-    [case(f, n) for f in ("linen", "nnx", "equinox") for n in ("naive", "qat", "dorefa", "bnn")],
+    [
+        case(f, n)
+        for f in ("linen", "nnx", "equinox", "tensorflow")
+        for n in ("naive", "qat", "dorefa", "bnn")
+    ],
 )
 @pytest.mark.filterwarnings("ignore:bnn.activations. the output of:UserWarning")
 def test_every_quantizer_quantises(framework, name, tmp_path):
@@ -196,11 +211,29 @@ def test_arguments_of_torch_are_refused():
         ).compress()
 
 
+def test_fit_keeps_a_keras_model_pruned():
+    model = nets.keras_net()
+    level = seed("level", "tensorflow")
+    with raises(ValueError, "compile it with KeepPruned", "model.optimizer"):
+        create_compressor(model, level, object()).compress()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(KeepPruned(keras.optimizers.Adam(0.01)), loss)
+    compressor = create_compressor(model, level, model.optimizer)
+    assert compressor.compress() is model
+    before = kernels(compressor._params())
+    model.fit(np.asarray(X), np.asarray(Y), verbose=0)
+    after = kernels(compressor._params())
+    assert sum(int((x == 0).sum()) for x in after.values()) == LEVEL
+    assert all((before[path] != x).any() for path, x in after.items())
+
+
 @pytest.mark.full
-def test_auto_compress_returns_a_smaller_model():
+@pytest.mark.parametrize("framework", ["nnx", "tensorflow"])
+def test_auto_compress_returns_a_smaller_model(framework):
+    whole = nets.Nnx if framework == "nnx" else nets.keras_net
     compressor = create_compressor(
-        nets.Nnx(),
-        seed("auto_compress", "nnx"),
+        whole(),
+        seed("auto_compress", framework),
         lambda model, penalty, epoch: None,
         lambda model: 0.5,
         X[:1],
@@ -211,5 +244,5 @@ def test_auto_compress_returns_a_smaller_model():
     )
     small = compressor.compress()
     size = lambda m: sum(x.size for x in kernels(compressor._edge.params(m)).values())  # noqa: E731
-    assert size(small) <= size(nets.Nnx()) / 2 + 64
+    assert size(small) <= size(whole()) / 2 + 64
     assert small(X).shape == (20, 10)

@@ -42,7 +42,7 @@ class Compressor:
             self._model = self._edge.Bound(model, own["variables"])
         else:
             self._model = model
-        if given.get("optimizer") is not None and adapter != "torch":
+        if given.get("optimizer") is not None and adapter not in ("torch", "keras"):
             raise TypeError(
                 "optimizer: an Optax transformation holds no parameters; leave it out, and call "
                 "model = compressor.step(model) after each update"
@@ -151,7 +151,8 @@ class Compressor:
     def step(self, model: Any = None) -> Any:
         """Returns the model after an optimizer's step: pruned weights at zero, BNN's clipped.
 
-        Of torch, with the optimizer given, pruned weights are kept at zero at each of its steps.
+        Of torch and Keras, with the optimizer given, pruned weights are kept at zero at each of its
+        steps.
         """
         self._take(model)
         return self.model

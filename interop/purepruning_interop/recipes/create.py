@@ -21,7 +21,8 @@ from purepruning_interop.recipes.quantization import BNN, Quantizing
 from purepruning_interop.recipes.recipe import Recipe, Step, check_argument, read_recipe, within
 from purepruning_interop.recipes.searches import AutoCompress, Searching
 
-_FLAX = ("linen", "nnx")
+#: Which models other names of frameworks stand for: TensorFlow's are run by Keras, on JAX.
+_MODELS = {"flax": ("linen", "nnx"), "tensorflow": ("keras",)}
 
 #: What runs a step; a step of pruning that is not named here prunes at once, by weights.
 _CLASSES: dict[str, type[Compressor]] = {
@@ -61,13 +62,14 @@ def create_compressor(
     evaluator=evaluator)``. What a recipe's ``args`` say holds unless it is said here. Evaluators,
     trainers, loaders and optimizers always come from here.
 
-    A torch or NNX module is changed in place. Of Linen the variables are the model, of Equinox the
+    A torch or NNX module and a Keras model are changed in place; the framework ``"tensorflow"`` of
+    a recipe means Keras, on JAX. Of Linen the variables are the model, of Equinox the
     module: methods return it, and take what was trained since as ``model``. Evaluators and the like
     are called as auptimizer calls them; of their arguments, the model that was given here stands
     for the model as it is at the call.
 
     Args:
-        model: a torch, Linen, NNX or Equinox module.
+        model: a torch, Linen, NNX or Equinox module, or a built Keras model.
         recipe: a recipe, its file, or what a file holds.
         *args: auptimizer's arguments, in its order.
         step: which step of the recipe; needed where it has several.
@@ -109,18 +111,13 @@ def _which(recipe: Recipe, step: int | None) -> int:
 
 
 def _adapter(model: Any, framework: str | None) -> str:
-    if framework == "tensorflow":
-        raise ValueError(
-            "framework 'tensorflow' would be the Keras adapter, which this version does not have; "
-            "choose another framework"
-        )
     found = adapter_of(model)
-    if found not in ("torch", "linen", "nnx", "equinox"):
+    if found not in ("torch", "linen", "nnx", "equinox", "keras"):
         raise TypeError(
-            f"create_compressor: model must be a torch, Linen, NNX or Equinox module, got "
-            f"{type(model).__name__}; for others use the functions of purepruning"
+            f"create_compressor: model must be a torch, Linen, NNX or Equinox module or a Keras "
+            f"model, got {type(model).__name__}; for others use the functions of purepruning"
         )
-    if framework not in (None, found) and not (framework == "flax" and found in _FLAX):
+    if framework is not None and found not in _MODELS.get(framework, (framework,)):
         raise ValueError(
             f"the recipe's framework is {framework!r} and the model's {found!r}; change the recipe"
         )

@@ -114,7 +114,7 @@ class _ByStatistics(Pruning):
         use, data = self._step.use, self._own["data"]
         self.state, self._seen = self._start(), 0
         if data is None:
-            if self._given.get("optimizer") is None:
+            if self._given.get("optimizer") is None or self._name != "torch":
                 raise TypeError(
                     f"{use} looks at data; give data=, or a torch optimizer, to train with"
                 )
@@ -267,7 +267,7 @@ class Tickets(Pruning):
             own = run["params"]
             run["rest"] = {n: x for n, x in self._model.state_dict().items() if n not in own}
         for name in ("optimizer", "lr_scheduler"):
-            if self._given.get(name) is not None:
+            if self._given.get(name) is not None and self._name == "torch":
                 run[name] = self._given[name].state_dict()
         return run
 

@@ -27,7 +27,7 @@ from purepruning_interop.recipes.ranges import Range, find_ranges, range_of
 #: The version of the native form that this library reads and writes.
 VERSION = 1
 
-_FRAMEWORKS = ("torch", "linen", "nnx", "equinox", "flax", "tensorflow")
+_FRAMEWORKS = ("torch", "linen", "nnx", "equinox", "keras", "flax", "tensorflow")
 _NATIVE = ("purepruning", "framework", "steps")
 _STEP = ("use", "rules", "args")
 _COMPRESSION = (
