@@ -531,7 +531,31 @@ class Swapped(nn.LayerNorm):
         return super().forward(x.transpose(1, -1)).transpose(1, -1)
 
 
+class Functional(nn.LayerNorm):
+    """A layer norm that calls the function, as those of timm do."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class FunctionalOfChannels(nn.LayerNorm):
+    """A layer norm of channels that come second, as that of ConvNeXt."""
+
+    def forward(self, x):
+        x = x.movedim(1, -1)
+        x = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)
+
+
+class FunctionalOfGroups(nn.GroupNorm):
+    """A group norm that calls the function."""
+
+    def forward(self, x):
+        return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 NORMS = {
+    "functional": lambda: Functional(12),
     "layer": lambda: nn.LayerNorm(12),
     "layer of two axes": lambda: nn.LayerNorm((5, 12)),
     "layer without parameters": lambda: nn.LayerNorm(12, elementwise_affine=False),
@@ -560,7 +584,17 @@ def test_a_norm_that_keeps_its_divisor_is_in_the_models_own_class(name, dtype, t
     assert torch.equal(copy.deepcopy(small)(*inputs), small(*inputs))
 
 
-@pytest.mark.parametrize("norm", [nn.GroupNorm(3, 12), nn.GroupNorm(12, 12), Swapped(12)])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(3, 12),
+        nn.GroupNorm(12, 12),
+        Swapped(12),
+        FunctionalOfChannels(12),
+        FunctionalOfGroups(1, 12),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
 def test_a_norm_of_channels_that_keeps_its_divisor(norm):
     model = Net(
         lambda net, x: net.head(net.norm(net.stem(x))),

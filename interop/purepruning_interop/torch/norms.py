@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def with_divisor(module: nn.Module, before: int, after: int) -> nn.Module | None:
@@ -30,7 +31,7 @@ def with_divisor(module: nn.Module, before: int, after: int) -> nn.Module | None
     cls: Any = type(module)
     if own is not None:
         plain = any(cls.forward is norm.forward for norm in _BASES)
-        cls = own if plain else _between(cls, own)
+        cls = own if plain else _derived(cls, _Calling)
     elif any(module.children()) or not any(p.ndim == 1 for p in module.parameters()):
         return None
     else:
@@ -52,7 +53,9 @@ class _Full(nn.Module):
         settings = (super().extra_repr(), f"removed={self.before - self.after} of {self.before}")
         return ", ".join(part for part in settings if part)
 
-    def _normalised(self, x: torch.Tensor, axes: list[int], centred: bool) -> torch.Tensor:
+    def _normalised(
+        self, x: torch.Tensor, axes: list[int], centred: bool, eps: float | None
+    ) -> torch.Tensor:
         """Returns a tensor normalised over axes that hold ``after`` of ``before`` positions."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         left = 1
@@ -65,9 +68,46 @@ class _Full(nn.Module):
             mean = wide.sum(axes, keepdim=True) / n
             wide = wide - mean
             total = wide.square().sum(axes, keepdim=True) + gone * mean.square()
-        eps: Any = self.eps
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         return wide * torch.rsqrt(total / n + eps)
+
+    def layer_norm(
+        self,
+        input: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Returns what :func:`torch.nn.functional.layer_norm` does of the whole width."""
+        axes = list(range(-len(normalized_shape), 0))
+        return _affine(self._normalised(input, axes, True, eps), weight, bias, input)
+
+    def rms_norm(
+        self,
+        input: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        """Returns what :func:`torch.nn.functional.rms_norm` does of the whole width."""
+        axes = list(range(-len(normalized_shape), 0))
+        return _affine(self._normalised(input, axes, False, eps), weight, None, input)
+
+    def group_norm(
+        self,
+        input: torch.Tensor,
+        num_groups: int,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Returns what :func:`torch.nn.functional.group_norm` does of whole groups."""
+        grouped = input.unflatten(1, (num_groups, -1))
+        found = self._normalised(grouped, list(range(2, grouped.ndim)), True, eps).flatten(1, 2)
+        shape = (-1, *[1] * (input.ndim - 2))
+        weight, bias = (x if x is None else x.view(shape) for x in (weight, bias))
+        return _affine(found, weight, bias, input)
 
 
 def _affine(x: torch.Tensor, weight: Any, bias: Any, like: torch.Tensor) -> torch.Tensor:
@@ -84,8 +124,7 @@ class LayerNorm(_Full, nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the normalised tensor."""
-        axes = list(range(-len(self.normalized_shape), 0))
-        return _affine(self._normalised(input, axes, True), self.weight, self.bias, input)
+        return self.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(_Full, nn.RMSNorm):
@@ -93,8 +132,7 @@ class RMSNorm(_Full, nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the normalised tensor."""
-        axes = list(range(-len(self.normalized_shape), 0))
-        return _affine(self._normalised(x, axes, False), self.weight, None, x)
+        return self.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class GroupNorm(_Full, nn.GroupNorm):
@@ -102,11 +140,31 @@ class GroupNorm(_Full, nn.GroupNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the normalised tensor."""
-        grouped = input.unflatten(1, (self.num_groups, -1))
-        found = self._normalised(grouped, list(range(2, grouped.ndim)), True).flatten(1, 2)
-        shape = (-1, *[1] * (input.ndim - 2))
-        weight, bias = (x if x is None else x.view(shape) for x in (self.weight, self.bias))
-        return _affine(found, weight, bias, input)
+        return self.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _Calling(_Full):
+    """A norm of a class with a forward of its own, whose calls of torch's norms are replaced."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the forward does, with other norms in it."""
+        with _Replacing(self):
+            return super().forward(*args, **kwargs)
+
+
+class _Replacing(TorchFunctionMode):
+    """Replaces calls of torch's norms by those of a module that counts what was removed."""
+
+    def __init__(self, module: _Full) -> None:
+        super().__init__()
+        self.own = {
+            nn.functional.layer_norm: module.layer_norm,
+            nn.functional.rms_norm: module.rms_norm,
+            nn.functional.group_norm: module.group_norm,
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.own.get(func, func)(*args, **(kwargs or {}))
 
 
 class _Scaled(_Full):
@@ -128,14 +186,8 @@ _BASES: Mapping[Any, Any] = {
 
 
 @functools.cache
-def _between(cls: Any, own: Any) -> Any:
-    """Returns a class derived from a norm's whose own ``super().forward`` is the corrected one."""
-    return type(cls.__name__, (cls, own), {"__reduce__": _reduce, "of": (cls, own)})
-
-
-@functools.cache
 def _derived(cls: Any, own: Any) -> Any:
-    """Returns a class derived from a norm's that corrects what its forward is given."""
+    """Returns a class derived from a norm's, whose forward another one is put around."""
     return type(cls.__name__, (own, cls), {"__reduce__": _reduce, "of": (cls, own)})
 
 
@@ -145,5 +197,5 @@ def _reduce(self: Any) -> Any:
 
 def _made(cls: Any, own: Any) -> Any:
     """Returns an empty norm, for copies and pickles."""
-    made = _derived(cls, own) if own is _Scaled else _between(cls, own)
+    made = _derived(cls, own)
     return made.__new__(made)
