@@ -24,7 +24,7 @@ from purepruning_interop.torch.verify import Reference
 class Graph(NamedTuple):
     """A graph, and the axes of its inputs that must keep the size of the example."""
 
-    module: torch.nn.Module
+    module: torch.fx.GraphModule
     fixed: tuple[str, ...]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.fx
 from torch.nn.utils import parametrize
 
 from purepruning.layers import Layer, Window
@@ -34,6 +36,9 @@ def layers(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Laye
     and no alias. Of fewer axes, and norms without a weight, are no rows. The weight of a module
     that is itself the root goes by the name of the parameter (``"weight"``).
 
+    A graph that :func:`shrink` made has the rows of the module that it was made of, with the sizes
+    that are left.
+
     Args:
         model: the module.
         *inputs, **kwargs: have no effect, for nothing is called; they are here so that the
@@ -51,6 +56,8 @@ def layers(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Laye
     1 BatchNorm2d 1.weight (0,) () 1
     """
     check("layers(model)", model)
+    if isinstance(model, torch.fx.GraphModule) and TABLE in model.meta:
+        return _of_graph(model)
     names: dict[torch.nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -76,6 +83,28 @@ def layers(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Laye
         if parameter.is_floating_point() or parameter.is_complex()
     }
     return rows(owners, floats)
+
+
+#: Where a graph keeps the table of the module that it was made of.
+TABLE = "purepruning.layers"
+
+
+def remember(graph: torch.fx.GraphModule, table: tuple[Layer, ...]) -> None:
+    """Notes in a graph what its parameters are the weights of; copies have it too."""
+    graph.meta[TABLE] = table
+
+
+def _of_graph(graph: torch.fx.GraphModule) -> tuple[Layer, ...]:
+    shapes = {name: tuple(p.shape) for name, p in graph.named_parameters()}
+    return tuple(_resized(x, shapes[x.weight]) for x in graph.meta[TABLE] if x.weight in shapes)
+
+
+def _resized(layer: Layer, shape: tuple[int, ...]) -> Layer:
+    """Returns the row of a weight of another size; what is depthwise stays so."""
+    groups = layer.groups
+    if groups > 1 and len(layer.out_axes) == 1 and groups == layer.shape[layer.out_axes[0]]:
+        groups = shape[layer.out_axes[0]]
+    return dataclasses.replace(layer, shape=shape, groups=groups)
 
 
 def _params(module: torch.nn.Module, paths: Mapping[torch.nn.Parameter, str]) -> dict[str, Param]:

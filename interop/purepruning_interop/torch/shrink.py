@@ -25,6 +25,7 @@ from purepruning.masks import apply_masks, merge_masks
 from purepruning.types import Masks
 from purepruning_interop.torch.couple import Analysis, analyse
 from purepruning_interop.torch.graphs import graph_of
+from purepruning_interop.torch.layers import layers, remember
 from purepruning_interop.torch.pretrained import configured
 from purepruning_interop.torch.program import Var, check, leaf_names
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
@@ -271,6 +272,7 @@ def _build(
                 return _Built(candidate, plan, "module", less, deviation, (), replaced, config)
     graph = graph_of(model, coupling, removed, plan, state, reference, norms)
     graph.module.train(model.training)
+    remember(graph.module, layers(model if own is None else own))
     deviation = None
     if norms == "kept":
         if own is not None:  # compared with what averages over what is kept

@@ -25,6 +25,7 @@ from purepruning_interop.torch.emit.graph_module import (
     Shrunk,
     Sizes,
     aten,
+    call_layers,
 )
 from purepruning_interop.torch.program import Op, Sym, Var
 
@@ -82,6 +83,7 @@ class Emitter:
             self.call(aten.copy_.default, self.nodes[number], self.nodes[new.number])
         self.graph.output(tuple(self.small(x) for x in program.outputs))
         self.graph.eliminate_dead_code(_stays)
+        call_layers(self.root, self.graph)
         self._name_all_state()
         names = [f"arg_{i}" for i in range(program.in_spec.child(0).num_children)]
         names += list(program.in_spec.child(1).context)
