@@ -40,7 +40,11 @@ def test_what_a_run_prints_and_writes(tmp_path, capsys, recipe):
         "history.jsonl",
         "weights.safetensors",
         "masks.safetensors",
+        "report.html",
     }
+    page = (out / "report.html").read_text()
+    assert "small: agp" in page
+    assert f"--task {TASKS}small --seed 0 --epochs 0 -o {out}" in page
     again = call(capsys, *arguments, "--json").json
     assert again["history"] == [
         json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from purepruning_interop.checkpoints import read_checkpoint
 from purepruning_interop.cli import output
 from purepruning_interop.cli.models import arrays_into, raised_by
 from purepruning_interop.recipes import read_recipe
-from purepruning_interop.runs import Outcome, Settings, run_recipe
+from purepruning_interop.report import write_report
+from purepruning_interop.runs import Outcome, Settings, report_of, run_recipe
+from purepruning_interop.runs.folder import writing
 from purepruning_interop.tasks import Task, find_task
 
 
@@ -35,6 +38,12 @@ def run_and_show(
     found = read_recipe(recipe)
     task = _task(task_name)
     start = None if weights is None else _start(task, task_name, weights, seed)
+    words = ["purepruning", "run", str(recipe), "--task", task_name, "--seed", str(seed)]
+    words += [] if epochs is None else ["--epochs", str(epochs)]
+    words += [] if not trial_epochs else ["--trial-epochs", str(trial_epochs)]
+    words += [] if samples is None else ["--samples", str(samples)]
+    words += [] if weights is None else ["--weights", str(weights)]
+    again = shlex.join([*words, "-o", str(out)])
     asked = {"task": task_name, "weights": None if weights is None else str(weights)}
     with output.progress() as bar:
         line = bar.add_task("checking", total=1)
@@ -53,6 +62,10 @@ def run_and_show(
             anew=overwrite,
             show=show,
         )
+    page = out / "report.html"
+    with writing(out):
+        write_report(page, report_of(outcome, task, [again]))
+    outcome = outcome._replace(files={**outcome.files, "report": str(page)})
     if as_json:
         output.show_json(_as_json(outcome, task, out))
     else:
