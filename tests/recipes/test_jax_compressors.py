@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from flax import nnx
 
 import purepruning as pp
 from purepruning.trees import flatten
@@ -246,3 +247,29 @@ def test_auto_compress_returns_a_smaller_model(framework):
     size = lambda m: sum(x.size for x in kernels(compressor._edge.params(m)).values())  # noqa: E731
     assert size(small) <= size(whole()) / 2 + 64
     assert small(X).shape == (20, 10)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+@pytest.mark.parametrize("given", [False, True])
+def test_evaluators_are_handed_the_model_as_it_is(framework, given):
+    """Not the one that the compressor was made of, which a pure framework leaves as it was."""
+    seen = []
+
+    def evaluate(model, *rest):
+        tree = nnx.state(model, nnx.Param) if framework == "nnx" else model
+        (weight,) = (x for n, x in kernels(tree).items() if "fc1" in n and x.ndim == 2)
+        seen.append(float((weight == 0).mean()))
+        assert rest == (("left", "as it is") if given else ())
+        return 1 - seen[-1]
+
+    (model,), extra = model_of(framework)
+    recipe = {"sparsity": 0.5, "op_types": ["Linear"], "op_names": ["fc1"]}
+    recipe = {"purepruning": 1, "steps": [{"use": "sensitivity", "rules": [recipe]}]}
+    compressor = create_compressor(
+        model, recipe, evaluator=evaluate, sparsity_per_iter=0.25, **extra
+    )
+    first = extra.get("variables", model)
+    arguments = {"eval_args": (first, "left", "as it is")} if given else {}
+    compressor.compress(**arguments)
+    assert seen[0] == 0
+    assert {0, 1, 2} <= {round(4 * x) for x in seen}
