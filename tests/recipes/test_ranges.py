@@ -1,6 +1,7 @@
 """Search ranges: expanded to flat names, replaced by values, searched by a grid and at random."""
 
 import numpy as np
+import optuna
 import pytest
 
 from purepruning_interop.recipes import create_compressor, expand, read_recipe, search_recipe
@@ -74,6 +75,68 @@ def test_random_draws_are_within_the_range_and_repeat():
     assert runs[0].values["0.sparsity"] == max(drawn[0])
 
 
+def shares(found):
+    return [rule["sparsity"] for rule in found.steps[0].rules]
+
+
+TPE = {"by": "optuna", "n_samples": 30, "seed": 3}
+SPACE = [
+    {"op_types": ["Linear"], "sparsity": {"range": [0.2, 0.8], "type": "float"}},
+    {"op_types": ["Conv2d"], "sparsity": {"range": [0.9, 0.3, 0.5], "type": "choice"}},
+]
+
+
+def bowl(found):
+    a, b = shares(found)
+    return -((a - 0.35) ** 2) - (b - 0.3) ** 2
+
+
+def test_optuna_suggests_by_the_scores_so_far():
+    found = search_recipe(recipe(*SPACE), bowl, **TPE)
+    values = [tuple(row["values"].values()) for row in found.history]
+    assert found.values["1.sparsity"] == 0.3
+    assert abs(found.values["0.sparsity"] - 0.35) < 0.03
+    # Later suggestions are nearer than those of the start, which are random.
+    near = [abs(a - 0.35) for a, _ in values]
+    assert np.mean(near[20:]) < np.mean(near[:10]) / 2
+    assert {b for _, b in values} == {0.9, 0.3, 0.5}
+    least = search_recipe(recipe(*SPACE), lambda r: -bowl(r), target="min", **TPE)
+    assert [row["values"] for row in least.history] == [row["values"] for row in found.history]
+    # What a plain loop over optuna is given.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=TPE["seed"])
+    )
+    for a, b in values:
+        trial = study.ask()
+        one = trial.suggest_float("0.sparsity", 0.2, 0.8)
+        two = [0.9, 0.3, 0.5][trial.suggest_categorical("1.sparsity", range(3))]
+        assert (a, b) == (one, two)
+        study.tell(trial, -((a - 0.35) ** 2) - (b - 0.3) ** 2)
+
+
+def test_a_stopped_search_by_optuna_goes_on(tmp_path):
+    calls = []
+
+    def stopped(found):
+        calls.append(found)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return bowl(found)
+
+    few = {**TPE, "n_samples": 16}
+    with pytest.raises(KeyboardInterrupt):
+        search_recipe(recipe(*SPACE), stopped, folder=tmp_path, **few)
+    found = search_recipe(recipe(*SPACE), stopped, folder=tmp_path, **few)
+    assert len(calls) == 17  # the one that was stopped is the only one done again
+    whole = search_recipe(recipe(*SPACE), bowl, **few)
+    assert [row["values"] for row in found.history] == [row["values"] for row in whole.history]
+    calls.clear()
+    again = search_recipe(recipe(*SPACE), stopped, folder=tmp_path, **few)
+    assert not calls
+    assert [row["values"] for row in again.history] == [row["values"] for row in whole.history]
+
+
 def test_a_search_on_a_model():
     rule = {"op_types": ["Linear"], "sparsity": {"range": [0.5, 0.9], "type": "choice"}}
 
@@ -92,6 +155,10 @@ def test_wrong_calls():
     rule = {"op_types": ["Linear"], "sparsity": SHARE}
     with raises(TypeError, "n_samples"):
         search_recipe(recipe(rule), len)
+    with raises(TypeError, "optuna search needs n_samples"):
+        search_recipe(recipe(rule), len, by="optuna")
+    with raises(ValueError, "submit", "leave it out"):
+        search_recipe(recipe(rule), len, by="optuna", n_samples=2, submit=map)
     with raises(ValueError, "by", "'grid'"):
         search_recipe(recipe(rule), len, by="tpe")
     with raises(ValueError, "no ranges"):
