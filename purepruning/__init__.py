@@ -59,6 +59,7 @@ from purepruning.schedules.curves import agp, cosine, exponential, linear, one_s
 from purepruning.schedules.schedule import Schedule, check_resumed, vmap_axes
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.prune import prune
+from purepruning.streaming import prune_files
 from purepruning.summary import summarize
 from purepruning.training import admm, movement
 from purepruning.training.controls import invert_scores, reinitialize, shuffle_masks
@@ -178,6 +179,8 @@ __all__ = [
     "save_state",
     "load_state",
     "check_resumed",
+    # Checkpoints larger than memory.
+    "prune_files",
     # Training with masks.
     "keep_pruned",
     "prune_on_schedule",

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import optax
+import safetensors.numpy
 import torch
 from flax import nnx
 
 import purepruning as pp
+from purepruning.trees import flatten
 from purepruning_interop import keras as ppk
 from tests.explore import kinds, world
 from tests.explore.kinds import Kind, Wrong, choice, flag, integer, none, real
@@ -682,6 +684,15 @@ def _files(s: Side) -> Iterator[Call]:
     of |= {"weights": mapping, "ranges": Kind(("range",), lambda x: "either")}
     yield row("save_quantized", written, quantised, weights, {}, config, of=of, label=at)
     yield row("load_quantized", model, s.params, of=of, label=at)
+    if s.is_torch:
+        return
+    weights = {name: np.asarray(x) for name, x in flatten(s.params).leaves.items()}
+    safetensors.numpy.save_file(weights, folder() / "weights.safetensors")
+    pruner = kinds.function(words=("pruner",))
+    of |= {"source": kinds.path(), "target": kinds.path(), "pruner": pruner, "stats": _ANY}
+    of |= {"config": _config(s, model=False)}
+    files = (folder() / "weights.safetensors", folder() / "pruned")
+    yield row("prune_files", find("level"), *files, s.config, None, of=of)
 
 
 _PTQ = ((pp.quantize.ptq.weights, None), (pp.quantize.ptq.levels,))
