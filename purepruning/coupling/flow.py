@@ -88,7 +88,7 @@ class Flow:
         if known is not None and np.size(known):
             first = np.asarray(known).reshape(-1)[0]
             if np.ndim(known) == 0 or (np.asarray(known) == first).all():
-                at_removed = (float(first) if np.isreal(first) else UNKNOWN,) * len(shape)
+                at_removed = (float(np.real(first)) if np.isreal(first) else UNKNOWN,) * len(shape)
         return Value(
             tuple(shape), axes, at_removed, known, origins=tuple(frozenset() for _ in shape)
         )

@@ -248,3 +248,21 @@ def test_axes_that_stay_in_stacked_parameters_are_listed():
     coupling, _ = halved(fn, params, X)
     listed = {(f.path, f.axis): f.positions for f in coupling.frozen}
     assert listed == {("u", 0): 3, ("u", 1): 6, ("d", 0): 3, ("d", 2): 6}
+
+
+def test_complex_numbers_are_padded_with_complex_zeros():
+    def fn(p, x):
+        z = jax.lax.complex(x @ p["a"], x @ p["b"])
+        z = jax.lax.pad(z, np.complex64(0), [(1, 1, 0), (0, 0, 0)])
+        return (z.real + z.imag) @ p["c"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 8), "b": (3, 8), "c": (8, 2)}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    x = jnp.ones((2, 3))
+    coupling = pp.couple(fn, params, x)
+    assert [len(f) for f in coupling.families] == [8]
+    masks = coupling.masks([1, 2, 3], params)
+    small = pp.shrink(fn, params, masks, coupling, x)
+    expected = fn(pp.apply_masks(params, masks), x)
+    np.testing.assert_allclose(small.fn(small.params, x), expected, rtol=1e-5, atol=1e-6)

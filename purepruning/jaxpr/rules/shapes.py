@@ -106,9 +106,17 @@ def _tile(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     return [value]
 
 
+def _filled_with(filler: Value) -> float | None:
+    """Returns the number that fills, where it is known and real."""
+    known = filler.known
+    if known is None or (np.iscomplexobj(known) and np.imag(known) != 0):
+        return None
+    return float(np.real(known))
+
+
 def _pad(state: Walk, op: Op, xs: list[Value]) -> list[Value] | None:
     value, filler = xs
-    fill = None if filler.known is None else float(filler.known)
+    fill = _filled_with(filler)
     for axis, (low, high, inside) in enumerate(op.params["padding_config"]):
         if inside:
             state.flow.keep(value, "padding between positions", [axis])
