@@ -273,19 +273,37 @@ def one_call(twin: Twin, config: pp.Config, units: Units, *, quick: bool) -> str
     return f"{n} trials of annealing: {times[0]:.2f} s in a loop, {times[1]:.2f} s in one call"
 
 
-def draw(rows: list[Row], name: str) -> None:
-    """Writes a picture: the best score against evaluations, and what each method left of groups."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for row in rows:
-        if row.budget == BUDGETS[0]:
-            if row.found.scores:
-                left.plot(np.maximum.accumulate(row.found.scores), label=row.method)
-            if row.found.plan:
-                right.plot(list(row.found.plan.values()), marker="o", label=row.method)
-    left.set(xlabel="evaluations", ylabel="best score so far")
-    right.set(xlabel="group", ylabel="units pruned")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
+def draw(rows: list[Row], config: pp.Config, name: str) -> None:
+    """Writes a picture, a line for each budget: accuracies, and what each method left of groups."""
+    sizes = {pool.name: pool.size for pool in config.pools}
+    budgets = sorted({row.budget for row in rows}, reverse=True)
+    size = (11, 4.2 * len(budgets))
+    figure, axes = plt.subplots(len(budgets), 2, figsize=size, squeeze=False, layout="constrained")
+    for budget, (left, right) in zip(budgets, axes, strict=True):
+        shown = [row for row in rows if row.budget == budget]
+        colors = [plt.get_cmap("tab10")(i) for i in range(len(shown))]
+        for row, color in zip(shown, colors, strict=True):
+            evaluations = len(row.found.scores)
+            left.plot(evaluations, 100 * row.pruned, "o", mfc="none", color=color)
+            left.plot(evaluations, 100 * row.tuned, "o", color=color)
+        left.set(
+            title=f"{100 * budget:.0f} % of the multiply-adds: pruned (rings) and tuned (dots)",
+            xlabel="evaluations spent",
+            ylabel="test accuracy, %",
+        )
+        # Of groups, in percent; AutoCompress gives a smaller network, and no plan.
+        plans = [[row.found.plan.get(n, np.nan) / sizes[n] for n in sizes] for row in shown]
+        gone = 100 * np.asarray(plans, np.float64)
+        right.imshow(gone, cmap="Greys", vmin=0, vmax=150, aspect="auto")
+        for (y, x), share in np.ndenumerate(gone):
+            text = "" if np.isnan(share) else f"{share:.0f}"
+            right.text(x, y, text, ha="center", va="center", fontsize=8)
+        # A group is named by its first layer.
+        right.set_xticks(range(len(sizes)), [n.partition(" + ")[0] for n in sizes], rotation=30)
+        right.set_yticks(range(len(shown)), [row.method for row in shown])
+        for label, color in zip(right.get_yticklabels(), colors, strict=True):
+            label.set(color=color, fontweight="bold")
+        right.set_title("units pruned, % of each group")
     figure.savefig(name, dpi=150)
 
 
@@ -307,10 +325,10 @@ def main() -> None:
     console.print(f"Unpruned: {100 * twin.accuracies(none)[0]:.1f} % of the test images are right.")
     rows = compare(twin, methods, quick=given.quick)
     console.print(table(rows))
+    config = config_of(twin)
     if twin.traced is not None:
-        config = config_of(twin)
         console.print(one_call(twin, config, units_of(config, twin.scores), quick=given.quick))
-    draw(rows, "search.png")
+    draw(rows, config, "search.png")
     console.print("Wrote search.png.")
 
 
