@@ -20,6 +20,11 @@ from tests.messages import raises
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
+def full(*values):
+    """Values of a parameter that run with ``--full`` only."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
 def config_of(sparsity, sizes, *, granularity="element", rules=None, **rule):
     """Layers of ``sizes[i]`` x 4 weights, in an order that is not that of their sizes."""
     table = [Layer(f"l{i}", "Linear", f"l{i}", (n, 4), (0,), (1,)) for i, n in enumerate(sizes)]
@@ -58,7 +63,7 @@ def chains(sparsity, sizes=SIZES, granularity="element", n=64, steps=3):
     return np.stack([counts[f"l{i}"] for i in range(len(sizes))], axis=-1)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.3, 0.8, 0.98])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8, *full(0.0, 0.01, 0.98)])
 def test_proposals_meet_the_total_exactly(sparsity):
     counts = chains(sparsity)
     assert counts.dtype == np.int32
@@ -81,7 +86,7 @@ def test_larger_layers_get_the_higher_sparsity(sparsity):
     assert (np.diff(shares[..., order]).max((0, 1)) > 0.01)[[0, 1, 3]].all()
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.5, *full(0.1, 0.9)])
 def test_channels_fill_the_total_as_far_as_they_fit(sparsity):
     table = [
         Layer("l0", "Linear", "l0", (30, 4), (0,), (1,)),
@@ -99,13 +104,13 @@ def test_channels_fill_the_total_as_far_as_they_fit(sparsity):
         assert 0 <= b <= 8
 
 
-def test_layers_of_millions_meet_the_total_exactly():
+@pytest.mark.parametrize("sparsity", [0.9, *full(0.35)])
+def test_layers_of_millions_meet_the_total_exactly(sparsity):
     sizes = (25_000_000, 3, 1_000_003, 25_000_001, 500, 7_654_321)
-    for sparsity in (0.35, 0.9):
-        counts = chains(sparsity, sizes, n=4).astype(np.int64)
-        assert (counts.sum(-1) == pp.count_of(sparsity, 4 * sum(sizes))).all()
-        assert (counts < 4 * np.asarray(sizes)).all()
-        assert (counts >= 0).all()
+    counts = chains(sparsity, sizes, n=4).astype(np.int64)
+    assert (counts.sum(-1) == pp.count_of(sparsity, 4 * sum(sizes))).all()
+    assert (counts < 4 * np.asarray(sizes)).all()
+    assert (counts >= 0).all()
 
 
 @hypothesis.given(
@@ -113,7 +118,7 @@ def test_layers_of_millions_meet_the_total_exactly():
     percent=st.integers(0, 100),
     seed=st.integers(0, 2**31),
 )
-@hypothesis.settings(max_examples=5)
+@hypothesis.settings(max_examples=3)
 def test_any_total_that_the_layers_allow_is_met(sizes, percent, seed):
     """NNI draws until every layer keeps something, for ever where little is to be kept."""
     weights = 4 * sum(sizes)
@@ -207,7 +212,7 @@ def acceptance(scores, scale=None):
     return float(accepted(scale)(padded)[:, len(scores) - 1].mean())
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+@pytest.mark.parametrize("size", [1e-6, *full(1.0, 1e9)])
 def test_what_is_usual_is_accepted_with_one_part_in_e_whatever_the_scale(size):
     assert acceptance([0.0, -size]) == pytest.approx(np.exp(-1), abs=0.03)
     # Better by 3, then worse by 1: the mean change is 2, the temperature 0.9.

@@ -8,6 +8,8 @@ import purepruning as pp
 from tests.messages import raises
 from tests.search import nets
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def test_it_finds_the_best_of_all_plans():
     of = pp.search.problem(nets.coupled(round_to=4), {"params": 0.5})
