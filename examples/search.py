@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--framework", choices=("flax", "torch"), default="flax")
     given = parser.parse_args()
     data, seeds = load_data(), np.array([0])
-    steps = 8 if given.quick else None
+    steps = 4 if given.quick else None
     training = batches(data.train_images, seeds, 10, 0)[0, :steps]
     tuning = batches(data.train_images, seeds, 2, 1)[0, :steps]
     make = importlib.import_module(f"_search_{given.framework}").make
