@@ -121,7 +121,7 @@ def test_sharded_folders_that_do_not_agree_with_their_index(tmp_path, capsys):
 
 
 def test_wrong_usage(tmp_path, capsys):
-    failed(capsys, 2, "inspect", says="Missing argument 'FILE'")
+    failed(capsys, 2, "inspect", says="Missing argument 'SOURCE'")
     failed(capsys, 2, "inspekt", says="Did you mean 'inspect'?")
     failed(capsys, 2, "inspect", "x", "--tip", says="--t")
 

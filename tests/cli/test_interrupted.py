@@ -76,7 +76,9 @@ def large(tmp_path_factory):
     return save(tmp_path_factory.mktemp("large") / "m.safetensors", content)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_interrupted_at_any_time_the_target_is_whole_or_not_there(tmp_path, large, number):
     out = tmp_path / "out"
     process = start("prune", large, "--sparsity", "0.5", "-o", out)
@@ -203,6 +205,7 @@ def test_errors_that_are_ours_say_so_and_show_where_when_asked(tmp_path, capsys,
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     source = save(tmp_path / "m.safetensors")
     process = start("inspect", source, "--json")

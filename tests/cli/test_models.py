@@ -53,7 +53,14 @@ def test_a_torch_model_within_its_budget_computes_what_the_masked_one_does(tmp_p
     assert kept == set(norms.argsort()[6:].tolist())
 
 
-@pytest.mark.parametrize("name", ["linen_net", "nnx_net", "equinox_net"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("linen_net", marks=pytest.mark.full),
+        "nnx_net",
+        pytest.param("equinox_net", marks=pytest.mark.full),
+    ],
+)
 def test_jax_models_compute_what_the_masked_one_does(tmp_path, capsys, name):
     out, report = shrunk(capsys, tmp_path, name, "--budget", "macs=0.5")
     made = getattr(nets, name)()
