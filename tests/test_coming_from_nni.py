@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def page():
     """What the snippets leave behind, run one after another."""
     names = {}
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for i, block in enumerate(BLOCKS):
             exec(compile(block, f"snippet {i}", "exec"), names)
     return names
@@ -63,6 +63,18 @@ def test_agp(page):
     shares = [0.8 - 0.8 * (1 - epoch / 9) ** 3 for epoch in range(10)]
     assert page["pruned"] == [int(5760 * s + 1e-9) for s in shares]
     assert int((page["jax_params"]["w"] == 0).sum()) == 160
+
+
+def test_keras(page):
+    # 0.8 of 256 and of 128 weights.
+    masks = pruned(page["keras_masks"])
+    assert {path: n for path, n in masks.items() if path.endswith("kernel")} == {
+        "hidden/kernel": 204,
+        "out/kernel": 102,
+    }
+    kernels = [x for x in page["ppk"].params(page["keras_model"]).values() if x.ndim == 2]
+    assert [int((np.asarray(x) == 0).sum()) for x in kernels] == [204, 102]
+    assert 0 < page["keras_density"] < 1
 
 
 def test_quantizers(page):
