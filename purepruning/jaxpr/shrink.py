@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import missing, one_of
+from purepruning.arguments import flag, missing, one_of
 from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.plan import Cut, Plan, cut_array, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
@@ -40,6 +41,7 @@ def shrink(
     *inputs: Any,
     norms: Norms = "original",
     conflicts: Conflicts = "keep",
+    donate: bool = False,
     **kwargs: Any,
 ) -> Shrunk:
     """Returns a smaller model that computes what the masked one does.
@@ -53,14 +55,16 @@ def shrink(
         params: its parameters.
         masks: masks of any pruner, or of :meth:`Coupling.masks`.
         coupling: what :func:`couple` returned for ``fn`` and ``params``.
-        *inputs, **kwargs: arrays or shapes, as for :func:`couple`. Keywords ``norms`` and
-            ``conflicts`` of the function's own cannot be given; wrap it.
+        *inputs, **kwargs: arrays or shapes, as for :func:`couple`. Keywords ``norms``,
+            ``conflicts`` and ``donate`` of the function's own cannot be given; wrap it.
         norms: what a mean over an axis that shrinks divides by: ``"original"`` keeps the number
             of positions there were, and adds to sums what removed positions would: the masked model
             exactly. ``"kept"`` averages over what is kept, as a natively smaller layer does.
         conflicts: what to do where the layers that make a unit disagree: ``"keep"`` keeps the
             unit, with what is masked of it as zeros, ``"remove"`` removes it everywhere,
             ``"refuse"`` raises. The report lists it.
+        donate: whether the arrays of ``params`` that are cut may be deleted, each as soon as its
+            smaller copy is there, so that both models never lie in memory together.
 
     Raises:
         ValueError: masks that disagree, so that no unit can be removed or with
@@ -81,6 +85,7 @@ def shrink(
     """
     check_function(fn, "shrink")
     one_of("norms", norms, ("original", "kept"))
+    flag(donate, "donate")
     check_coupling("shrink", coupling)
     tree = flatten(params)
     for path, leaf in tree.leaves.items():
@@ -92,10 +97,15 @@ def shrink(
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
     given = by_path(masks, tree.leaves)
-    leaves = {
-        path: _small(leaf, given.get(path), plan.cuts.get(path, ()))
-        for path, leaf in tree.leaves.items()
-    }
+    left = Counter(map(id, tree.leaves.values()))
+    leaves = {}
+    for path, leaf in tree.leaves.items():
+        leaves[path] = _small(leaf, given.get(path), plan.cuts.get(path, ()))
+        left[id(leaf)] -= 1
+        if donate and isinstance(leaf, jax.Array) and leaves[path] is not leaf:
+            jax.block_until_ready(leaves[path])
+            if not left[id(leaf)]:  # one array may be several parameters
+                leaf.delete()
     small = tree.rebuild(leaves)
     return _shrunk(fn, small, plan, complete, found, norms, chosen)
 

@@ -166,6 +166,7 @@ def _kinds(s: Side, **others: Kind) -> dict[str, Kind]:
         "pruner": kinds.function(called=False, words=("pruner",)),
         "norms": choice("original", "kept"),
         "conflicts": choice("refuse", "keep", "remove"),
+        "donate": flag(),
         "inputs": _GOOD,  # what a model itself says of a wrong input is not ours to judge
         **others,
     }

@@ -694,3 +694,29 @@ def test_wrong_arguments_say_what_they_are(shrunk, coupling, tmp_path):
     del less["params"]["stem"]
     with pytest.raises(ValueError, match=r"params have no 'params.stem.bias'"):
         shrunk.fn(less, X)
+
+
+def test_donated_arrays_are_deleted_as_they_are_cut():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["one"] + x @ p["again"]) @ p["two"] + p["end"][None]
+
+    rng = np.random.default_rng(0)
+    one, two = (jax.device_put(rng.normal(size=s).astype("float32")) for s in ((3, 8), (8, 2)))
+    params = {"one": one, "again": one, "two": two, "end": jax.device_put(np.ones(2, "float32"))}
+    x = np.ones((1, 3), np.float32)
+    coupling = pp.couple(fn, params, x)
+    masks = coupling.masks([1, 2, 3], params)
+    kept = pp.shrink(fn, params, masks, coupling, x)
+    assert not any(leaf.is_deleted() for leaf in params.values())
+    small = pp.shrink(fn, params, masks, coupling, x, donate=True)
+    assert {k: leaf.is_deleted() for k, leaf in params.items()} == {
+        "one": True,
+        "again": True,
+        "two": True,
+        "end": False,
+    }
+    for a, b in zip(jax.tree.leaves(kept.params), jax.tree.leaves(small.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert small.fn(small.params, x).tolist() == kept.fn(kept.params, x).tolist()
+    with pytest.raises(TypeError, match="donate"):
+        pp.shrink(fn, kept.params, masks, coupling, x, donate="yes")
