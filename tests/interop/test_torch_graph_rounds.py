@@ -115,3 +115,38 @@ def test_a_graph_trains_and_keeps_its_state_dict(first):
     graph = copy.deepcopy(graph).train()
     graph(x).square().sum().backward()
     assert all(p.grad is not None for p in graph.parameters())
+
+
+def masked_encoder(net, x):
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+    return {"y": net.head(net.body(net.stem(x), mask=mask))}
+
+
+def masked_decoder(net, x):
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+    h = net.stem(x)
+    return {"y": net.head(net.body(h, h.flip(1), tgt_mask=mask))}
+
+
+@pytest.mark.parametrize("forward", [masked_encoder, masked_decoder])
+def test_what_cannot_be_exported_is_a_graph_of_fixed_sizes(forward):
+    """Torch's attention asks whether its mask is causal, which its exporter does not know."""
+    kind = "En" if forward is masked_encoder else "De"
+    layer = getattr(nn, f"Transformer{kind}coderLayer")(16, 4, 32, batch_first=True)
+    body = getattr(nn, f"Transformer{kind}coder")(layer, 1)
+    model = Net(forward, stem=nn.Linear(6, 16), body=body, head=nn.Linear(16, 3))
+    fill(model, 0).eval()
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    coupling = ppt.couple(model, x)
+    units = [n for f in coupling.families for n in f.units[: len(f) // 2].tolist()]
+    state = dict(model.named_parameters())
+    small = ppt.shrink(model, coupling.masks(units, state), coupling, x)
+    assert small.report.kind == "graph"
+    assert not small.report.dynamic
+    reference = copy.deepcopy(model)
+    ppt.apply_(reference, small.report.masks)
+    with torch.no_grad():
+        assert distance(reference(x)["y"], small.model(x)["y"]) <= 1e-5
+        assert distance(model(x)["y"], small.model(x)["y"]) > 1e-2
+    with pytest.raises(ValueError, match="of size 2 along axis 0, got 3"):
+        small.model(torch.ones(3, 5, 6))

@@ -42,7 +42,8 @@ def graph_of(
     First all sizes of the inputs are left open, then that of the batch, then none. A graph is taken
     if it is right for the example and for other batches. Of other sizes those stay open for which
     it was right wherever the model itself runs, at one other size at least; the graph refuses what
-    is left.
+    is left. A module that cannot be exported, since it asks for numbers that it made itself, is
+    taken as it was recorded, of fixed sizes.
 
     Args:
         model: the module, in any mode.
@@ -72,7 +73,10 @@ def graph_of(
             )
         except _NOT_OPEN:
             continue
-    found = analyse(model, given[0], given[1], coupling.outputs, "exported")
+    try:
+        found = analyse(model, *given, coupling.outputs, "exported")
+    except Refused:  # torch's tracer: ours may have read it
+        found = analyse(model, *given, coupling.outputs, "recorded")
     gone = _units(found, coupling, removed, plan)
     closed = _closed(found.program)
     return Graph(emit(found, gone, plan, state, names, norms, closed), _named(found, closed))

@@ -97,7 +97,7 @@ class Program:
         constants: tensors the program holds that are not in the state dict, by number.
         outputs: what it returns: :class:`Var`, :class:`Sym` or constants.
         mutations: what a buffer is overwritten with.
-        in_spec, out_spec: how arguments (of an exported program only) and results are packed.
+        in_spec, out_spec: how arguments and results are packed.
     """
 
     ops: list[Op]

@@ -26,8 +26,7 @@ class Source:
         constants: placeholders of other tensors, with the tensor.
         outputs: which results are the module's.
         mutations: which result a buffer is overwritten with, by path.
-        in_spec, out_spec: how arguments and results are packed; of recordings only
-            the latter is known.
+        in_spec, out_spec: how arguments and results are packed.
     """
 
     root: Any

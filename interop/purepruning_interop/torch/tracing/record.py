@@ -92,6 +92,7 @@ class _Recorder(TorchDispatchMode):
         self.state: dict[Any, str] = {}
         self.constants: dict[Any, torch.Tensor] = {}
         self.results: list[Any] = []
+        self.in_spec: Any = None
         self.out_spec: Any = None
         self.alive: list[Any] = []  # so that no two tensors share an id
         self.empty: dict[int, torch.Tensor] = {}
@@ -109,6 +110,7 @@ class _Recorder(TorchDispatchMode):
     def give(self, given: Any) -> Any:
         """Returns the arguments without values, and makes placeholders of them."""
         leaves, spec = pytree.tree_flatten(given)
+        self.in_spec = spec
         empty = {id(x): empty_tensor(shape_of(x)) for x in leaves if _is_tensor(x)}
         leaves = [empty.get(id(x), x) for x in leaves]
         self.given = [self.placeholder(f"given_{i}", x) for i, x in enumerate(leaves)]
@@ -129,7 +131,8 @@ class _Recorder(TorchDispatchMode):
             self.constants,
             list(range(len(self.results))),
             {},
-            out_spec=self.out_spec,
+            self.in_spec,
+            self.out_spec,
         )
 
     def placeholder(self, name: str, value: Any) -> Any:
