@@ -234,6 +234,19 @@ def fft_over_space():
     return around(lambda net, x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=(8, 8)))
 
 
+@lawful
+def fft_over_steps():
+    """A layer of waves along a sequence: every channel by itself, then complex weights."""
+
+    def run(net, x):
+        waves = torch.fft.rfft(net.stem(x).relu(), dim=1)
+        mixed = torch.einsum("bsc,co->bso", waves, torch.view_as_complex(net.weights))
+        return net.head(torch.fft.irfft(mixed, n=x.shape[1], dim=1))
+
+    weights = parameter(8, 12, 2)
+    return Net(run, stem=nn.Linear(6, 8), weights=weights, head=nn.Linear(12, 4)), tokens()
+
+
 # --- not a number
 
 

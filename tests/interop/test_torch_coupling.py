@@ -376,3 +376,15 @@ def test_a_result_that_is_passed_by_keyword_is_written_to():
 
     model = Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3))
     assert ppt.couple(model, *tokens()).n_units == 8
+
+
+def test_a_fourier_transform_keeps_its_own_axes_alone():
+    def units(dim):
+        model = Net(
+            lambda net, x: net.head(torch.fft.fft(net.stem(x), dim=dim).real),
+            stem=nn.Linear(6, 8),
+            head=nn.Linear(8, 4),
+        )
+        return ppt.couple(model.eval(), *tokens()).n_units
+
+    assert (units(1), units(-1)) == (8, 0)

@@ -74,9 +74,9 @@ def graph_of(
         except _NOT_OPEN:
             continue
     try:
-        found = analyse(model, *given, coupling.outputs, "exported")
+        found = analyse(model, given[0], given[1], coupling.outputs, "exported")
     except Refused:  # torch's tracer: ours may have read it
-        found = analyse(model, *given, coupling.outputs, "recorded")
+        found = analyse(model, given[0], given[1], coupling.outputs, "recorded")
     gone = _units(found, coupling, removed, plan)
     closed = _closed(found.program)
     return Graph(emit(found, gone, plan, state, names, norms, closed), _named(found, closed))

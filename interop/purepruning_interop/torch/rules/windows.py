@@ -36,6 +36,21 @@ def _complex(s: Walk, op: Op) -> list[Value] | None:
     return [dataclasses.replace(found, shape=s.shape(op), at_removed=at_removed, summed=None)]
 
 
+def _fourier(s: Walk, op: Op) -> list[Value] | None:
+    """Transformed axes stay; along others every position is transformed by itself."""
+    value = s.value(op.args["self"])
+    axes = [a % value.ndim for a in op.args["dim"]]
+    s.flow.keep(value, "mixed by a Fourier transform", axes)
+    order = [None if a in axes else a for a in range(value.ndim)]
+    found = shapes.select_axes(s.flow, value, order)
+    at_removed = tuple(0.0 if zero(d) else UNKNOWN for d in found.at_removed)
+    return [
+        dataclasses.replace(
+            found, shape=s.shape(op), at_removed=at_removed, leaf=None, summed=None, origins=None
+        )
+    ]
+
+
 def _im2col(s: Walk, op: Op) -> list[Value] | None:
     """Every channel becomes as many neighbouring ones as its window has positions."""
     value, shape = s.value(op.args["self"]), s.shape(op)
@@ -114,6 +129,7 @@ def _grid_sample(s: Walk, op: Op) -> list[Value] | None:
 
 
 RULES = rules_of(
+    (_fourier, "_fft_r2c _fft_c2r _fft_c2c fft_r2c fft_c2r fft_c2c"),
     (_unfold, "unfold"),
     (_complex, "view_as_complex view_as_real"),
     (_im2col, "im2col"),
