@@ -14,7 +14,7 @@ from purepruning.coupling.shapes import blocks
 from purepruning.coupling.value import Value
 
 #: What to do about a statistic that cannot be corrected.
-WITHOUT = 'norms="kept" needs none'
+WITHOUT = 'shrink with norms="kept", which needs no such value, or leave the layer before it out'
 
 
 @dataclasses.dataclass
@@ -74,4 +74,6 @@ def axis_before(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:
     for left, right in blocks(old, new):
         if right == [axis] and len(left) == 1:
             return left[0]
-    raise NotImplementedError(f"a statistic over an axis that a reshape made; {WITHOUT}")
+    raise NotImplementedError(
+        f"no value at removed positions of an axis that a reshape made; {WITHOUT}"
+    )

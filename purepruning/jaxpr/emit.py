@@ -286,7 +286,8 @@ def _derivative(r: Run, op: Op, operands: Sequence[Value]) -> Callable[..., list
         def refuse(*_: Any) -> list[Any]:
             raise NotImplementedError(
                 f"the derivative that {op.params['call_jaxpr'].jaxpr.debug_info.func_name} defines "
-                "moves positions from one place to another, and some of them are removed here"
+                "moves positions from one place to another, and some of them are removed here; "
+                "leave out of the rules the layers whose channels it takes"
             )
 
         return refuse
