@@ -27,7 +27,14 @@ class Compressor:
         self, model: Any, adapter: str, step: Step, given: dict[str, Any], own: dict[str, Any]
     ) -> None:
         self._edge: Any = importlib.import_module(f"purepruning_interop.recipes.edges.{adapter}")
-        self._adapter: Any = importlib.import_module(f"purepruning_interop.{adapter}")
+        if adapter == "tree":
+            table = tuple(own["layers"])
+            self._edge = self._edge.Functions(table, own["apply"], own["capture"])
+        self._adapter: Any = (
+            self._edge
+            if adapter == "tree"
+            else importlib.import_module(f"purepruning_interop.{adapter}")
+        )
         self._name, self._step, self._given, self._own = adapter, step, given, own
         self._original = model
         self.config: Any = None

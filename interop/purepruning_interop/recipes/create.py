@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import purepruning as pp
 from purepruning.arguments import adapter_of, missing, shown
 from purepruning_interop.recipes.compressor import Compressor
 from purepruning_interop.recipes.names import FOLDERS, NEEDED, Given
@@ -44,6 +45,10 @@ _CLASSES: dict[str, type[Compressor]] = {
 }
 
 
+#: Steps that call a model.
+_OF_MODELS = ("auto_compress", "naive", "qat", "dorefa", "bnn")
+
+
 def create_compressor(
     model: Any,
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
@@ -53,6 +58,9 @@ def create_compressor(
     inputs: Sequence[Any] | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Any] | None = None,
+    layers: Iterable[pp.Layer] | None = None,
+    apply: Callable[..., Any] | None = None,
+    capture: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> Compressor:
     """Returns the compressor of a recipe for a model.
@@ -69,7 +77,9 @@ def create_compressor(
     for the model as it is at the call.
 
     Args:
-        model: a torch, Linen, NNX or Equinox module, or a built Keras model.
+        model: a torch, Linen, NNX or Equinox module, or a built Keras model; or, with ``layers``,
+            parameters alone: a tree of JAX arrays, or a flat dict of torch tensors, which is not
+            changed.
         recipe: a recipe, its file, or what a file holds.
         *args: auptimizer's arguments, in its order.
         step: which step of the recipe; needed where it has several.
@@ -79,6 +89,10 @@ def create_compressor(
         data: batches for statistics, each a tuple of inputs (of activations), or what ``loss``
             takes (of gradients). Without it, torch's are those of training.
         loss: ``(model, batch) -> scalar``, for gradients.
+        layers: of parameters alone, the layer table.
+        apply: of parameters alone, ``(params, *inputs) -> outputs`` in JAX: what is coupled, shrunk
+            and counted.
+        capture: of parameters alone, ``(params, *inputs) -> {layer name: output}``.
         **kwargs: auptimizer's arguments, by name.
 
     Raises:
@@ -89,14 +103,19 @@ def create_compressor(
     with within(recipe.source):
         number = _which(recipe, step)
         chosen = recipe.steps[number]
-        adapter = _adapter(model, recipe.framework)
+        if layers is None and (apply is not None or capture is not None):
+            raise TypeError("apply and capture are of parameters alone; give layers= with them")
+        adapter = "tree" if layers is not None else _adapter(model, recipe.framework)
         with within(f"step {number} ({chosen.use})"):
             if recipe.ranges:
                 raise ValueError(
                     f"{next(iter(recipe.ranges))} is a range; call search_recipe, or write a number"
                 )
             given = _bound(chosen, args, kwargs)
+            if adapter == "tree" and chosen.use in _OF_MODELS:
+                raise ValueError("this runs modules, not parameters alone; give a module")
             own = {"variables": variables, "inputs": inputs, "data": data, "loss": loss}
+            own |= {"layers": layers, "apply": apply, "capture": capture}
             return _CLASSES.get(chosen.use, ByWeights)(model, adapter, chosen, given, own)
 
 
@@ -115,7 +134,7 @@ def _adapter(model: Any, framework: str | None) -> str:
     if found not in ("torch", "linen", "nnx", "equinox", "keras"):
         raise TypeError(
             f"create_compressor: model must be a torch, Linen, NNX or Equinox module or a Keras "
-            f"model, got {type(model).__name__}; for others use the functions of purepruning"
+            f"model, got {type(model).__name__}; for parameters alone give layers=, their table"
         )
     if framework is not None and found not in _MODELS.get(framework, (framework,)):
         raise ValueError(

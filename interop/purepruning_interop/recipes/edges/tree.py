@@ -1,0 +1,93 @@
+"""Parameters alone, in JAX or torch, and functions of them; a changed tree is another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import purepruning as pp
+from purepruning.arrays import is_torch
+
+
+class Functions:
+    """What an adapter and an edge do for a class of models, for a tree by what its caller gave.
+
+    Attributes:
+        table: the layer table.
+        apply: ``(params, *inputs) -> outputs``, or None.
+        outputs_of: ``(params, *inputs) -> {layer name: output}``, or None.
+    """
+
+    def __init__(
+        self,
+        table: tuple[pp.Layer, ...],
+        apply: Callable[..., Any] | None,
+        outputs_of: Callable[..., Any] | None,
+    ) -> None:
+        self.table, self.apply, self.outputs_of = table, apply, outputs_of
+
+    # As an adapter.
+    def layers(self, params: Any, *inputs: Any) -> tuple[pp.Layer, ...]:
+        """Returns the layer table."""
+        return self.table
+
+    def couple(self, params: Any, *inputs: Any) -> pp.Coupling:
+        """Returns the coupling of ``apply``."""
+        return pp.couple(self._applied(), params, *inputs)
+
+    def shrink(self, params: Any, masks: Any, coupling: pp.Coupling, *inputs: Any) -> Any:
+        """Returns the smaller function and its parameters."""
+        return pp.shrink(self._applied(), params, masks, coupling, *inputs)
+
+    def count(self, params: Any, *inputs: Any) -> Any:
+        """Returns the costs of ``apply``."""
+        return pp.count(self._applied(), params, *inputs)
+
+    def _applied(self) -> Callable[..., Any]:
+        if self.apply is None:
+            raise TypeError(
+                "this needs the forward pass; give apply=, (params, *inputs) -> outputs"
+            )
+        return self.apply
+
+    # As an edge: nothing is written to.
+    def params(self, model: Any) -> Any:
+        """Returns the tree."""
+        return model
+
+    snapshot = arrays = params
+
+    def restored(self, model: Any, state: Any) -> Any:
+        """Returns the other tree."""
+        return state
+
+    written = restored
+
+    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        """Returns an input of zeros."""
+        return jnp.zeros(shape)
+
+    def capture(self, model: Any, inputs: tuple[Any, ...], layers: Any) -> Any:
+        """Returns the outputs of layers for a batch."""
+        if self.outputs_of is None:
+            raise TypeError(
+                "this ranks by outputs of layers; give capture=, (params, *inputs) -> outputs by "
+                "layer name"
+            )
+        return self.outputs_of(model, *inputs)
+
+    def gradients(self, model: Any, loss: Callable[..., Any], batch: Any) -> Any:
+        """Returns the gradients of ``loss(params, batch)``."""
+        if not any(map(is_torch, jax.tree.leaves(model))):
+            return jax.grad(loss)(model, batch)
+        leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in model.items()}
+        loss(leaves, batch).backward()
+        return {n: 0 * x.detach() if x.grad is None else x.grad for n, x in leaves.items()}
+
+    def trained(self, model: Any, trainer: Callable[..., Any], epoch: int, penalty: Any) -> Any:
+        """Returns what ``trainer(params, penalty=, epoch=)`` does."""
+        found = trainer(model, penalty=penalty, epoch=epoch)
+        return model if found is None else found
