@@ -38,7 +38,7 @@ class KeepPruned(keras.optimizers.Optimizer):
     >>> optimizer = KeepPruned(keras.optimizers.SGD(0.1, momentum=0.9))
     >>> weight = keras.Variable([1.0, 2.0])
     >>> optimizer.build([weight])
-    >>> optimizer.masks[0].assign([False, True])
+    >>> _ = optimizer.masks[0].assign([False, True])
     >>> optimizer.apply([keras.ops.array([1.0, 1.0])])
     >>> weight.numpy().tolist()
     [0.0, 1.9]
