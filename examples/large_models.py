@@ -4,9 +4,9 @@
     python examples/large_models.py --quick   # tiny ones, seconds
 
 The architectures are those of ``transformers``, with random weights, so that nothing is downloaded:
-what is shown is the way, and what it takes (on Linux). Every block is calibrated with what the pruned blocks
-before it make of the data. Each expert of a mixture is calibrated with the tokens that are routed
-to it. Memory is what the process takes beyond the model itself.
+what is shown is the way, and what it takes (on Linux). Every block is calibrated with what the
+pruned blocks before it make of the data. Each expert of a mixture is calibrated with the tokens
+that are routed to it. Memory is what the process takes beyond the model itself.
 """
 
 from __future__ import annotations
