@@ -40,7 +40,7 @@ class KeepPruned(keras.optimizers.Optimizer):
     >>> optimizer.build([weight])
     >>> _ = optimizer.masks[0].assign([False, True])
     >>> optimizer.apply([keras.ops.array([1.0, 1.0])])
-    >>> weight.numpy().tolist()
+    >>> weight.value.tolist()
     [0.0, 1.9]
     """
 
