@@ -48,3 +48,13 @@ def three():
 
 def linen_alone():
     return linen_net()[0]
+
+
+def keras_net():
+    import jax
+    import keras
+
+    keras.utils.set_random_seed(0)
+    Dense = keras.layers.Dense
+    layers = Dense(12, activation="relu", name="hidden"), Dense(3, name="outputs")
+    return keras.Sequential([keras.Input((6,)), *layers], name="net"), jax.numpy.ones((2, 6))

@@ -59,9 +59,15 @@ def test_a_torch_model_within_its_budget_computes_what_the_masked_one_does(tmp_p
         pytest.param("linen_net", marks=pytest.mark.full),
         "nnx_net",
         pytest.param("equinox_net", marks=pytest.mark.full),
+        pytest.param("keras_net", marks=pytest.mark.full),
     ],
 )
 def test_jax_models_compute_what_the_masked_one_does(tmp_path, capsys, name):
+    with jax.numpy_rank_promotion("allow"):  # which Keras relies on
+        check_shrunk_by_jax(tmp_path, capsys, name)
+
+
+def check_shrunk_by_jax(tmp_path, capsys, name):
     out, report = shrunk(capsys, tmp_path, name, "--budget", "macs=0.5")
     made = getattr(nets, name)()
     first, x = made[:-1], made[-1]

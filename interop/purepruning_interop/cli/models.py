@@ -17,7 +17,7 @@ from purepruning.arguments import adapter_of, missing
 from purepruning.trees import flatten
 from purepruning_interop.checkpoints import read_checkpoint
 
-_ADAPTERS = ("torch", "linen", "nnx", "equinox")
+_ADAPTERS = ("torch", "linen", "nnx", "equinox", "keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def is_model(source: str) -> bool:
 def make_model(source: str, inputs: list[str], weights: Path | None = None) -> Given:
     """Returns what ``package.module:function`` returns when it is called without arguments.
 
-    It returns a torch, NNX or Equinox module, or ``(module, *inputs)``; of Linen
+    It returns a torch, NNX, Equinox or Keras model, or ``(model, *inputs)``; of Linen
     ``(module, variables, *inputs)``.
 
     Args:
@@ -83,8 +83,8 @@ def make_model(source: str, inputs: list[str], weights: Path | None = None) -> G
     name = adapter_of(first)
     if name not in _ADAPTERS:
         raise TypeError(
-            f"{source} must return a torch, Linen, NNX or Equinox module, maybe with inputs "
-            f"behind it, got {type(first).__name__}; return one"
+            f"{source} must return a torch, Linen, NNX, Equinox or Keras model, maybe with "
+            f"inputs behind it, got {type(first).__name__}; return one"
         )
     model = first
     if name == "linen":

@@ -55,7 +55,7 @@ def shrink(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Remove channels of a torch, Flax (Linen, NNX) or Equinox model, whatever couples them.
+    """Remove channels of a torch, Flax (Linen, NNX), Equinox or Keras model.
 
     For example: [bold]purepruning shrink nets:make --budget macs=0.5 -o small[/]
     """
