@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import calibration
 import channels
 import criteria
+import files
 import measure
 import quantizers
 import schedules
@@ -103,6 +104,7 @@ ROWS = {
     "search-overhead": Row(searches.overhead, (15, 64, 40), (3, 8, 4)),
     "knapsack": Row(searches.knapsack, (224, 17, 10_000), (6, 4, 200)),
     "compiled-search": Row(searches.compiled, ((64, 300, 100, 10), 512, 200), ((8, 6, 5, 3), 4, 3)),
+    "stream": Row(files.stream, (38, 4, 1), (2, 1, 64)),
     "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 
