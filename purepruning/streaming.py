@@ -69,7 +69,8 @@ def prune_files(
 
     Memory holds one layer at a time: its mask, a byte for each element, and what the pruner needs;
     weights are mapped. In global scope, which :func:`purepruning.level` alone has here, counts by
-    layer lie in a file, and the source is read three times, of bfloat16 twice. A run that is killed
+    layer lie in a file, and the source is read three times, of bfloat16 twice. A pool has at most
+    ``2**31 - 1`` weights; larger ones take several rules. A run that is killed
     leaves whole files only, and goes on behind them when it is called again.
 
     Args:
