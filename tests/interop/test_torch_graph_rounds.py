@@ -150,3 +150,28 @@ def test_what_cannot_be_exported_is_a_graph_of_fixed_sizes(forward):
         assert distance(model(x)["y"], small.model(x)["y"]) > 1e-2
     with pytest.raises(ValueError, match="of size 2 along axis 0, got 3"):
         small.model(torch.ones(3, 5, 6))
+
+
+def test_rounds_on_a_depthwise_convolution_whose_forward_is_not_called():
+    """As in Mamba, whose kernel takes the weight."""
+
+    def forward(net, x):
+        weight = net.taps.weight
+        h = nn.functional.conv1d(net.stem(x), weight, net.taps.bias, groups=weight.shape[0])
+        return net.head(h)
+
+    model = Net(
+        forward,
+        stem=nn.Conv1d(3, 12, 1),
+        taps=nn.Conv1d(12, 12, 3, groups=12),
+        head=nn.Conv1d(12, 4, 1),
+    )
+    fill(model, 0).eval()
+    x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    for left in (6, 3):
+        coupling = ppt.couple(model, x)
+        rules = [{"sparsity": 0.5, "op_types": ["Conv1d"]}]
+        config = pp.resolve(rules, ppt.layers(model), coupling=coupling)
+        masks = pp.l1_norm(dict(model.named_parameters()), None, config)
+        model = ppt.shrink(model, masks, coupling, x).model
+        assert (model.taps.groups, model.taps.in_channels, model.taps.out_channels) == (left,) * 3

@@ -188,7 +188,9 @@ def _correct(
         case nn.modules.conv._ConvNd() if weight:
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
             if module.groups > 1:
-                module.groups = uses.channels.get(name, module.groups * weight[1]) // weight[1]
+                first = module.in_channels if transposed else module.out_channels
+                groups = weight[0] if module.groups == first else module.groups  # depthwise or not
+                module.groups = uses.channels.get(name, groups * weight[1]) // weight[1]
             sides = (weight[1] * module.groups, weight[0])
             module.in_channels, module.out_channels = sides[::-1] if transposed else sides
         case nn.modules.batchnorm._NormBase():
