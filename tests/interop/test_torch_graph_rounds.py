@@ -175,3 +175,37 @@ def test_rounds_on_a_depthwise_convolution_whose_forward_is_not_called():
         masks = pp.l1_norm(dict(model.named_parameters()), None, config)
         model = ppt.shrink(model, masks, coupling, x).model
         assert (model.taps.groups, model.taps.in_channels, model.taps.out_channels) == (left,) * 3
+
+
+class Rooted(nn.Module):
+    """A root mean square norm, as language models have their own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("norm", [Rooted, nn.LayerNorm])
+def test_rounds_on_a_norm_that_keeps_its_divisor(norm):
+    model = Net(
+        lambda net, x: net.head(net.norm(net.stem(x))),
+        stem=nn.Linear(6, 16),
+        norm=norm(16),
+        head=nn.Linear(16, 3),
+    )
+    first = fill(model, 0).eval()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for left in (8, 4):
+        coupling = ppt.couple(model, x)
+        masks = coupling.masks(range(1, left + 1), dict(model.named_parameters()))
+        small = ppt.shrink(model, masks, coupling, x)
+        reference = copy.deepcopy(model)
+        ppt.apply_(reference, small.report.masks)
+        with torch.no_grad():
+            assert distance(reference(x), small.model(x)) <= 1e-5
+        assert small.model.state_dict()["stem.weight"].shape == (left, 6)
+        model = small.model
+    assert first.stem.out_features == 16

@@ -6,6 +6,7 @@ does in the masked model. Parameters, state dicts and settings are those of a sm
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,10 @@ def with_divisor(module: nn.Module, before: int, after: int) -> nn.Module | None
     mean square norm, ``w * x / sqrt(mean(x**2) + eps)`` or the like, which a scale of ``x``
     corrects; whether it is one, a run of the model has to show.
     """
+    if isinstance(module, _Full):  # of an earlier round
+        again = copy.copy(module)
+        again.after = after
+        return again
     own: Any = next((base for norm, base in _BASES.items() if isinstance(module, norm)), None)
     cls: Any = type(module)
     if own is not None:
