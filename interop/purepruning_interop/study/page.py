@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -257,6 +258,6 @@ def _numbers(values: Sequence[int]) -> str:
 def _made() -> str:
     today = datetime.datetime.now(tz=datetime.UTC).date()
     return (
-        f"purepruning {__version__}, JAX {jax.__version__} on {jax.default_backend()}, NumPy "
+        f"purepruning {__version__}, JAX {importlib.metadata.version('jax')} on {jax.default_backend()}, NumPy "
         f"{np.__version__}, Python {platform.python_version()}; {today.isoformat()}."
     )

@@ -15,7 +15,8 @@ import torch
 from purepruning.versions import RANGES
 
 _OPERATORS = """
-    _to_copy.default add.Scalar add.Tensor batch_norm.default cat.default constant_pad_nd.default
+    _to_copy.default add.Scalar add.Tensor batch_norm.default bernoulli.p bernoulli_.float
+    cat.default constant_pad_nd.default
     conv1d.default conv2d.default conv3d.default copy_.default detach.default detach_.default
     div.Scalar dropout.default dropout_.default expand.default gelu.default group_norm.default
     hardswish.default hardswish_.default hardtanh.default hardtanh_.default index_select.default
