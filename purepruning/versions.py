@@ -56,9 +56,8 @@ def require(package: str, by: str) -> None:
     Warns:
         UserWarning: once, if it is newer than any the library was run with.
     """
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    found = installed(package)
+    if not found:
         return  # the import that follows says so, or finds a copy without metadata
     oldest, newest = RANGES[package]
     if _numbers(found) < _numbers(oldest):
@@ -68,6 +67,14 @@ def require(package: str, by: str) -> None:
         )
     if newest and _numbers(found)[: len(_numbers(newest))] > _numbers(newest):
         _warn(package, found, newest)
+
+
+def installed(package: str) -> str:
+    """Returns the version of a package that is installed; empty where that is not known."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache

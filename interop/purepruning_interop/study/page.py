@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from purepruning.versions import __version__
+from purepruning.versions import __version__, installed
 from purepruning_interop import report
 from purepruning_interop.study.compare import Comparison, Interval, compared, interval, verdict
 from purepruning_interop.study.criteria import CHANCE
@@ -258,6 +257,6 @@ def _numbers(values: Sequence[int]) -> str:
 def _made() -> str:
     today = datetime.datetime.now(tz=datetime.UTC).date()
     return (
-        f"purepruning {__version__}, JAX {importlib.metadata.version('jax')} on {jax.default_backend()}, NumPy "
-        f"{np.__version__}, Python {platform.python_version()}; {today.isoformat()}."
+        f"purepruning {__version__}, JAX {installed('jax')} on {jax.default_backend()}, "
+        f"NumPy {np.__version__}, Python {platform.python_version()}; {today.isoformat()}."
     )
