@@ -20,7 +20,7 @@ SHARD = 12  # layers in a file
 
 
 def stream(size: tuple[int, int, int], run: Callable[..., Any]) -> dict[str, Any]:
-    """Prunes a Llama's matrices in bfloat16, ranked in three pools: a large one, and a small one."""
+    """Prunes the matrices of a Llama in bfloat16, ranked in three pools: many, and a few."""
     large, small, divisor = size
     found = run(_streamed, large, divisor)
     few = run(_streamed, small, divisor)
@@ -28,7 +28,7 @@ def stream(size: tuple[int, int, int], run: Callable[..., Any]) -> dict[str, Any
     assert few["pruned"] == whole["pruned"]
     limit = 1.5 * found["largest_mib"] + 64
     return {
-        "title": f"half of a checkpoint of {found['gib']:.1f} GiB in bfloat16, ranked in three pools",
+        "title": f"half of a checkpoint of {found['gib']:.1f} GiB, bfloat16, in three pools",
         "ours": {
             f"{found['gib']:.1f} GiB": _cost(found),
             f"{few['gib']:.1f} GiB": _cost(few),
