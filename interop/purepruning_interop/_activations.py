@@ -98,24 +98,22 @@ def _written_out(eqn: JaxprEqn, made_by: Mapping[Any, JaxprEqn]) -> Call | None:
         return made.invars[0] is x and is_(made.invars[1], 0)
 
     match _name(eqn):
-        case "max" | "maximum":
+        case "max" | "maximum" if _made_of(eqn, "max", operands=2):
             zeros = [i for i, v in enumerate(operands) if is_(v, 0)]
             return Call("relu", 1 - zeros[0]) if len(zeros) == 1 else None
-        case "clip":
-            inner = {e.primitive.name for j in inner_jaxprs(eqn.params) for e in j.eqns}
-            if "max" not in inner or not is_(operands[1], 0):
-                return None
-            if "min" not in inner:
-                return Call("relu", 0)
-            return Call("relu6", 0) if is_(operands[2], 6) else None
+        case "clip" if _made_of(eqn, "max", operands=2) and is_(operands[1], 0):
+            return Call("relu", 0)
+        case "clip" if _made_of(eqn, "max", "min", operands=3):
+            both = is_(operands[1], 0) and is_(operands[2], 6)
+            return Call("relu6", 0) if both else None
         case "clamp" if is_(operands[0], 0) and is_(operands[2], 6):
             return Call("relu6", 1)
-        case "_where" | "select_n" as name if len(operands) == 3:
+        case "_where" | "select_n" as name if _made_of(eqn, "select_n", operands=3):
             condition, yes, no = operands if name == "_where" else (operands[i] for i in (0, 2, 1))
             for x, zero, names in ((yes, no, ("gt", "ge")), (no, yes, ("lt", "le"))):
                 if is_(zero, 0) and is_sign_of(condition, x, names):
                     return Call("relu", None)
-        case "mul":
+        case "mul" if _made_of(eqn, "mul", operands=2):
             for x, factor in (operands, operands[::-1]):
                 made = None if isinstance(factor, Literal) else made_by.get(factor)
                 converted = made is not None and made.primitive.name == _CONVERT
@@ -125,6 +123,17 @@ def _written_out(eqn: JaxprEqn, made_by: Mapping[Any, JaxprEqn]) -> Call | None:
 
 
 _CONVERT = "convert_element_type"
+
+
+def _made_of(eqn: JaxprEqn, *names: str, operands: int) -> bool:
+    """Whether an equation is one of these primitives, or a jitted function of all of them alone.
+
+    Functions of a model may have any name, and other numbers of operands.
+    """
+    inner = {e.primitive.name for j in inner_jaxprs(eqn.params) for e in j.eqns}
+    inner = inner - {_CONVERT, "broadcast_in_dim"} or {eqn.primitive.name}
+    return len(eqn.invars) == operands and inner == set(names)
+
 
 #: What stands between a variance and its root: other shapes and dtypes, and a small number.
 _BEFORE_ROOTS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", _CONVERT)

@@ -27,6 +27,9 @@ activations as a moving average), ``dorefa``, ``bnn``, ``lsq`` (trained scales),
 activations from ``observers``, after training). What they are made of: :func:`fake_quantize`,
 :func:`affine` and :func:`symmetric`.
 
+Before quantising, :func:`fold_batch_norms` folds the norms that an adapter's ``batch_norms`` found
+into the layers in front of them; the model stays the same.
+
 After pruning: ``apply_masks(qat.weights(params, state, config), masks)``; quantise, then mask.
 """
 

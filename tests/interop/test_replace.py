@@ -329,6 +329,15 @@ def test_variances_and_other_bounds_are_no_activations():
     assert names == ["relu1", "relu2"]
     norm = eqx.nn.LayerNorm(2)
     assert equinox.activations(norm, X[0]) == ()
+    for name in ("clip", "maximum", "mul", "_where", "max"):  # functions of a model's own
+
+        def own(x, *more):
+            return x + jnp.maximum(x, 1)
+
+        own.__name__ = name
+        for more in ((), (0.0,), (0.0, 6.0)):
+            called = WrittenOut(lambda x, own=own, more=more: jax.jit(own)(x, *more))
+            assert linen.activations(called, {"last": {"kernel": jnp.asarray(B)}}, X) == ()
     integers = WrittenOut(lambda x: x[jnp.maximum(jnp.argmax(x, axis=0), 0)])
     assert linen.activations(integers, {"last": {"kernel": jnp.asarray(B)}}, X) == ()
 

@@ -90,8 +90,15 @@ class Observed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, about what comes after torch.ao
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("backend", ["fbgemm", "per tensor"])
+@pytest.mark.parametrize(
+    ("backend", "frozen"),
+    [
+        ("fbgemm", True),
+        ("per tensor", False),
+        pytest.param("fbgemm", False, marks=pytest.mark.full),
+        pytest.param("per tensor", True, marks=pytest.mark.full),
+    ],
+)
 def test_modules_of_torch_ao_shrink_after_training(backend, frozen):
     """Scales, zero points (integers) and ranges of channels go with them."""
     ao = torch.ao.quantization
