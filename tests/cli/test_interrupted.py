@@ -112,10 +112,15 @@ def check_interrupted(process, number, out):
         assert left(tmp_path) == []
 
 
-def test_interrupted_between_renames_all_of_them_are_done(tmp_path, capsys, monkeypatch):
+def test_interrupted_between_renames_all_of_them_are_done(
+    tmp_path, capsys, monkeypatch, request
+):
     """A signal that comes between two files of one result waits for the second."""
     source, out = save(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     replace = Path.replace
+    # A process in the background of a shell may have been started with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(self, target):
         found = replace(self, target)

@@ -107,6 +107,7 @@ def _calls(
     model: torch.nn.Module, blocks: list[torch.nn.Module], batch: Any, kwargs: dict[str, Any]
 ) -> list[Any]:
     """Returns the arguments of every block; hidden states of the first one alone."""
+    instance(batch, torch.Tensor, "blocks_in_turn: batches", "tensors")
     found: list[Any] = []
 
     def seen(i: int) -> Any:
