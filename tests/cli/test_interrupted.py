@@ -112,9 +112,7 @@ def check_interrupted(process, number, out):
         assert left(tmp_path) == []
 
 
-def test_interrupted_between_renames_all_of_them_are_done(
-    tmp_path, capsys, monkeypatch, request
-):
+def test_interrupted_between_renames_all_of_them_are_done(tmp_path, capsys, monkeypatch, request):
     """A signal that comes between two files of one result waits for the second."""
     source, out = save(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
     replace = Path.replace
