@@ -38,7 +38,7 @@ def _frameworks() -> dict[str, Callable[[Any], Any]]:
 def _totals(array: Callable[[Any], Any], kind: str, total: np.ndarray, n: int) -> InputStats:
     """Returns statistics of n inputs that hold one total."""
     zero, seen = np.int32(0), np.int32(n)
-    fields = {"sums": {}, "squares": {}, "grams": {}}
+    fields: dict[str, Any] = {name: {} for name in InputStats._fields if name != "positions"}
     fields[kind] = {"fc": CompensatedSum(array(total), array(np.zeros_like(total)))}
     return InputStats({"fc": WideCount(array(zero), array(seen))}, **fields)
 
