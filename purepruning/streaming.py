@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import function, instance, missing
@@ -122,7 +124,7 @@ def prune_files(
     layers = _checked(config, stored)
     out.mkdir(parents=True, exist_ok=True)
     work = out / ".pruning"
-    _begin(work, shards, config, pruner)
+    _begin(work, shards, config, pruner, stats)
     run = _Run(pruner, config, stats, stored, work)
     files: list[Path] = []
     rows: dict[str, dict[str, Any]] = {}
@@ -222,12 +224,13 @@ def _checked(config: Config, stored: Mapping[str, Stored]) -> dict[str, Layer]:
     return owners
 
 
-def _begin(work: Path, shards: tuple[Shard, ...], config: Config, pruner: Any) -> None:
+def _begin(work: Path, shards: tuple[Shard, ...], config: Config, pruner: Any, stats: Any) -> None:
     """Writes down what this run is, or makes sure that it is the one that was begun."""
     parts = [(s.file.name, s.file.stat().st_size, s.file.stat().st_mtime_ns) for s in shards]
     counts = {name: int(np.asarray(count)) for name, count in config.counts.items()}
     static = dataclasses.replace(config, counts={}, masks={})
-    what = [getattr(pruner, "__name__", ""), parts, counts, repr(static)]
+    arrays = [checksum(_numbers(x)) for x in jax.tree.leaves((dict(config.masks), stats))]
+    what = [getattr(pruner, "__name__", ""), parts, counts, repr(static), arrays]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     mark = work / "run"
     if mark.exists():
@@ -241,6 +244,13 @@ def _begin(work: Path, shards: tuple[Shard, ...], config: Config, pruner: Any) -
     temporary = work / "run.new"
     temporary.write_text(digest)
     temporary.replace(mark)
+
+
+def _numbers(leaf: Any) -> np.ndarray:
+    """Returns the numbers of an array, a tensor, or a random key."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
 
 
 def _write_shard(

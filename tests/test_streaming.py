@@ -193,6 +193,32 @@ def test_what_another_run_began_is_refused(tmp_path):
         pp.prune_files(pp.level, source, tmp_path / "out", pp.resolve(0.5, layers))
 
 
+def test_what_was_pruned_can_be_pruned_again(tmp_path):
+    shards = weights(np.float32)
+    source = written(tmp_path / "source", shards)
+    params = shards[0] | shards[1]
+    layers = table(params)
+    pp.prune_files(pp.level, source, tmp_path / "one", pp.resolve(0.5, layers))
+    done = pp.prune_files(pp.level, tmp_path / "one", tmp_path / "two", pp.resolve(0.75, layers))
+    masks = pp.load_masks(done.files[-1], params)
+    expected = pp.level(params, None, pp.resolve(0.75, layers))
+    assert all((masks[n] == expected[n]).all() for n in ("a.weight", "b.weight", "b.bias"))
+
+
+def test_another_key_is_another_run(tmp_path):
+    shards = weights(np.float32)
+    source = written(tmp_path / "source", shards)
+    config = pp.resolve(0.5, table(shards[0] | shards[1]))
+    one, two = jax.random.key(0), jax.random.key(1)
+    work = tmp_path / "out" / ".pruning"
+    work.mkdir(parents=True)
+    read = streaming.read_shards(source)
+    streaming._begin(work, read, config, pp.random_pruning, one)
+    streaming._begin(work, read, config, pp.random_pruning, one)
+    with raises(ValueError, "has what another run began"):
+        pp.prune_files(pp.random_pruning, source, tmp_path / "out", config, stats=two)
+
+
 def test_mistakes_are_named(tmp_path):
     shards = weights(np.float32)
     source, out = written(tmp_path / "source", shards), tmp_path / "out"

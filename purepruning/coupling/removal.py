@@ -69,7 +69,7 @@ def axis_before(old: Sequence[Any], new: Sequence[Any], axis: int) -> int:
     """Returns which axis of what is reshaped an axis of the result is.
 
     Raises:
-        NotImplementedError: none; the reshape made it.
+        NotImplementedError: it is none of them, since the reshape made it of several.
     """
     for left, right in blocks(old, new):
         if right == [axis] and len(left) == 1:

@@ -36,6 +36,9 @@ DTYPES: Mapping[str, Any] = {
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
 
+#: The entry in a header by which files of this library are known.
+_OURS = "purepruning"
+
 #: Bytes that are copied at a time.
 CHUNK = 4 * 2**20
 
@@ -85,6 +88,8 @@ class Shard(NamedTuple):
 def read_shards(source: str | os.PathLike[str]) -> tuple[Shard, ...]:
     """Returns the headers of a safetensors file, or of all such files in a folder, by file name.
 
+    Files of masks that lie in the folder are left out.
+
     Raises:
         FileNotFoundError: there is no such file, or no safetensors file in the folder.
         ValueError: a header is damaged, or two files hold tensors of one name.
@@ -94,6 +99,8 @@ def read_shards(source: str | os.PathLike[str]) -> tuple[Shard, ...]:
     if not files:
         raise FileNotFoundError(f"{path} has no .safetensors files; name a folder that has some")
     shards = tuple(map(_read_shard, files))
+    if path.is_dir():
+        shards = tuple(s for s in shards if '"format": "masks"' not in s.metadata.get(_OURS, ""))
     seen: dict[str, Path] = {}
     for shard in shards:
         for name in shard.tensors:

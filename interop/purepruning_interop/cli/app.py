@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
                 list(arguments), prog_name="purepruning", standalone_mode=False
             )
             sys.stdout.flush()
-        except Exception as error:
+        except Exception as error:  # whatever it is, it becomes one line and a status
             return _failed(error)
     return status if isinstance(status, int) else 0
 

@@ -116,7 +116,7 @@ def _called(source: str) -> Any:
         raise ValueError(
             f"{source}: there is no module {error.name!r}; run this where it can be imported"
         ) from None
-    except Exception as error:
+    except Exception as error:  # the user's own module, which may raise anything
         raise raised_by(source, error) from error
     function = getattr(module, name, None)
     if function is None:
@@ -128,7 +128,7 @@ def _called(source: str) -> Any:
         raise TypeError(f"{source} must be a function without arguments, got {function!r}")
     try:
         return function()
-    except Exception as error:
+    except Exception as error:  # the user's own function
         raise raised_by(source, error) from error
 
 
