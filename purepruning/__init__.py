@@ -54,6 +54,7 @@ from purepruning.quantize.config import resolve_quantization
 from purepruning.saving.masks import load_masks, save_masks
 from purepruning.saving.plans import load_plan, save_plan
 from purepruning.saving.quantized import load_quantized, save_quantized
+from purepruning.saving.sparse import load_sparse, save_sparse
 from purepruning.saving.states import load_state, save_state
 from purepruning.schedules.curves import agp, cosine, exponential, linear, one_shot
 from purepruning.schedules.schedule import Schedule, check_resumed, vmap_axes
@@ -175,6 +176,8 @@ __all__ = [
     "summarize",
     "save_masks",
     "load_masks",
+    "save_sparse",
+    "load_sparse",
     # Runs that are stopped and go on.
     "save_state",
     "load_state",

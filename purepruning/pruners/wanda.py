@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from purepruning.arrays import by_numpy, namespace, sqrt
+from purepruning.arrays import by_numpy, is_concrete, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.pruners.calibrated import Columns, of_columns, totals_of
 from purepruning.selection.criterion import Criterion, summed
@@ -69,10 +69,17 @@ def wanda_scores(params: Params, stats: InputStats, config: Config) -> dict[str,
     weights = weights_of("wanda_scores", flatten(params).leaves, config)
     check_values("wanda_scores", weights)
     given = {x.name: (weights[x.weight], of_columns(totals, x)) for x in config.layers}
-    found: dict[str, Any] = by_numpy(
-        lambda given: {name: _element(*pair) for name, pair in given.items()}, given
-    )
+    found: dict[str, Any] = by_numpy(_checked_scores, given)
     return found
+
+
+def _checked_scores(given: dict[str, Any]) -> dict[str, Any]:
+    scores = {name: _element(*pair) for name, pair in given.items()}
+    for name, score in scores.items():
+        nan = namespace(score).any(namespace(score).isnan(score))
+        if is_concrete(nan) and bool(nan):
+            raise ValueError(f"wanda_scores: scores of layer {name!r} are NaN")
+    return scores
 
 
 def _element(weight: Any, layer_stats: Columns) -> Any:

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,8 +41,8 @@ def file_path(path: str | os.PathLike[str], where: str) -> Path:
     return found
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all.
+def write_whole(path: Path, content: bytes | Iterable[Any]) -> None:
+    """Writes a file, of bytes or of pieces of them, that appears whole or not at all.
 
     It is written under another name in the same folder, and then renamed. What killed writers of
     the same file have left there is removed.
@@ -51,7 +51,9 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary, file = _begin(path)
     try:
         with file:
-            file.write(content)
+            pieces: Iterable[Any] = (content,) if isinstance(content, bytes) else content
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
@@ -85,18 +87,34 @@ def _remove_leftovers(path: Path) -> None:
 
 def read_whole(path: Path, kind: str, version: int) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns the header and the arrays of a file of ``save_<kind>``, in the given version."""
+    with _opened(path) as file:
+        header = _header(path, file.metadata(), kind, version)
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_header(path: Path, kind: str, version: int) -> dict:
+    """Returns the header of a file of ``save_<kind>``; its tensors lie where they should."""
+    with _opened(path) as file:
+        return _header(path, file.metadata(), kind, version)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     path.stat()  # FileNotFoundError, with the path; safetensors' own differs by version
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "purepruning" not in metadata:
-                raise ValueError(f"{path} holds no {kind}: it was not written by save_{kind}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, AttributeError, TypeError) as error:
         # The latter two of NumPy, for the dtypes that it has not.
         raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
+
+
+def _header(path: Path, metadata: Mapping[str, str] | None, kind: str, version: int) -> dict:
+    """Returns the library's entry in a file's metadata."""
+    if "purepruning" not in (metadata or {}):
+        raise ValueError(f"{path} holds no {kind}: it was not written by save_{kind}")
     try:
-        header = json.loads(metadata["purepruning"])
+        header = json.loads((metadata or {})["purepruning"])
         if header["format"] != kind or header["format_version"] != version:
             raise ValueError(
                 f"format {shown(header['format'])}, version {shown(header['format_version'])}, by "
@@ -105,7 +123,7 @@ def read_whole(path: Path, kind: str, version: int) -> tuple[dict, dict[str, np.
             )
     except BROKEN as error:
         raise unreadable(path, kind, error) from error
-    return header, arrays
+    return header
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> ValueError:

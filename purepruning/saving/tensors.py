@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from purepruning.saving.files import write_whole
 
 #: The dtypes of safetensors, by its names.
 DTYPES: Mapping[str, Any] = {
@@ -166,18 +167,17 @@ def write_tensors(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, (_, _, size, pieces) in tensors.items():
-                before = file.tell()
-                for piece in pieces:
-                    file.write(piece)
-                if file.tell() - before != size:
-                    raise ValueError(f"{name!r}: {file.tell() - before} bytes instead of {size}")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, _pieces(len(text).to_bytes(8, "little") + text, tensors))
+
+
+def _pieces(
+    header: bytes, tensors: Mapping[str, tuple[str, tuple[int, ...], int, Iterator[Any]]]
+) -> Iterator[Any]:
+    yield header
+    for name, (_, _, size, pieces) in tensors.items():
+        done = 0
+        for piece in pieces:
+            done += memoryview(piece).nbytes
+            yield piece
+        if done != size:
+            raise ValueError(f"{name!r}: {done} bytes instead of {size}")

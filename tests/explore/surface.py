@@ -669,6 +669,10 @@ def _files(s: Side) -> Iterator[Call]:
     of = _kinds(s, params=_shapes(), state=_ANY, like=_like())
     yield row("save_masks", written, s.masks, s.params, of=of, label=at)
     yield row("load_masks", read, s.params, of=of, label=at)
+    pruned = folder() / f"sparse_{s.name}.safetensors"
+    find("save_sparse")(pruned, s.params, s.masks)
+    yield row("save_sparse", written, s.params, s.masks, of=of, label=at)
+    yield row("load_sparse", pruned, s.params, of=of, label=at)
     of |= {"config": _optional(_config(s, counts=False, model=False))}
     yield row("save_state", written, state, s.config, of=of, label=at)
     yield row(
@@ -690,7 +694,8 @@ def _files(s: Side) -> Iterator[Call]:
     weights = {name: np.asarray(x) for name, x in flatten(s.params).leaves.items()}
     safetensors.numpy.save_file(weights, folder() / "weights.safetensors")
     pruner = kinds.function(words=("pruner",))
-    of |= {"source": kinds.path(), "target": kinds.path(), "pruner": pruner, "stats": _ANY}
+    of |= {"source": kinds.path(), "target": _optional(kinds.path()), "pruner": pruner}
+    of |= {"stats": _ANY}
     of |= {"config": _config(s, model=False)}
     files = (folder() / "weights.safetensors", folder() / "pruned")
     yield row("prune_files", find("level"), *files, s.config, None, of=of)

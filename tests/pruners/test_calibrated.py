@@ -93,5 +93,7 @@ def test_outliers_protect_their_layer():
             expected = np.abs(weights[n]) * np.sqrt((x[n] ** 2).sum(0))
             np.testing.assert_allclose(np.asarray(scores[n]), expected, rtol=1e-5)
         owl = pp.search.owl(scores, config, sparsity=0.6)
+        with raises(ValueError, "wanda_scores", "'a'", "NaN"):
+            pp.wanda_scores(params | framework({"a": weights["a"] * np.nan}), stats, config)
         assert owl.counts == {"a": 1360, "b": 1040}  # 0.6 of 2000, more and less by 0.08
         assert int(np.asarray(pp.wanda(params, stats, owl)["b"]).sum()) == 960
