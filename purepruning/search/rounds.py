@@ -237,14 +237,8 @@ def auto_compress(
     sign = 1.0 if optimize_mode == "maximize" else -1.0
     ones = dict.fromkeys(budget, 1.0)
     whole = check_problem("auto_compress", problem(model, dict(ones)))
-    dense = whole.dense()
-    limits = {k: b * dense[k] if b <= 1 else float(b) for k, b in budget.items()}
     history: list[dict[str, Any]] = []
-    for i in range(1, n + 1):
-        aim = {
-            k: max(math.floor(dense[k] * (limits[k] / dense[k]) ** (i / n) + 1e-9), 2)
-            for k in limits
-        }
+    for i, aim in enumerate(budgets_of_rounds(whole.dense(), budget, n), 1):
         of = check_problem("auto_compress", problem(model, aim))
         search = annealing(of, optimize_mode=optimize_mode, **options)
         state = search.init(jax.random.fold_in(key, i))
@@ -272,6 +266,26 @@ def auto_compress(
             }
         )
     return Compressed(model, history)
+
+
+def budgets_of_rounds(
+    dense: Mapping[str, float], budget: Mapping[str, float], rounds: int
+) -> list[dict[str, int]]:
+    """Returns what each round of AutoCompress may leave of every resource.
+
+    Args:
+        dense: what there is of it.
+        budget: what may be left at last, a fraction or a number.
+        rounds: how many there are.
+
+    >>> budgets_of_rounds({"params": 1000}, {"params": 0.125}, 3)
+    [{'params': 500}, {'params': 250}, {'params': 125}]
+    """
+    shares = {k: b if b <= 1 else b / dense[k] for k, b in budget.items()}
+    return [
+        {k: max(math.floor(dense[k] * s ** (i / rounds) + 1e-9), 2) for k, s in shares.items()}
+        for i in range(1, rounds + 1)
+    ]
 
 
 def _score(evaluate: Callable[[Any, dict[str, int]], float], model: Any, trial: Trial) -> float:

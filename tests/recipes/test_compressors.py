@@ -151,9 +151,7 @@ def test_every_quantizer_of_the_document_quantises(name, tmp_path):
     if name == "qat":
         assert int(compressor.state.step) == 12
     quantised.eval()
-    weights = compressor._quantizer.weights(
-        dict(model.named_parameters()), compressor.state, compressor.config
-    )
+    weights = compressor._quantizer.weights(dict(model.named_parameters()), compressor.state)
     levels = {"naive": 255, "qat": 256, "dorefa": 256, "bnn": 2}[name]
     assert len(weights["conv2.weight"].unique()) <= levels
     params = {**dict(model.named_buffers()), **weights}

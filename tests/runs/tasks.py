@@ -9,8 +9,10 @@ import torch
 
 import purepruning as pp
 from purepruning_interop.tasks import Task
+from purepruning_interop.torch import layers
 
 ROWS, COLUMNS = 8, 4
+RATE = 0.5
 TARGET = jnp.arange(1.0, 1 + ROWS * COLUMNS).reshape(ROWS, COLUMNS) / 8
 
 
@@ -28,6 +30,15 @@ def _step(params, masks, seed, epochs):
         goal = {"w": TARGET + seed / 1000, "v": jnp.ones((COLUMNS, 2))}
         params = jax.tree.map(lambda p, g: (p + g) / 2, params, goal)
     return params if masks is None else pp.apply_masks(params, masks)
+
+
+def _minimize(objective, extra, params, masks, seed, epochs):
+    """Gradient descent, a step for each epoch, on the first batch."""
+    for _ in range(epochs):
+        grads, extra = jax.grad(objective.loss, has_aux=True)(params, extra, jnp.eye(ROWS))
+        params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+        params = objective.after(params if masks is None else pp.apply_masks(params, masks))
+    return params, extra
 
 
 def _init(seed):
@@ -60,6 +71,7 @@ def small():
         metric="score",
         batches=[jnp.eye(ROWS) * (1 + i) for i in range(2)],
         loss=_loss,
+        minimize=_minimize,
         capture=lambda params, x, layers, of: {"w": x @ params["w"]},
         apply=_apply,
         inputs=(jnp.ones((1, ROWS)),),
@@ -68,7 +80,43 @@ def small():
 
 
 def bare():
-    return dataclasses.replace(small(), loss=None, capture=None, apply=None, batches=())
+    return dataclasses.replace(
+        small(), loss=None, minimize=None, capture=None, apply=None, batches=()
+    )
+
+
+def deep():
+    """Three matrices, so that a search has plans to choose from."""
+
+    def apply(params, x):
+        return jax.nn.relu(jax.nn.relu(x @ params["w"]) @ params["u"]) @ params["v"]
+
+    def init(seed):
+        rows = {"w": (ROWS, 16), "u": (16, 12), "v": (12, 2)}
+        return {n: jnp.arange(1.0, 1 + a * b).reshape(a, b) / 8 for n, (a, b) in rows.items()}
+
+    params = init(0)
+    table = [pp.make_layer(params, n, "Linear", out_axes=1, in_axes=0) for n in params]
+    return dataclasses.replace(
+        small(),
+        name="deep",
+        layers=tuple(table),
+        init=init,
+        train=lambda params, seed: params,
+        tune=lambda params, masks, seed, epochs: params,
+        evaluate=lambda params: params["w"].sum() + params["u"].sum(),
+        loss=lambda params, batch: (apply(params, batch) ** 2).mean(),
+        apply=apply,
+    )
+
+
+def square():
+    """The loss is half of the squared distance of w to a target, whose gradient is w - target."""
+
+    def loss(params, batch):
+        return 0.5 * jnp.sum((params["w"] - TARGET) ** 2)
+
+    return dataclasses.replace(small(), loss=loss)
 
 
 def of_torch():
@@ -101,3 +149,28 @@ def not_a_task():
 
 def failing():
     raise RuntimeError("no\ndata")
+
+
+def smaller_of_torch():
+    """Two layers, so that the first one may lose outputs."""
+    model = torch.nn.Sequential()
+    model.add_module("fc", torch.nn.Linear(4, 6))
+    model.add_module("out", torch.nn.Linear(6, 2))
+    start = {
+        n: torch.arange(1.0, 1 + x.numel()).reshape(x.shape) for n, x in model.state_dict().items()
+    }
+
+    def tune(params, masks, seed, epochs):
+        return params if masks is None else pp.apply_masks(params, masks)
+
+    return Task(
+        name="smaller of torch",
+        layers=layers(model),
+        rules=[{"sparsity": 0.5}],
+        init=lambda seed: start,
+        train=lambda params, seed: params,
+        tune=tune,
+        evaluate=lambda params: params["fc.weight"].sum(),
+        model=model,
+        inputs=(torch.ones(1, 4),),
+    )

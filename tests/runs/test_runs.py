@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 import purepruning as pp
@@ -30,6 +31,26 @@ FILTERS = {"use": "l1_filter", "rules": [{"sparsity": 0.5, "op_names": ["w"]}]}
 TAYLOR = {"use": "taylor_fo_weight_filter", "rules": [{"sparsity": 0.25, "op_names": ["w"]}]}
 APOZ = {"use": "activation_apoz_rank_filter", "rules": [{"sparsity": 0.25, "op_names": ["w"]}]}
 NETADAPT = {"use": "net_adapt", "rules": [{"sparsity": 0.2, "op_types": ["default"]}]}
+ADMM = {
+    "use": "admm",
+    "rules": [{"sparsity": 0.5, "op_names": ["w"]}],
+    "args": {"num_iterations": 2, "training_epochs": 2, "row": 0.5},
+}
+SHRINK = {"use": "shrink"}
+AUTO = {
+    "use": "auto_compress",
+    "rules": [{"sparsity": 0.5, "op_names": ["w", "u"]}],
+    "args": {
+        "num_iterations": 2,
+        "admm_num_iterations": 1,
+        "admm_training_epochs": 1,
+        "cool_down_rate": 0.2,
+    },
+}
+QAT = {
+    "use": "qat",
+    "rules": [{"quant_types": ["weight"], "quant_bits": 4, "op_names": ["w"]}],
+}
 
 
 def recipe(*steps, **more):
@@ -120,6 +141,122 @@ def test_searches_meet_their_budget_and_keep_their_trials(tmp_path):
     assert (tmp_path / "search-0" / "trials.jsonl").read_text().count("\n") > 1
 
 
+def test_admm_pulls_weights_towards_pruned_ones(tmp_path):
+    step = {**ADMM, "args": {**ADMM["args"], "base_algo": "level"}}
+    found = run_recipe(recipe(step), tasks.square(), tmp_path, Settings(epochs=0))
+    whats = ["train", "iteration 1 of 2", "iteration 2 of 2", "prune"]
+    assert [row["what"] for row in found.history] == whats
+    assert [row["density"] for row in found.history] == [1, 1, 1, 0.5]
+    # By hand: two steps of gradient descent on the loss and the penalty, then the projection.
+    target = np.asarray(tasks.TARGET)
+    w = toward(np.full((8, 4), 0.5, np.float32), 0, 2)
+    z, u = w, 0 * w
+    for _ in range(2):
+        for _ in range(2):
+            w = w - np.float32(0.5) * ((w - target) + np.float32(0.5) * (w - z + u))
+        z = without_lowest(w + u, 16)
+        u = u + w - z
+    np.testing.assert_allclose(found.state.params["w"], without_lowest(w, 16), rtol=1e-5)
+
+
+def test_auto_compress_leaves_what_its_budget_allows_and_writes_it(tmp_path):
+    task = tasks.deep()
+    found = run_recipe(recipe(AUTO), task, tmp_path, Settings(epochs=1))
+    assert [row["what"] for row in found.history[1:4]] == [
+        "round 1 of 2: search",
+        "round 1 of 2: iteration 1 of 1",
+        "round 1 of 2: prune",
+    ]
+    assert [row["what"] for row in found.history[-2:]] == ["tune, 1 epochs", "shrink"]
+    # Of w (8, a), u (a, b) and v (b, 2), 8 * 16 + 16 * 12 + 12 * 2 = 344 before.
+    sizes = json.loads((tmp_path / "small.json").read_text())
+    a, b = sizes["layers"]["u"]
+    assert sizes["params"] == [344, 8 * a + a * b + 2 * b]
+    assert sizes["params"][1] <= 172
+    # The first round leaves 344 * 0.5 ** 0.5 at most, and no group gets anything back.
+    trials = [
+        [
+            json.loads(x)
+            for x in (tmp_path / f"search-0-{i}" / "trials.jsonl").read_text().splitlines()
+        ]
+        for i in range(2)
+    ]
+    assert all(row["resource"]["params"] <= 243 for row in trials[0])
+    left = [row["density"] for row in found.history]
+    assert left[1] == 1 > left[3] > left[6] == left[-1]
+    small = pp.rebuild(task.apply, task.init(0), pp.load_plan(found.files["plan"]), jnp.eye(8))
+    params = safetensors.numpy.load_file(found.files["small"])
+    want = task.apply(found.state.params, jnp.eye(8))
+    np.testing.assert_allclose(small.fn(params, jnp.eye(8)), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tasks.small, tasks.smaller_of_torch])
+def test_a_smaller_model_computes_what_the_pruned_one_does(tmp_path, make):
+    task = make()
+    (name, x) = ("w", jnp.ones((3, 8))) if task.traced else ("fc", torch.ones(3, 4))
+    step = {"use": "l1_filter", "rules": [{"sparsity": 0.5, "op_names": [name]}]}
+    found = run_recipe(recipe(step, SHRINK), task, tmp_path, Settings(epochs=1))
+    assert found.history[-1]["what"] == "shrink"
+    assert found.history[-1]["score"] == found.history[-2]["score"]
+    plan = pp.load_plan(found.files["plan"])
+    if task.traced:
+        small = pp.rebuild(task.apply, task.init(0), plan, x)
+        params = safetensors.numpy.load_file(found.files["small"])
+        assert params["w"].shape == (8, 2)
+        np.testing.assert_allclose(
+            small.fn(params, x), task.apply(found.state.params, x), rtol=1e-6
+        )
+    else:
+        from purepruning_interop.torch import rebuild
+
+        small = rebuild(task.model, plan, *task.inputs).model
+        arrays = safetensors.torch.load_file(found.files["small"])
+        small.load_state_dict(arrays)
+        assert arrays["fc.weight"].shape == (3, 4)
+        task.model.load_state_dict(found.state.params)
+        torch.testing.assert_close(small(x), task.model(x))
+
+
+def quantised(w, bits):
+    """By hand: the range with zero in it, in 2**bits - 1 steps."""
+    low, high = min(w.min(), 0), max(w.max(), 0)
+    scale = np.float32((high - low) / (2**bits - 1))
+    zero = np.round(-low / scale)
+    return (np.clip(np.round(w / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
+def test_quantised_training_and_its_checkpoint(tmp_path):
+    task = tasks.square()
+    found = run_recipe(recipe(LEVEL, QAT), task, tmp_path, Settings(epochs=2))
+    assert found.history[-1]["what"] == "quantise, 2 epochs"
+    target = np.asarray(tasks.TARGET)
+    w = without_lowest(toward(np.full((8, 4), 0.5, np.float32), 0, 2), 16)
+    kept = w != 0
+    w = np.where(kept, toward(w, 1000, 2), 0)
+    for _ in range(2):  # straight through: the gradient of the quantised weights
+        w = np.where(kept, w - np.float32(0.5) * (quantised(w, 4) - target), 0)
+    np.testing.assert_allclose(found.state.params["w"], w, rtol=1e-5)
+    whole = pp.load_quantized(found.files["quantized"], found.state.params)
+    np.testing.assert_allclose(whole.params["w"], quantised(w, 4), rtol=1e-5)
+    assert ((np.asarray(whole.params["w"]) != 0) <= kept).all()
+    # The score is that of what was written.
+    assert found.history[-1]["score"] == pytest.approx(float(task.evaluate(whole.params)))
+    calibration = json.loads((tmp_path / "quantized.json").read_text())
+    assert calibration["w"]["weight_bits"] == 4
+
+
+def test_ranges_by_optuna(tmp_path):
+    rule = {"sparsity": {"range": [0.25, 0.75], "type": "float"}, "op_names": ["w"]}
+    searched = recipe({"use": "level", "rules": [rule]})
+    more = {"samples": 6, "by": "optuna"}
+    found = run_recipe(searched, tasks.small(), tmp_path, Settings(epochs=0), **more)
+    rows = [json.loads(x) for x in (tmp_path / "ranges" / "trials.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert found.history[-1]["score"] == pytest.approx(max(row["score"] for row in rows))
+    again = run_recipe(searched, tasks.small(), tmp_path, Settings(epochs=0), **more)
+    assert again.values == found.values
+
+
 def test_ranges_are_searched_first(tmp_path):
     choices = {"range": [0.25, 0.75], "type": "choice"}
     rule = {"sparsity": choices, "op_names": ["w"]}
@@ -158,26 +295,40 @@ class Stopped(Exception):
     pass
 
 
+STOPPED = {
+    "agp and tickets": ((AGP, TICKETS), range(1, 9), (2, 6, 8)),
+    "admm and shrink": ((ADMM, SHRINK), range(1, 6), (2,)),
+    "auto_compress": ((AUTO,), range(1, 9), ()),
+    "level and qat": ((LEVEL, QAT), range(1, 5), (4,)),
+}
+
+
 @pytest.mark.parametrize(
-    "at", [n if n in (2, 6, 8) else pytest.param(n, marks=pytest.mark.full) for n in range(1, 9)]
+    ("name", "at"),
+    [
+        pytest.param(name, n, marks=[pytest.mark.full] * (n not in quick))
+        for name, (_, numbers, quick) in STOPPED.items()
+        for n in numbers
+    ],
 )
-def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, at):
+def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, name, at):
     """Stopped after each stage, and in the middle of the next: the same numbers come out."""
-    steps = recipe(AGP, TICKETS)
+    steps = recipe(*STOPPED[name][0])
 
     def stop(done, of, what):
         if done == at:
             raise Stopped
 
-    whole = run_recipe(steps, tasks.small(), tmp_path / "whole", Settings(epochs=1))
+    make = tasks.deep if name == "auto_compress" else tasks.small
+    whole = run_recipe(steps, make(), tmp_path / "whole", Settings(epochs=1))
     with pytest.raises(Stopped):
-        run_recipe(steps, tasks.small(), tmp_path / "a", Settings(epochs=1), show=stop)
+        run_recipe(steps, make(), tmp_path / "a", Settings(epochs=1), show=stop)
     with (tmp_path / "a" / "history.jsonl").open("a") as file:
         file.write('{"stage": 99}\n')  # as if it ended between row and state
     seen = []
     found = run_recipe(
         steps,
-        tasks.small(),
+        make(),
         tmp_path / "a",
         Settings(epochs=1),
         show=lambda done, of, what: seen.append(done),
@@ -188,8 +339,9 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, at):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
     assert numbers(found.history) == numbers(whole.history)
-    for name in ("weights", "masks"):
-        file = f"{name}.safetensors"
+    files = {p.name for p in (tmp_path / "whole").glob("*.safetensors")}
+    assert files == {p.name for p in (tmp_path / "a").glob("*.safetensors")}
+    for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert len(list((tmp_path / "a").glob("state-*"))) == 1
 
@@ -201,15 +353,10 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, at):
         (APOZ, tasks.bare, "needs 'capture' of the task"),
         ({**TAYLOR, "args": {"statistics_batch_num": 5}}, tasks.small, "has 2 batches"),
         ({**FILTERS, "args": {"dependency_aware": True}}, tasks.bare, "needs 'apply'"),
-        ({"use": "admm", "rules": LEVEL["rules"]}, tasks.small, "create_compressor"),
-        (
-            {
-                "use": "dorefa",
-                "rules": [{"quant_types": ["weight"], "quant_bits": 8, "op_names": ["w"]}],
-            },
-            tasks.small,
-            "this quantises",
-        ),
+        (ADMM, tasks.bare, "needs 'minimize' of the task 'small'"),
+        (AUTO, tasks.bare, "step 0 .auto_compress.: it needs 'apply'"),
+        (QAT, tasks.bare, "needs 'minimize' of the task 'small'"),
+        (SHRINK, tasks.small, "no step before prunes any"),
         (
             {"use": "level", "rules": [{"sparsity": 0.5, "op_names": ["x"]}]},
             tasks.small,
@@ -220,6 +367,24 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, at):
 def test_what_a_task_cannot_do_is_said_before_anything_runs(tmp_path, step, task, says):
     with pytest.raises(ValueError, match=says):
         run_recipe(recipe(step), task(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ((LEVEL, SHRINK), r"step 1 .shrink.: it removes whole channels"),
+        ((QAT, LEVEL), r"step 0 .qat.: it must be the last step.*behind step 1 .level."),
+        ((FILTERS, SHRINK, LEVEL), r"step 1 .shrink.: it must be the last step"),
+        (
+            (LEVEL, {**QAT, "use": "dorefa"}),
+            r"step 1 .dorefa.: dorefa has no integer for zero.*'qat' or 'naive'",
+        ),
+    ],
+)
+def test_steps_in_an_order_that_makes_no_sense(tmp_path, steps, says):
+    with pytest.raises(ValueError, match=says):
+        run_recipe(recipe(*steps), tasks.small(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

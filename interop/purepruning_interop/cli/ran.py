@@ -11,7 +11,7 @@ from purepruning_interop.cli import output
 from purepruning_interop.cli.models import arrays_into, raised_by
 from purepruning_interop.recipes import read_recipe
 from purepruning_interop.report import write_report
-from purepruning_interop.runs import Outcome, Settings, report_of, run_recipe
+from purepruning_interop.runs import By, Outcome, Settings, report_of, run_recipe
 from purepruning_interop.runs.folder import writing
 from purepruning_interop.tasks import Task, find_task
 
@@ -25,6 +25,7 @@ def run_and_show(
     epochs: int | None,
     trial_epochs: int,
     samples: int | None,
+    by: By | None,
     weights: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -42,6 +43,7 @@ def run_and_show(
     words += [] if epochs is None else ["--epochs", str(epochs)]
     words += [] if not trial_epochs else ["--trial-epochs", str(trial_epochs)]
     words += [] if samples is None else ["--samples", str(samples)]
+    words += [] if by is None else ["--by", by]
     words += [] if weights is None else ["--weights", str(weights)]
     again = shlex.join([*words, "-o", str(out)])
     asked = {"task": task_name, "weights": None if weights is None else str(weights)}
@@ -59,6 +61,7 @@ def run_and_show(
             start=start,
             asked=asked,
             samples=samples,
+            by=by,
             anew=overwrite,
             show=show,
         )

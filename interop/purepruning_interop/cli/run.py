@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class By(enum.StrEnum):
+    """How recipes of one with ranges are found."""
+
+    grid = "grid"
+    random = "random"
+    optuna = "optuna"
 
 
 def run(
@@ -31,7 +40,13 @@ def run(
     ] = 0,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="How many of a recipe's ranges to draw; a grid unless given."),
+        typer.Option(
+            min=1, help="How many recipes of one with ranges to try; a grid unless given."
+        ),
+    ] = None,
+    by: Annotated[
+        By | None,
+        typer.Option(help="How they are found; at random, if there are samples, unless given."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A checkpoint of the trained network; else it is trained.")
@@ -55,6 +70,7 @@ def run(
         epochs=epochs,
         trial_epochs=trial_epochs,
         samples=samples,
+        by=None if by is None else by.value,
         weights=weights,
         overwrite=overwrite,
         as_json=as_json,

@@ -16,9 +16,10 @@ from purepruning_interop.recipes.pruning import (
     ByActivations,
     ByGradients,
     ByWeights,
+    Shrinking,
     Tickets,
 )
-from purepruning_interop.recipes.quantization import BNN, Quantizing
+from purepruning_interop.recipes.quantization import Quantizing
 from purepruning_interop.recipes.recipe import Recipe, Step, check_argument, read_recipe, within
 from purepruning_interop.recipes.searches import AutoCompress, Searching
 
@@ -41,7 +42,8 @@ _CLASSES: dict[str, type[Compressor]] = {
     "naive": Quantizing,
     "qat": Quantizing,
     "dorefa": Quantizing,
-    "bnn": BNN,
+    "bnn": Quantizing,
+    "shrink": Shrinking,
 }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Kind = Literal["pruning", "quantization"]
+Kind = Literal["pruning", "quantization", "structure"]
 
 
 class Given:
@@ -46,6 +46,9 @@ class Named:
         return {k: v for k, v in self.arguments.items() if not isinstance(v, Given)}
 
 
+#: The step of the native form that makes the smaller model.
+SHRINK = "shrink"
+
 _SPARSITY = {"sparsity": ...}
 _BITS = {"quant_types": ..., "quant_bits": ...}
 _AWARE = {"dependency_aware": False, "dummy_input": OPTIONAL}
@@ -70,7 +73,7 @@ def _quantizer(keys: Mapping[str, Any] = _BITS, none: tuple[Any, ...] = ()) -> N
 _PLAIN = {"optimizer": OPTIONAL}
 _RANKED = {**_PLAIN, "activation": "relu", "statistics_batch_num": 1, **_AWARE}
 
-#: By exactly the strings that auptimizer knows.
+#: By exactly the strings that auptimizer knows, and ``"shrink"``.
 COMPRESSORS: dict[str, Named] = {
     "level": _pruner(_PLAIN),
     "slim": _pruner(_PLAIN),
@@ -179,6 +182,8 @@ COMPRESSORS: dict[str, Named] = {
     "qat": _quantizer({**_BITS, "quant_start_step": 0, "quant_scheme": "affine"}),
     "dorefa": _quantizer(),
     "bnn": _quantizer(),
+    # Not auptimizer's, whose apply_speedup is a method.
+    SHRINK: Named("structure", {"dummy_input": OPTIONAL}, {}),
 }
 
 #: What auptimizer hands to NNI where the name has no effect here, and what it then must be.

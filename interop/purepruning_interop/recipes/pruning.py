@@ -272,6 +272,19 @@ class Tickets(Pruning):
         return run
 
 
+class Shrinking(Pruning):
+    """Makes a model smaller that was pruned before: channels that are zero go."""
+
+    def _resolve(self) -> None:
+        layers = self._layers()
+        self.config = pp.resolve([{}], layers, granularity="output_channel")
+
+    def _compress(self, eval_args: Any, finetune_args: Any) -> Any:
+        """Returns the smaller model, as :meth:`apply_speedup` does."""
+        self.masks = pp.masks_from_zeros(self._params(), self.config)
+        return self.apply_speedup()
+
+
 class ADMM(Pruning):
     """Trains towards weights that are zero already, then prunes."""
 

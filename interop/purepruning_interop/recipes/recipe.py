@@ -17,6 +17,7 @@ from purepruning.saving.files import file_path, write_whole
 from purepruning_interop.recipes.names import (
     COMPRESSORS,
     FOLDERS,
+    SHRINK,
     WITHOUT_EFFECT,
     Given,
     Kind,
@@ -46,7 +47,7 @@ class Step:
     """One step of a recipe.
 
     Attributes:
-        use: auptimizer's name of a compressor.
+        use: auptimizer's name of a compressor, or ``"shrink"``.
         rules: its rules, with every default.
         args: its arguments that are data, with every default.
     """
@@ -62,7 +63,7 @@ class Step:
 
     @property
     def kind(self) -> Kind:
-        """``"pruning"`` or ``"quantization"``."""
+        """``"pruning"``, ``"quantization"``, or ``"structure"``, which is shrinking."""
         return self.named.kind
 
 
@@ -117,6 +118,8 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     form,
 
     ``{"purepruning": 1, "steps": [{"use": "agp", "rules": [...], "args": {...}}]}``.
+
+    where a last step ``{"use": "shrink"}`` makes the smaller model of what was pruned before.
 
     ``args`` holds what a compressor is told besides its rules, as far as it is data. Files are
     JSON, or YAML (``.yaml``, ``.yml``, which needs PyYAML) of the same. Nothing in them is run,
@@ -264,7 +267,8 @@ def _seed(content: Mapping[str, Any]) -> tuple[str | None, list[dict[str, Any]]]
     kind = _either(content, "type", "compression_type")
     if framework is not None:
         _choice("compression: framework", framework, _FRAMEWORKS)
-    _choice("compression: compressor", content.get("compressor"), tuple(COMPRESSORS))
+    names = tuple(name for name in COMPRESSORS if name != SHRINK)
+    _choice("compression: compressor", content.get("compressor"), names)
     use = content["compressor"]
     if kind is not None:
         _choice("compression: type", kind, ("pruning", "quantization"))
@@ -317,7 +321,9 @@ def _checked(raw: Mapping[str, Any]) -> Step:
     """Returns a step with every default, after checks of all that needs no model."""
     use, named = raw["use"], COMPRESSORS[raw["use"]]
     rules = _list(raw["rules"], "rules", "a list of rules")
-    if not rules and not named.none:
+    if use == SHRINK and rules:
+        raise ValueError("it removes what steps before have pruned, by no rules; leave them out")
+    if not rules and not named.none and use != SHRINK:
         raise ValueError("there are no rules, so it would do nothing; write one")
     for number, rule in enumerate(rules):
         _check_rule(number, rule, use, named)

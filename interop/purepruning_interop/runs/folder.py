@@ -19,7 +19,7 @@ from purepruning.saving.files import write_whole
 from purepruning.trees import flatten
 from purepruning_interop.checkpoints import NotWritten
 from purepruning_interop.recipes import Recipe, write_resolved
-from purepruning_interop.runs.stages import Stage, State
+from purepruning_interop.runs.work import Stage, State
 
 try:
     _fcntl: Any = importlib.import_module("fcntl")
@@ -143,8 +143,8 @@ class RunFolder:
             pp.save_state(self.path / _STATE.format(number), whole)
             (self.path / _STATE.format(number - 1)).unlink(missing_ok=True)
 
-    def export(self, state: State) -> dict[str, str]:
-        """Writes weights and masks for others to read; returns the files by kind."""
+    def export(self, stages: list[Stage], state: State) -> dict[str, str]:
+        """Writes weights, masks, and what stages make, for others to read; returns the files."""
         leaves = flatten(state.params).leaves
         arrays = {n: to_numpy(x) for n, x in leaves.items() if hasattr(x, "shape")}
         files = {"weights": str(self.path / WEIGHTS)}
@@ -153,6 +153,9 @@ class RunFolder:
             if state.masks is not None:
                 files["masks"] = str(self.path / MASKS)
                 pp.save_masks(self.path / MASKS, state.masks, state.params)
+            for stage in stages:
+                if stage.write is not None:
+                    files |= stage.write(state, self.path)
         return files
 
 

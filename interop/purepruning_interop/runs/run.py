@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import purepruning as pp
 from purepruning_interop.recipes import Recipe, search_recipe, write_resolved
 from purepruning_interop.runs.folder import RunFolder, writing
-from purepruning_interop.runs.stages import Settings, Stage, State, stages_of
+from purepruning_interop.runs.stages import stages_of
+from purepruning_interop.runs.work import Settings, Stage, State
 from purepruning_interop.tasks import Task
+
+By = Literal["grid", "random", "optuna"]
 
 
 class Outcome(NamedTuple):
@@ -24,7 +27,7 @@ class Outcome(NamedTuple):
             ``seconds``.
         recipe: the recipe that was done; of one with ranges, the best.
         values: its values of the ranges, by name.
-        files: weights and masks, by kind.
+        files: weights, masks, and what the last step makes, by kind.
     """
 
     state: State
@@ -43,6 +46,7 @@ def run_recipe(
     start: Any = None,
     asked: dict[str, Any] | None = None,
     samples: int | None = None,
+    by: By | None = None,
     anew: bool = False,
     show: Callable[[int, int, str], None] = lambda done, of, what: None,
 ) -> Outcome:
@@ -53,7 +57,7 @@ def run_recipe(
     arguments, and ends the same, seconds apart. At the end weights and masks are written.
 
     A recipe with ranges is searched first, each trial a run without a folder from the trained
-    network: ``samples`` at random, else a grid.
+    network: ``samples`` at random, or as optuna suggests, else a grid.
 
     Args:
         recipe: what ``read_recipe`` returned.
@@ -62,7 +66,9 @@ def run_recipe(
         settings: seed and epochs.
         start: parameters that are trained already.
         asked: what is written to ``run.json``, and must be the same when the run goes on.
-        samples: how many of a recipe's ranges are drawn.
+        samples: how many recipes of one with ranges are tried.
+        by: how they are found: ``"grid"``, ``"random"`` or ``"optuna"``; at random if there are
+            ``samples``, else the grid, unless given.
         anew: whether to remove an older run there.
         show: called before each stage with its number, how many there are, and what it does.
 
@@ -73,7 +79,7 @@ def run_recipe(
         RuntimeError: all evaluations of a search failed.
     """
     settings = settings or Settings()
-    told = {"task": task.name, **settings._asdict(), "samples": samples, **(asked or {})}
+    told = {"task": task.name, **settings._asdict(), "samples": samples, "by": by, **(asked or {})}
     # Checked before anything is written.
     if not recipe.ranges:
         stages_of(recipe, task, settings, start=start)
@@ -81,7 +87,7 @@ def run_recipe(
         here.begin(recipe, told, anew=anew)
         chosen, values = recipe, dict[str, Any]()
         if recipe.ranges:
-            chosen, values = _searched(recipe, task, settings, folder, start, samples, show)
+            chosen, values = _searched(recipe, task, settings, folder, start, by, samples, show)
         stages = stages_of(chosen, task, settings, folder=folder, start=start)
         params = task.init(settings.seed) if start is None else start
         done, state, history = here.resume(stages, params)
@@ -91,13 +97,14 @@ def run_recipe(
             here.save(number + 1, state, row)
             history.append(row)
         show(len(stages), len(stages), "export")
-        return Outcome(state, history, chosen, values, here.export(state))
+        return Outcome(state, history, chosen, values, here.export(stages, state))
 
 
 def _done(stage: Stage, number: int, state: State, task: Task) -> tuple[State, dict[str, Any]]:
     began = time.perf_counter()
     state = stage.do(state)
-    score = float(task.evaluate(state.params))
+    state = state if stage.extra is not None else state._replace(extra=None)
+    score = _score(stage, state, task)
     density = 1.0 if state.masks is None else float(pp.density(state.masks, state.params))
     row = {
         "stage": number,
@@ -110,12 +117,17 @@ def _done(stage: Stage, number: int, state: State, task: Task) -> tuple[State, d
     return state, row
 
 
+def _score(stage: Stage, state: State, task: Task) -> float:
+    return float(task.evaluate(state.params) if stage.score is None else stage.score(state))
+
+
 def _searched(
     recipe: Recipe,
     task: Task,
     settings: Settings,
     folder: Path,
     start: Any,
+    by: By | None,
     samples: int | None,
     show: Callable[[int, int, str], None],
 ) -> tuple[Recipe, dict[str, Any]]:
@@ -130,14 +142,15 @@ def _searched(
         tried += 1
         show(0, 1, f"trial {tried}")
         state = State(start)
-        for stage in stages_of(one, task, settings, start=start):
+        stages = stages_of(one, task, settings, start=start)
+        for stage in stages:
             state = stage.do(state)
-        return float(task.evaluate(state.params))
+        return _score(stages[-1], state, task)
 
     found = search_recipe(
         recipe,
         evaluate,
-        by="grid" if samples is None else "random",
+        by=by or ("grid" if samples is None else "random"),
         n_samples=samples,
         seed=settings.seed,
         folder=folder / "ranges",

@@ -6,6 +6,6 @@ a module of yours: ``package.module:task``. Shipped tasks go by their names alon
 """
 
 from purepruning_interop.tasks.find import SHIPPED, find_task
-from purepruning_interop.tasks.task import Task
+from purepruning_interop.tasks.task import Objective, Task
 
-__all__ = ["Task", "find_task", "SHIPPED"]
+__all__ = ["Task", "Objective", "find_task", "SHIPPED"]

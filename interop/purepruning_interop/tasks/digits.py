@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 
 import purepruning as pp
 from purepruning_interop import linen
-from purepruning_interop.tasks.task import Task
+from purepruning_interop.tasks.task import Objective, Task
 
 BATCH = 64
 EPOCHS, TUNING_EPOCHS = 20, 5
@@ -114,9 +114,21 @@ def task() -> Task:
         right = jnp.argmax(apply(params, test_images), axis=-1) == test_labels
         return jnp.mean(right, dtype=jnp.float32)
 
+    def loss_at(params: Any, batch: tuple[Array, Array], at: Any) -> tuple[Array, Any]:
+        logits, seen = linen.replace(model, params, batch[0], at=at)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean(), seen
+
+    def evaluate_at(params: Any, at: Any) -> Array:
+        logits, _ = linen.replace(model, params, test_images, at=at)
+        return jnp.mean(jnp.argmax(logits, axis=-1) == test_labels, dtype=jnp.float32)
+
     data = train_images, train_labels.astype(np.int32)
     test_labels = test_labels.astype(np.int32)
-    fit = functools.partial(_fit, loss, data)
+    own = Objective(lambda params, extra, batch: (loss(params, batch), extra))
+
+    def fit(params: Any, masks: Any, seed: Any, epochs: int, rate: float) -> Any:
+        return _fit(data, own, (), params, masks, seed, epochs, rate)[0]
+
     whole = [slice(i, i + BATCH) for i in range(0, len(train_images) - BATCH + 1, BATCH)]
     return Task(
         name="digits",
@@ -129,7 +141,11 @@ def task() -> Task:
         tuning_epochs=TUNING_EPOCHS,
         batches=[(data[0][i], data[1][i]) for i in whole],
         loss=loss,
+        minimize=jax.jit(functools.partial(_minimize, data), static_argnums=(0, 5)),
         capture=capture,
+        activations=linen.activations(model, shapes, test_images),
+        loss_at=loss_at,
+        evaluate_at=evaluate_at,
         apply=apply,
         inputs=(test_images[:8],),
         traced=True,
@@ -148,16 +164,30 @@ def _tune(fit: Callable[..., Any], params: Any, masks: Any, seed: Any, epochs: i
     return fit(params, masks, seed + 1_000_000, epochs, TUNING_RATE)
 
 
-def _fit(
-    loss: Callable[..., Array],
+def _minimize(
     data: tuple[np.ndarray, np.ndarray],
+    objective: Objective,
+    extra: Any,
+    params: Any,
+    masks: Any,
+    seed: Any,
+    epochs: int,
+) -> tuple[Any, Any]:
+    """Returns params fine-tuned by another loss, and its extra."""
+    return _fit(data, objective, extra, params, masks, seed + 1_000_000, epochs, TUNING_RATE)
+
+
+def _fit(
+    data: tuple[np.ndarray, np.ndarray],
+    objective: Objective,
+    extra: Any,
     params: Any,
     masks: Any,
     seed: Any,
     epochs: int,
     rate: float,
-) -> Any:
-    """Returns params after so many epochs of Adam, pruned weights at zero."""
+) -> tuple[Any, Any]:
+    """Returns params after so many epochs of Adam, pruned weights at zero, and the extra."""
     steps = len(data[0]) // BATCH
 
     def order(key: Array) -> Array:
@@ -169,12 +199,13 @@ def _fit(
     transform = adam if masks is None else optax.chain(adam, pp.keep_pruned(masks))
     images, labels = map(jnp.asarray, data)
 
-    def step(carry: tuple[Any, Any], batch: Array) -> tuple[tuple[Any, Any], None]:
-        params, state = carry
-        grads = jax.grad(loss)(params, (images[batch], labels[batch]))
+    def step(carry: tuple[Any, Any, Any], batch: Array) -> tuple[tuple[Any, Any, Any], None]:
+        params, state, extra = carry
+        grad = jax.grad(objective.loss, has_aux=True)
+        grads, extra = grad(params, extra, (images[batch], labels[batch]))
         updates, state = transform.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return (objective.after(optax.apply_updates(params, updates)), state, extra), None
 
     params = params if masks is None else pp.apply_masks(params, masks)
-    (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), batches)
-    return params
+    (params, _, extra), _ = jax.lax.scan(step, (params, transform.init(params), extra), batches)
+    return params, extra

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import purepruning as pp
+
+
+def _same(params: Any) -> Any:
+    return params
+
+
+class Objective(NamedTuple):
+    """What a task's ``minimize`` minimises in the place of the task's own loss.
+
+    Attributes:
+        loss: ``(params, extra, batch) -> (scalar, extra)``. ``extra`` is a tree of arrays that goes
+            from step to step, such as running ranges or a dual variable; it gets no gradient.
+        after: ``(params) -> params``, to be called on what every step of the optimizer returns.
+    """
+
+    loss: Callable[[Any, Any, Any], tuple[Any, Any]]
+    after: Callable[[Any], Any] = _same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # functions are equal to none
@@ -22,7 +39,9 @@ class Task:
     networks in one call. A function of torch may put parameters into a module
     (``load_state_dict``), train that, and return its ``state_dict``, cloned.
 
-    Only the first seven are needed. Each of the others is asked for by what needs it, by name.
+    Only the first seven are needed. Each of the others is asked for by what needs it, by name:
+    ADMM, AutoCompress and quantizers train with ``minimize`` and ``loss``, and quantised
+    activations need the three that end in ``activations`` and ``at``.
 
     Attributes:
         name: in titles and files.
@@ -39,10 +58,19 @@ class Task:
         tuning_epochs: after how many epochs a study compares.
         metric: what the score is; ``"accuracy"`` is from 0 to 1, and shown in percent.
         batches: some batches of training data, for statistics: what ``loss`` and ``capture`` take.
-        loss: ``(params, batch) -> scalar``, for criteria that rank by gradients.
+        loss: ``(params, batch) -> scalar``, for criteria that rank by gradients, and ``minimize``.
+        minimize: ``(objective, extra, params, masks, seed, epochs) -> (params, extra)``: what
+            ``tune`` does, with the loss of an :class:`Objective` in the place of the task's own.
+            One objective serves many calls, and is hashed by identity: ``jax.jit`` may take it, and
+            ``epochs``, as static.
         capture: ``(params, batch, layers, of) -> {layer name: array}``, what an adapter's
             ``capture`` finds: ``of="outputs"`` of layers, before their activation, or ``"inputs"``.
         activation: of the outputs: a name as of :mod:`purepruning.stats.activations`.
+        activations: rows that an adapter's ``activations`` returns: where activations may be
+            quantised.
+        loss_at: ``(params, batch, at) -> (scalar, seen)``: ``loss`` of the model with functions at
+            sites, and what these found, as an adapter's ``replace`` returns it.
+        evaluate_at: ``(params, at) -> score``: ``evaluate`` of the same.
         apply: ``(params, *inputs) -> outputs``, the forward pass: what is coupled and shrunk.
         inputs: example inputs of ``apply``, a batch.
         model: the torch, NNX or Equinox module, where a smaller module is wanted.
@@ -77,8 +105,12 @@ class Task:
     metric: str = "accuracy"
     batches: Sequence[Any] = ()
     loss: Callable[[Any, Any], Any] | None = None
+    minimize: Callable[..., tuple[Any, Any]] | None = None
     capture: Callable[..., Mapping[str, Any]] | None = None
     activation: str = "relu"
+    activations: Sequence[pp.Activation] = ()
+    loss_at: Callable[..., tuple[Any, Any]] | None = None
+    evaluate_at: Callable[[Any, Any], Any] | None = None
     apply: Callable[..., Any] | None = None
     inputs: tuple[Any, ...] = ()
     model: Any = None
@@ -93,7 +125,7 @@ class Task:
                 raise TypeError(
                     f"{where}: {name} must be a function, got {getattr(self, name)!r}; give one"
                 )
-        for name in ("loss", "capture", "apply"):
+        for name in ("loss", "minimize", "capture", "apply", "loss_at", "evaluate_at"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"{where}: {name} must be a function, got {value!r}; leave it out")
