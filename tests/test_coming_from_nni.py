@@ -299,7 +299,6 @@ def test_lottery_tickets_by_name(name):
         ("movement", "pp.movement"),
         ("MovementPruner", "pp.movement"),
         ("TransformerHeadPruner", "coupling="),
-        ("LsqPlusQuantizer", "use lsq"),
     ],
 )
 def test_names_of_what_is_something_else_here(name, what):
@@ -317,6 +316,7 @@ def test_names_of_what_is_something_else_here(name, what):
         (("dorefa", "DoReFaQuantizer"), pp.quantize.dorefa),
         (("bnn", "BNNQuantizer"), pp.quantize.bnn),
         (("lsq", "LsqQuantizer"), pp.quantize.lsq),
+        (("lsq_plus", "LsqPlusQuantizer"), pp.quantize.lsq_plus),
         (("ptq", "PTQQuantizer", "observer", "ObserverQuantizer"), pp.quantize.ptq),
     ],
 )

@@ -20,7 +20,7 @@ from purepruning.pruners.geometric_median import fpgm
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.slimming import slim
 from purepruning.pruners.taylor import taylor_fo
-from purepruning.quantize import bnn, dorefa, lsq, naive, ptq, qat
+from purepruning.quantize import bnn, dorefa, lsq, lsq_plus, naive, ptq, qat
 from purepruning.quantize.config import QuantizationConfig, resolve_quantization
 from purepruning.schedules.curves import agp, exponential, linear, one_shot
 from purepruning.schedules.schedule import MOST_EVENTS, Schedule
@@ -71,7 +71,6 @@ _ELSEWHERE = {
     "transformerhead": "is any pruner of coupled channels: use pp.resolve(..., coupling=...), by "
     "which attention loses whole heads",
 }
-_ELSEWHERE["lsqplus"] = "is not in this version: use lsq, whose zero points are 0"
 
 _QUANTIZERS = {
     "naive": naive,
@@ -79,6 +78,7 @@ _QUANTIZERS = {
     "dorefa": dorefa,
     "bnn": bnn,
     "lsq": lsq,
+    "lsqplus": lsq_plus,
     "ptq": ptq,
     "observer": ptq,
 }
@@ -90,6 +90,7 @@ QuantizerName = Literal[
     "dorefa",
     "bnn",
     "lsq",
+    "lsq_plus",
     "ptq",
     "observer",
     "NaiveQuantizer",
@@ -98,6 +99,7 @@ QuantizerName = Literal[
     "DoReFaQuantizer",
     "BNNQuantizer",
     "LsqQuantizer",
+    "LsqPlusQuantizer",
     "PTQQuantizer",
     "ObserverQuantizer",
 ]
@@ -173,9 +175,9 @@ def from_nni(
 ) -> Recipe | SearchRecipe | QuantizerRecipe:
     """Returns pruner, schedule and config for what one of NNI's pruners is told.
 
-    For a quantizer (``"naive"``, ``"qat"``, ``"dorefa"``, ``"bnn"``, ``"lsq"``, ``"ptq"`` or
-    ``"observer"``, or the name of its class) it returns its module in :mod:`purepruning.quantize`,
-    and the config of :func:`purepruning.resolve_quantization`.
+    For a quantizer (``"naive"``, ``"qat"``, ``"dorefa"``, ``"bnn"``, ``"lsq"``,
+    ``"lsq_plus"``, ``"ptq"`` or ``"observer"``, or the name of its class) it returns its module in
+    :mod:`purepruning.quantize`, and the config of :func:`purepruning.resolve_quantization`.
 
     ``name`` is a pruner as its documents, its classes or auptimizer call it, in any case:
 

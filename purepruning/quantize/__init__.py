@@ -23,9 +23,9 @@ Each quantizer is a module of a few functions with the same names:
 - ``init`` and ``update``, where there is a state.
 
 ``naive`` (weights by their largest magnitude), ``qat`` (ranges of weights as they are, of
-activations as a moving average), ``dorefa``, ``bnn``, ``lsq`` (trained scales), ``ptq`` (ranges of
-activations from ``observers``, after training). What they are made of: :func:`fake_quantize`,
-:func:`affine` and :func:`symmetric`.
+activations as a moving average), ``dorefa``, ``bnn``, ``lsq`` (trained scales), ``lsq_plus``
+(and offsets), ``ptq`` (ranges of activations from ``observers``, after training). What they are
+made of: :func:`fake_quantize`, :func:`affine` and :func:`symmetric`.
 
 Before quantising, :func:`fold_batch_norms` folds the norms that an adapter's ``batch_norms`` found
 into the layers in front of them; the model stays the same.
@@ -33,7 +33,17 @@ into the layers in front of them; the model stays the same.
 After pruning: ``apply_masks(qat.weights(params, state, config), masks)``; quantise, then mask.
 """
 
-from purepruning.quantize import bnn, dorefa, integers, lsq, naive, observers, ptq, qat
+from purepruning.quantize import (
+    bnn,
+    dorefa,
+    integers,
+    lsq,
+    lsq_plus,
+    naive,
+    observers,
+    ptq,
+    qat,
+)
 from purepruning.quantize.batch_norm import BatchNorm, fold_batch_norm, fold_batch_norms
 from purepruning.quantize.config import QuantizationConfig, Target, resolve_quantization
 from purepruning.quantize.fake import Scale, affine, fake_quantize, symmetric
@@ -46,6 +56,7 @@ __all__ = [
     "dorefa",
     "bnn",
     "lsq",
+    "lsq_plus",
     # Weights as integers.
     "integers",
     # Ranges of activations.

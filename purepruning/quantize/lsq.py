@@ -23,7 +23,6 @@ from purepruning.quantize.config import (
     QuantizationConfig,
     Target,
     check_quantization,
-    group_size,
     grouped,
 )
 from purepruning.quantize.integers import Levels
@@ -31,11 +30,11 @@ from purepruning.quantize.targets import (
     AtSite,
     arrays_at,
     check_sites,
-    each_weight,
     map_arrays,
     refuse_start,
     weights_of,
 )
+from purepruning.quantize.trained import or_one, quantized_weights, stepped, symmetric_range
 from purepruning.types import Array, Params
 
 
@@ -74,7 +73,7 @@ def init(
         scales = {}
         for target in config.weights:
             shape, axes = grouped(target)
-            weight = weights[target.owner.weight]
+            weight = stop_gradient(weights[target.owner.weight])
             xp = namespace(weight)
             size = xp.abs(xp.reshape(xp.astype(weight, xp.float32), shape))
             mean = xp.mean(size, axis=axes, keepdims=True) if axes else size
@@ -112,20 +111,21 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
     """
     refuse_start("lsq.weights", config)
     check_sites("lsq.weights: scales", scales, config.weights, "lsq.init")
-    for target in config.weights:
-        _check_scale(target, scales[target.site])
-
-    def quantized(weight: Any, target: Target, scales: Mapping[str, Any]) -> Any:
-        return quantize(weight, scales[target.site], *_range(target), group_size(target))
-
-    return each_weight("lsq.weights", params, config, quantized, dict(scales))
+    return quantized_weights("lsq.weights", params, scales, config)
 
 
 def levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
     check_quantization("lsq.levels", config)
     check_sites("lsq.levels: scales", scales, config.weights, "lsq.init")
-    return {t.site: Levels(scales[t.site], 0.0, *_range(t)) for t in config.weights}
+    return {t.site: _levels(t, scales) for t in config.weights}
+
+
+def activation_levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
+    """Returns by site how integers stand for inputs and outputs."""
+    check_quantization("lsq.activation_levels", config)
+    check_sites("lsq.activation_levels: scales", scales, config.activations, "lsq.init")
+    return {t.site: _levels(t, scales) for t in config.activations}
 
 
 def activations(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, AtSite]:
@@ -139,7 +139,9 @@ def activations(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[s
 
     def at(target: Target) -> AtSite:
         def quantized(x: Any) -> Any:
-            return quantize(x, scales[target.site], *_range(target), math.prod(x.shape))
+            return quantize(
+                x, scales[target.site], *symmetric_range("lsq", target), math.prod(x.shape)
+            )
 
         return lambda value: (map_arrays(quantized, value), None)
 
@@ -172,48 +174,15 @@ def quantize(x: Array, scale: Array, low: int, high: int, size: int) -> Any:
     whole_number(low, "lsq.quantize: low", -(2**31), 0)
     whole_number(high, "lsq.quantize: high", 1)
     xp = namespace(x)
-    wide = xp.astype(x, xp.float32)
-    constant, step = stop_gradient(wide), stop_gradient(scale)
-    steps = constant * (1 / step)
-    inside = (steps >= low) & (steps <= high)
-    whole = xp.round(xp.clip(steps, low, high))
-    slope = xp.where(inside, whole - steps, whole) * (1 / math.sqrt(high * size))
-    # Both are zero, with a derivative of one.
-    of_x = xp.where(inside, wide - constant, 0.0)
-    value = whole * step + of_x + slope * (scale - step)
-    return xp.astype(xp.where(constant == constant, value, wide), x.dtype)
+    return xp.astype(stepped(xp.astype(x, xp.float32), scale, low, high, size), x.dtype)
 
 
-def _check_scale(target: Target, scale: Any) -> None:
-    where = f"lsq.weights: scales[{target.site!r}]"
-    floats(scale, where)
-    shape, axes = grouped(target)
-    wanted = tuple(1 if a in axes else n for a, n in enumerate(shape))
-    if tuple(scale.shape) not in (wanted, ()):
-        raise ValueError(
-            f"{where} has shape {tuple(scale.shape)}, but by its rule {wanted}; give what lsq.init "
-            "returned for this config"
-        )
-
-
-def _range(target: Target) -> tuple[int, int]:
-    unsigned = target.dtype == "uint"
-    low, high = (
-        (0, 2**target.bits - 1)
-        if unsigned
-        else (-(2 ** (target.bits - 1)), 2 ** (target.bits - 1) - 1)
-    )
-    if high < 1:
-        raise ValueError(
-            f"lsq: rule {target.rule}: integers of 1 bit are -1 and 0; write 2 bits, or "
-            "'quant_dtype': 'uint'"
-        )
-    return low, high
+def _levels(target: Target, scales: Mapping[str, Any]) -> Levels:
+    return Levels(scales[target.site], 0.0, *symmetric_range("lsq", target))
 
 
 def _first(mean: Any, target: Target) -> Any:
-    scale = mean * (2 / math.sqrt(_range(target)[1]))
-    return namespace(mean).where(scale == 0, 1.0, scale)
+    return or_one(mean * (2 / math.sqrt(symmetric_range("lsq", target)[1])))
 
 
 def _mean_magnitude(arrays: list[Any]) -> Any:

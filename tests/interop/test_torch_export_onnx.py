@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning.quantize import bnn, dorefa, integers, observers, ptq
+from purepruning.quantize import bnn, dorefa, integers, lsq_plus, observers, ptq
 from purepruning_interop import torch as ppt
 from tests.messages import raises
 
@@ -38,8 +38,8 @@ def prepared(bits, of, **keys):
     return model, x, config, params, observers.ranges(observers.update(state, seen, config))
 
 
-def run(model, x, weights, ranges, config, path):
-    ppt.export_onnx(model, path, weights, ptq.activation_levels(ranges, config), config, x)
+def run(model, x, weights, levels, config, path):
+    ppt.export_onnx(model, path, weights, levels, config, x)
     plain = onnxruntime.SessionOptions()
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     results = []
@@ -66,13 +66,35 @@ def test_computes_what_the_fake_quantised_module_does(bits, of, keys, tmp_path):
     quantised = ptq.weights(params, None, config)
     wanted, _ = ppt.replace(model, x, at=ptq.activations(ranges, config), params=quantised)
     weights = integers.of(quantised, ptq.levels(params, config), config)
-    found, nodes = run(model, x, weights, ranges, config, tmp_path / "model.onnx")
+    levels = ptq.activation_levels(ranges, config)
+    found, nodes = run(model, x, weights, levels, config, tmp_path / "model.onnx")
     size = np.abs(wanted.numpy()).max()
     np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-5 * size)
     # The kernels that onnxruntime fuses sum integers, and round those halfway to the other level.
     assert np.abs(found[1] - wanted.numpy()).max() < 0.1 * size
     assert nodes.count("QuantizeLinear") == 2
     assert nodes.count("DequantizeLinear") == 4
+
+
+@pytest.mark.parametrize("of", [8, 4])
+def test_trained_offsets_are_whole_zero_points(of, tmp_path):
+    model, x, config, params, ranges = prepared(4, of)
+    scales = lsq_plus.init(params, config, ranges)
+    input_ = scales["conv:input"]
+    trained = {**scales, "conv:input": input_._replace(offset=input_.offset - 0.3 * input_.scale)}
+    rounded = lsq_plus.round_offsets(trained, config)
+    quantised = lsq_plus.weights(params, rounded, config)
+    at = lsq_plus.activations(rounded, config)
+    wanted, _ = ppt.replace(model, x, at=at, params=quantised)
+    weights = integers.of(quantised, lsq_plus.levels(rounded, config), config)
+    levels = lsq_plus.activation_levels(rounded, config)
+    found, nodes = run(model, x, weights, levels, config, tmp_path / "model.onnx")
+    size = np.abs(wanted.numpy()).max()
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-5 * size)
+    assert nodes.count("QuantizeLinear") == 2
+    between = {**levels, "conv:input": levels["conv:input"]._replace(zero_point=2.4)}
+    with raises(ValueError, "export_onnx", "'conv:input'", "2.4", "lsq_plus.round_offsets"):
+        ppt.export_onnx(model, tmp_path / "m.onnx", weights, between, config, x)
 
 
 class Attention(torch.nn.Module):
@@ -94,7 +116,8 @@ def test_outputs_that_are_tuples(tmp_path):
     _, seen = ppt.replace(model, x, at=observers.watch(state, config))
     ranges = observers.ranges(observers.update(state, seen, config))
     wanted, _ = ppt.replace(model, x, at=ptq.activations(ranges, config))
-    found, nodes = run(model, x, {}, ranges, config, tmp_path / "model.onnx")
+    levels = ptq.activation_levels(ranges, config)
+    found, nodes = run(model, x, {}, levels, config, tmp_path / "model.onnx")
     np.testing.assert_allclose(found[0], wanted, rtol=1e-4, atol=1e-5)
     assert nodes.count("QuantizeLinear") > 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning.quantize import bnn, dorefa, integers, lsq, naive, observers, ptq, qat
+from purepruning.quantize import bnn, dorefa, integers, lsq, lsq_plus, naive, observers, ptq, qat
 from purepruning_interop import linen
 from tests.messages import raises
 from tests.modes import as_jax, as_torch
@@ -33,16 +33,17 @@ def by_range(params, config):
     return qat.weights(params, qat.init(params, config), config), qat.levels(params, config)
 
 
-def by_lsq(params, config):
-    scales = lsq.init(params, config)
-    return lsq.weights(params, scales, config), lsq.levels(scales, config)
+def by_trained_scales(params, config, module):
+    scales = module.init(params, config)
+    return module.weights(params, scales, config), module.levels(scales, config)
 
 
 QUANTIZERS = {
     "qat": by_range,
     "ptq": lambda p, c: (ptq.weights(p, None, c), ptq.levels(p, c)),
     "naive": lambda p, c: (naive.weights(p, None, c), naive.levels(p, c)),
-    "lsq": by_lsq,
+    "lsq": lambda p, c: by_trained_scales(p, c, lsq),
+    "lsq_plus": lambda p, c: by_trained_scales(p, c, lsq_plus),
     "dorefa": lambda p, c: (dorefa.weights(p, None, c), dorefa.levels(c)),
     "bnn": lambda p, c: (bnn.weights(p, None, c), bnn.levels(c)),
 }
@@ -56,6 +57,7 @@ CASES = [
     ("naive", 8, {}),
     ("lsq", 2, {}),
     ("lsq", 4, {"granularity": 4}),
+    ("lsq_plus", 3, {"quant_scheme": "per_channel_symmetric"}),
     ("dorefa", 2, {}),
     ("bnn", 1, {}),
 ]

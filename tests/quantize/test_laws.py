@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import purepruning as pp
-from purepruning.quantize import bnn, dorefa, lsq, naive, ptq, qat
+from purepruning.quantize import bnn, dorefa, lsq, lsq_plus, naive, ptq, qat
 from tests.fast import jit_once
 from tests.modes import as_jax, as_numpy, as_torch, moved, off_host
 
@@ -31,10 +31,6 @@ def config_of(bits, **keys):
     return pp.resolve_quantization({"quant_types": ["weight"], "quant_bits": bits} | keys, LAYERS)
 
 
-def with_scales(config):
-    return lsq.init(PARAMS, config)
-
-
 ROWS = {
     "naive": (naive.weights, config_of(8), None),
     "qat affine": (qat.weights, config_of(8), "qat"),
@@ -45,10 +41,15 @@ ROWS = {
     "bnn": (bnn.weights, config_of(1), None),
     "lsq": (lsq.weights, config_of(4), "lsq"),
     "lsq groups": (lsq.weights, config_of(4, granularity=4), "lsq"),
+    "lsq plus": (
+        lsq_plus.weights,
+        config_of(4, quant_scheme="per_channel_symmetric"),
+        "lsq plus",
+    ),
     "dorefa": (dorefa.weights, config_of(4), None),
 }
 #: Rows that between them take every way through the code; the others run with --full.
-ALWAYS = {"qat groups", "lsq", "dorefa"}
+ALWAYS = {"qat groups", "lsq", "lsq plus", "dorefa"}
 MARKED = {
     name: pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in ROWS
 }
@@ -64,7 +65,11 @@ def all_but(*names):
 def state_of(name, params):
     """The state of a quantizer, in the framework of ``params``; NumPy where they are shapes."""
     _, config, kind = ROWS[name]
-    state = {"qat": lambda: qat.State(np.int32(1), {}), "lsq": lambda: with_scales(config)}
+    state = {
+        "qat": lambda: qat.State(np.int32(1), {}),
+        "lsq": lambda: lsq.init(PARAMS, config),
+        "lsq plus": lambda: lsq_plus.init(PARAMS, config),
+    }
     if kind is None:
         return None
     framework = {np.ndarray: as_numpy}.get(type(params["fc"]), as_jax)
@@ -92,7 +97,7 @@ def in_modes(name):
         yield "torch device", as_numpy(quantized(name, torched))
     yield "torch", as_numpy(quantized(name, torched))
     both = {path: np.stack([3 * x, x]) for path, x in PARAMS.items()}
-    if ROWS[name][2] != "lsq":
+    if not name.startswith("lsq"):  # scales that are given are those of one
         found = jax.jit(jax.vmap(lambda p: quantized(name, p)))(both)
         yield "vmap", {path: np.asarray(x)[1] for path, x in found.items()}
         found = torch.func.vmap(lambda p: quantized(name, p))(as_torch(both))
@@ -127,7 +132,7 @@ def test_gradients_agree(name):
     for path, x in factors.items():
         a, b = np.asarray(by_jax[path]), by_torch[path].numpy()
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=path)
-        if name not in ("dorefa", "lsq", "lsq groups"):
+        if name not in ("dorefa", "lsq", "lsq groups", "lsq plus"):
             np.testing.assert_array_equal(a, x, err_msg=path)
 
 
@@ -142,7 +147,7 @@ def test_few_values(name):
         assert len(np.unique(values)) <= 2**target.bits
 
 
-@all_but("dorefa", "lsq groups")  # rounded tanh; trained scales of every row of a weight
+@all_but("dorefa", "lsq groups", "lsq plus")  # rounded tanh; trained scales of every row
 def test_permuted_channels_are_permuted(name):
     order = RNG.permutation(6)
     moved_params = PARAMS | {"fc": PARAMS["fc"][order], "conv": PARAMS["conv"][..., order]}
@@ -196,7 +201,7 @@ def test_an_empty_config_changes_nothing(name):
     weights, _, kind = ROWS[name]
     empty = pp.quantize.QuantizationConfig()
     params = as_jax(PARAMS)
-    state = {"qat": qat.init(params, empty), "lsq": {}, None: None}[kind]
+    state = {"qat": qat.init(params, empty), None: None}.get(kind, {})
     found = weights(params, state, empty)
     assert all(found[path] is x for path, x in params.items())
     assert pp.quantize.observers.init(params, empty) == {}

@@ -38,15 +38,16 @@ def export_onnx(
         model: the module, in evaluation mode.
         path: the file.
         weights: what :func:`purepruning.quantize.integers.of` returned.
-        levels: of inputs and outputs: what :func:`purepruning.quantize.ptq.activation_levels`
-            returned.
+        levels: of inputs and outputs: what ``activation_levels`` of the quantizer returned; of
+            ``qat``, :func:`purepruning.quantize.ptq.activation_levels`.
         config: the resolved rules.
         *inputs: what a call of the model takes.
 
     Raises:
         TypeError: ``model`` is no module.
         KeyError: the integers of a weight, or the levels of a site, are missing.
-        ValueError: more than 8 bits, scales by group, or levels that int8 has not.
+        ValueError: more than 8 bits, scales by group, or levels that int8 has not, such as those
+            of a zero point that is no whole number.
     """
     where = "export_onnx(model, path, ...)"
     check(where, model)
@@ -135,7 +136,7 @@ def _of_weight(weight: IntegerWeight, target: Target) -> tuple[Any, Any, Any, in
 
 def _at_site(levels: Levels, target: Target) -> Any:
     """Returns the function that quantises what stands at a site."""
-    scale, zero = float(levels.scale), int(levels.zero_point)
+    scale, zero = float(levels.scale), float(levels.zero_point)
     dtype = torch.int8 if levels.low < 0 else torch.uint8
     bounds = torch.iinfo(dtype)
     if target.bits > 8:
@@ -143,8 +144,13 @@ def _at_site(levels: Levels, target: Target) -> Any:
             f"export_onnx: the {target.bits} bits at {target.site!r} do not fit into 8; quantise "
             "to 8 bits or fewer"
         )
+    if not (zero.is_integer() and bounds.min <= zero <= bounds.max):
+        raise ValueError(
+            f"export_onnx: the zero point {zero:g} at {target.site!r} is no number of {dtype}; of "
+            "lsq_plus, call lsq_plus.round_offsets first, and evaluate by what it returns"
+        )
     narrow = (levels.low, levels.high) != (bounds.min, bounds.max)
-    given = scale, zero, bounds.min, bounds.max, dtype
+    given = scale, int(zero), bounds.min, bounds.max, dtype
 
     def quantised(x: Any) -> Any:
         q = torch.ops.quantized_decomposed
