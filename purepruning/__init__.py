@@ -12,6 +12,7 @@ for _package in ("jax", "numpy", "optax", "safetensors"):
     _require(_package, "purepruning")
 
 from purepruning import criteria, quantize, search, stats
+from purepruning.bcoo import to_bcoo
 from purepruning.config.config import Config
 from purepruning.config.coupled_layers import coupled_layers
 from purepruning.config.dependency_sets import dependency_sets
@@ -178,6 +179,7 @@ __all__ = [
     "load_masks",
     "save_sparse",
     "load_sparse",
+    "to_bcoo",
     # Runs that are stopped and go on.
     "save_state",
     "load_state",

@@ -691,6 +691,7 @@ def _files(s: Side) -> Iterator[Call]:
     yield row("load_quantized", model, s.params, of=of, label=at)
     if s.is_torch:
         return
+    yield row("to_bcoo", s.params, s.masks, of=_kinds(s, params=_shapes()), label=at)
     weights = {name: np.asarray(x) for name, x in flatten(s.params).leaves.items()}
     safetensors.numpy.save_file(weights, folder() / "weights.safetensors")
     pruner = kinds.function(words=("pruner",))
@@ -1114,6 +1115,14 @@ def _torch(s: Side) -> Iterator[Call]:
     pruned = Made(world.torch_model_of_torch_prune)
     either = {"model": Kind(("model", "module"), lambda x: "either" if _is_empty(x) else "refuse")}
     yield row(f"{where}.masks_from_torch_prune", pruned, of=either)
+    wide = {"w": torch.ones(32, 64, dtype=torch.bfloat16)}
+    some = {"w": (torch.arange(64) % 4 < 2).expand(32, 64)}
+    of_wide = {
+        "params": Kind(("params", "masks"), lambda x: "either" if _is_empty(x) else "refuse"),
+        "masks": Kind(("mask",), lambda x: "either" if _is_empty(x) else "refuse"),
+        "device": Kind(("device",), lambda x: "either"),
+    }
+    yield row(f"{where}.to_semi_structured", wide, some, {"device": "cpu"}, of=of_wide)
 
 
 def _looks(value: Any) -> Any:

@@ -17,6 +17,7 @@ from purepruning_interop.torch.depth import drop_blocks
 from purepruning_interop.torch.export_onnx import export_onnx
 from purepruning_interop.torch.import_prune import masks_from_torch_prune
 from purepruning_interop.torch.layers import layers
+from purepruning_interop.torch.semi_structured import to_semi_structured
 from purepruning_interop.torch.shrink import rebuild, shrink
 from purepruning_interop.torch.sparse import sparse_training
 from purepruning_interop.torch.stream import blocks_in_turn
@@ -43,4 +44,5 @@ __all__ = [
     "drop_blocks",
     "blocks_in_turn",
     "export_onnx",
+    "to_semi_structured",
 ]

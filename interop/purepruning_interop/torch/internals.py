@@ -45,6 +45,8 @@ NAMES = (
     "nn.modules.conv._ConvNd",
     "nn.modules.conv._ConvTransposeNd",
     "nn.modules.instancenorm._InstanceNorm",
+    "sparse.SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS",
+    "sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass",
     "utils._python_dispatch.TorchDispatchMode",
     "utils._python_dispatch._disable_current_modes",
     "utils._pytree._broadcast_to_and_flatten",
