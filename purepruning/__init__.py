@@ -40,6 +40,7 @@ from purepruning.pruners.group_penalty import group_penalty
 from purepruning.pruners.magnitude import l1_norm, l2_norm, level
 from purepruning.pruners.minitron import minitron
 from purepruning.pruners.obc import obc, obc_errors
+from purepruning.pruners.obert import obert
 from purepruning.pruners.random import random_pruning
 from purepruning.pruners.ria import ria
 from purepruning.pruners.scores import prune_scores
@@ -114,6 +115,7 @@ __all__ = [
     "obc",
     "obc_errors",
     "alps",
+    "obert",
     "prune_scores",
     "masks_from_zeros",
     # An own criterion: a module of what it is written with.

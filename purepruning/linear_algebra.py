@@ -122,17 +122,22 @@ _CHOLESKY = 128
 
 
 def in_batches(function: Callable[[Any], Any], x: Any, size: int) -> Any:
-    """Returns ``function`` of so many entries of the first axis at a time, as one tree."""
-    n = x.shape[0]
+    """Returns ``function`` of so many entries of the first axes of a tree at a time, as one."""
+    like = jax.tree.leaves(x)[0]
+    n = like.shape[0]
     if n <= size:
         return function(x)
-    if namespace(x) is jnp and not is_concrete(x):
+
+    def some(start: int, stop: int) -> Any:
+        return jax.tree.map(lambda y: y[start:stop], x)
+
+    if namespace(like) is jnp and not is_concrete(like):
         whole = n - n % size
-        parts = jnp.reshape(x[:whole], (-1, size, *x.shape[1:]))
+        parts = jax.tree.map(lambda y: jnp.reshape(y, (-1, size, *y.shape[1:])), some(0, whole))
         found = jax.tree.map(
             lambda y: jnp.reshape(y, (whole, *y.shape[2:])), jax.lax.map(function, parts)
         )
-        pieces = [found, function(x[whole:])] if whole < n else [found]
+        pieces = [found, function(some(whole, n))] if whole < n else [found]
     else:
-        pieces = [function(x[start : start + size]) for start in range(0, n, size)]
-    return jax.tree.map(lambda *some: namespace(x).concat(some, axis=0), *pieces)
+        pieces = [function(some(start, start + size)) for start in range(0, n, size)]
+    return jax.tree.map(lambda *all_: namespace(like).concat(all_, axis=0), *pieces)

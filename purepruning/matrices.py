@@ -86,10 +86,25 @@ def _form(layer: Layer) -> Form:
 
 
 def as_matrices(x: Any, f: Form) -> Any:
-    """Returns an array of the weight's shape as ``(members, out, columns)``."""
-    xp = namespace(x)
-    moved = xp.permute_dims(xp.reshape(x, f.split), f.order)
-    return xp.reshape(moved, (f.members, f.out, f.columns))
+    """Returns ``(..., *shape)``, of the weight's shape, as ``(..., members, out, columns)``."""
+    xp, more = namespace(x), tuple(x.shape[: x.ndim - len(f.shape)])
+    order = (*range(len(more)), *(len(more) + a for a in f.order))
+    moved = xp.permute_dims(xp.reshape(x, (*more, *f.split)), order)
+    return xp.reshape(moved, (*more, f.members, f.out, f.columns))
+
+
+def in_blocks(x: Any, f: Form, size: int) -> Any:
+    """Returns ``(..., *shape)``, of the weight's shape, as ``(..., members, blocks, size)``.
+
+    The matrices are read row by row; the last block is filled up with zeros.
+    """
+    xp, n = namespace(x), f.out * f.columns
+    rows = as_matrices(x, f)
+    flat = xp.reshape(rows, (*rows.shape[:-2], n))
+    if n % size:
+        fill = xp.broadcast_to(xp.zeros_like(flat[..., :1]), (*flat.shape[:-1], -n % size))
+        flat = xp.concat([flat, fill], axis=-1)
+    return xp.reshape(flat, (*flat.shape[:-1], -1, size))
 
 
 def from_matrices(x: Any, f: Form) -> Any:

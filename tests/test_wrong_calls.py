@@ -24,6 +24,7 @@ MODULES = [
     "stats.accumulate",
     "stats.activations",
     "stats.blocks",
+    "stats.fisher_blocks",
     "stats.gradients",
     "stats.inputs",
 ]
@@ -63,7 +64,13 @@ def public():
 
 
 #: Called by other functions of the library alone.
-INNER = {"stats.accumulate.empty_total", "stats.activations.channels", "stats.gradients.shape"}
+INNER = {
+    "stats.accumulate.empty_total",
+    "stats.activations.channels",
+    "stats.fisher_blocks.shape",
+    "stats.fisher_blocks.size_of",
+    "stats.gradients.shape",
+}
 
 
 def test_the_table_has_every_public_function():

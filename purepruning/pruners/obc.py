@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 from purepruning.arrays import iota, namespace
 from purepruning.config.config import Config
 from purepruning.linear_algebra import in_batches, matmul, repeat
-from purepruning.pruners.reconstruction import Pattern, reconstruct, solved_layers
+from purepruning.pruners.reconstruction import (
+    AT_ONCE,
+    Pattern,
+    least_squares,
+    reconstruct,
+    solved_layers,
+)
 from purepruning.selection.keys import ordered_bits
 from purepruning.selection.problem import kernel_of
 from purepruning.stats.inputs import InputStats
 from purepruning.types import Masks, Params
-
-#: Floats of inverse matrices that are held at once: every row of blocks has one of its own.
-AT_ONCE = 1 << 25
 
 
 def obc(
@@ -105,7 +108,7 @@ def _solve(w: Any, h: Any, counts: Any, pattern: Pattern) -> tuple[Any, Any]:
             (stays.shape[0], -1),
         )
         keep.append(_back(xp.broadcast_to(columns[:, None], tuple(rows.shape))))
-        new.append(_back(least_squares(rows, h[m], columns)))
+        new.append(_back(_least_squares(rows, h[m], columns)))
     return xp.stack(new), xp.stack(keep)
 
 
@@ -203,24 +206,10 @@ def _has_room(free: Any, pattern: Pattern) -> Any:
     return xp.repeat(left, nm.of, axis=1)
 
 
-def least_squares(rows: Any, h: Any, keep: Any) -> Any:
-    r"""Returns the weights of least error on the places that stay: $H_{KK} w_K = (H w)_K$.
+def _least_squares(rows: Any, h: Any, keep: Any) -> Any:
+    """Returns rows ``(n, outputs, columns)`` of least error where they stay, ``(n, columns)``."""
 
-    Args:
-        rows: ``(n, outputs, columns)``.
-        h: ``(columns, columns)``.
-        keep: ``(n, columns)``, the same for all outputs of a row.
-    """
-    xp = namespace(rows)
-    columns = h.shape[0]
-    index = iota(xp, columns, h)
-    eye = xp.astype(index[:, None] == index[None, :], xp.float32)[None]
-    both = xp.concat([rows, xp.astype(keep, xp.float32)[:, None]], axis=1)
+    def some(parts: Any) -> Any:
+        return least_squares(parts[0], h[None], parts[1])
 
-    def some(both: Any) -> Any:
-        w, k = both[:, :-1], both[:, -1:]
-        left = xp.matrix_transpose(k) * h[None] * k + eye * (1 - k)
-        right = matmul(xp, w, h[None]) * k
-        return xp.matrix_transpose(xp.linalg.solve(left, xp.matrix_transpose(right)))
-
-    return in_batches(some, both, max(1, AT_ONCE // columns**2))
+    return in_batches(some, (rows, keep), max(1, AT_ONCE // h.shape[0] ** 2))

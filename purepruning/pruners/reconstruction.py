@@ -22,11 +22,19 @@ import jax
 import numpy as np
 
 from purepruning.arguments import is_finite, scalar
-from purepruning.arrays import by_numpy, compiled, int32, is_concrete, namespace, stop_gradient
+from purepruning.arrays import (
+    by_numpy,
+    compiled,
+    int32,
+    iota,
+    is_concrete,
+    namespace,
+    stop_gradient,
+)
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Block, grid
 from purepruning.layers import Layer
-from purepruning.linear_algebra import cholesky, contiguous, plus_diagonal
+from purepruning.linear_algebra import cholesky, contiguous, matmul, plus_diagonal
 from purepruning.masks import apply_masks
 from purepruning.matrices import Form, as_matrices, form, from_matrices
 from purepruning.pruners.calibrated import totals_of
@@ -81,6 +89,9 @@ class Pattern:
         units = xp.reshape(keep, (members, tiles[1], 1, tiles[3], 1))
         return xp.reshape(xp.broadcast_to(units, tiles), scores.shape)
 
+
+#: Floats of matrices that are held at once where every row of blocks has one of its own.
+AT_ONCE = 1 << 25
 
 #: ``(weights, grams, counts, pattern, damping) -> (weights, keep)`` of one layer: float32
 #: ``(members, columns, out)`` and ``(members, columns, columns)``, and how many units each member
@@ -183,15 +194,24 @@ class _Given(NamedTuple):
 
     def run(self, name: str, function: Callable[..., Any]) -> Any:
         """Returns what a function makes of the arrays."""
-        try:
-            return by_numpy(function, self.weights, self.grams, self.counts, self.damping)
-        except (np.linalg.LinAlgError, RuntimeError) as error:  # torch raises one of the latter
-            known = ("cholesky", "definite", "singular")
-            if not any(word in str(error).lower() for word in known):
-                raise
-            raise ValueError(
-                f"{name}: a Gram matrix cannot be factored: {error}; give a larger damping"
-            ) from None
+        return factored(name, function, self.weights, self.grams, self.counts, self.damping)
+
+
+def factored(name: str, function: Callable[..., Any], *trees: Any) -> Any:
+    """Returns :func:`purepruning.arrays.by_numpy` of a function that factors matrices.
+
+    Raises:
+        ValueError: one cannot be.
+    """
+    try:
+        return by_numpy(function, *trees)
+    except (np.linalg.LinAlgError, RuntimeError) as error:  # torch raises one of the latter
+        known = ("cholesky", "definite", "singular")
+        if not any(word in str(error).lower() for word in known):
+            raise
+        raise ValueError(
+            f"{name}: a matrix of the statistics cannot be factored: {error}; give a larger damping"
+        ) from None
 
 
 def _checked(
@@ -241,6 +261,15 @@ def _pattern(name: str, layer: Layer, config: Config) -> Pattern:
             f"{name} prunes single weights, N:M and blocks, but the config has "
             f"granularity={granularity!r}; resolve without granularity"
         )
+    return tiles_of(name, layer, granularity)
+
+
+def tiles_of(name: str, layer: Layer, granularity: Block) -> Pattern:
+    """Returns blocks as tiles of a layer's matrices.
+
+    Raises:
+        ValueError: they are not.
+    """
     g, f = grid(layer, granularity), form(name, layer)
     sizes = g.sizes
     alone = (*layer.out_axes[:-1], *layer.in_axes[:-1], *layer.spatial_axes)
@@ -315,6 +344,24 @@ def upper_factor(h: Any) -> Any:
     r"""Returns upper triangular $R$ with $H = R R^\top$: one factorisation of the reversed $H$."""
     xp = namespace(h)
     return contiguous(xp.flip(cholesky(xp.flip(h, axis=(-2, -1))), axis=(-2, -1)))
+
+
+def least_squares(rows: Any, h: Any, keep: Any) -> Any:
+    r"""Returns the weights of least error on the places that stay: $H_{KK} w_K = (H w)_K$.
+
+    Args:
+        rows: ``(n, outputs, columns)``.
+        h: ``(n or 1, columns, columns)``.
+        keep: ``(n, columns)``, the same for all outputs of a row.
+    """
+    xp = namespace(rows)
+    index = iota(xp, h.shape[-1], h)
+    eye = xp.astype(index[:, None] == index[None, :], xp.float32)[None]
+    k = xp.astype(keep, xp.float32)[:, None]
+    left = xp.matrix_transpose(k) * h * k + eye * (1 - k)
+    # What stays is only added to, so that where nothing goes nothing is rounded.
+    right = matmul(xp, rows * (1 - k), h) * k
+    return rows * k + xp.matrix_transpose(xp.linalg.solve(left, xp.matrix_transpose(right)))
 
 
 def share(counts: Any, start: Any, stop: Any, n: int) -> Any:

@@ -16,6 +16,7 @@ from purepruning.arrays import (
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers, checked_table
 from purepruning.stats.accumulate import CompensatedSum, Totals, WideCount
+from purepruning.trees import flatten
 
 
 def watched(where: str, layers: Config | Layers) -> tuple[Layer, ...]:
@@ -103,6 +104,13 @@ def weight_of(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) ->
             "the layer table"
         )
     return x
+
+
+def gradient_leaves(grads: Any) -> dict[str, Any]:
+    """Returns gradients by path; in torch, those that are not None."""
+    if isinstance(grads, Mapping) and any(map(is_torch, grads.values())):
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+    return flatten(grads).leaves
 
 
 def captured(

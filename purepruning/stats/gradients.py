@@ -26,7 +26,13 @@ from purepruning.stats.accumulate import (
     count,
     empty_total,
 )
-from purepruning.stats.checks import check_totals, match, refuse_non_finite, weight_of
+from purepruning.stats.checks import (
+    check_totals,
+    gradient_leaves,
+    match,
+    refuse_non_finite,
+    weight_of,
+)
 from purepruning.stats.merging import merged
 from purepruning.trees import flatten
 from purepruning.types import Params
@@ -136,7 +142,7 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
     check_config(where, config)
     instance(stats, GradientStats, f"{where}: stats", "what gradients.init returned")
     check_totals(where, stats)
-    weights, slopes = flatten(params).leaves, _leaves(grads)
+    weights, slopes = flatten(params).leaves, gradient_leaves(grads)
     both = {
         layer.name: (
             _weight(where, "params", layer, weights),
@@ -229,13 +235,6 @@ def _rounded(product: Any) -> Any:
     Fused, it would be rounded once rather than twice: differently under ``jit`` and without.
     """
     return namespace(product).where(product == 0, 0.0, product)
-
-
-def _leaves(grads: Any) -> dict[str, Any]:
-    """Returns the gradients by path; in torch, those that are not None."""
-    if isinstance(grads, Mapping) and any(map(is_torch, grads.values())):
-        grads = {name: grad for name, grad in grads.items() if grad is not None}
-    return flatten(grads).leaves
 
 
 def _weight(where: str, what: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:

@@ -256,6 +256,26 @@ def _largest(weight: Any, own: Any, g: Any) -> Any:
     return l1(weight, own, g)
 
 
+def _fisher_blocks(s: Side, at: str) -> Iterator[Call]:
+    module = find("stats.fisher_blocks")
+    seen = module.update(module.init(s.params, s.layers, size=4), s.grads, s.layers)
+    other = module.init(s.other_params, s.other)
+    of_seen = kinds.structure(
+        type(seen),
+        ("of another model", other, "refuse"),
+        words=("statistic", "stats", "layer", "total"),
+    )
+    of = _kinds(s, params=_shapes(), layers=kinds.layers(config_too=True))
+    of |= {"stats": of_seen, "a": of_seen, "b": of_seen, "size": kinds.integer(1, 2**15)}
+    of |= {"grads": kinds.arrays("a.w", words=("gradient",))}
+    yield row("stats.fisher_blocks.memory", s.layers, 4, of=of, label=at)
+    yield row("stats.fisher_blocks.init", s.params, s.layers, 4, of=of, label=at)
+    yield row("stats.fisher_blocks.update", seen, s.grads, s.layers, of=of, label=at)
+    yield row("stats.fisher_blocks.merge", seen, seen, of=of, label=at)
+    of |= {"params": kinds.params("a.w"), "damping": real(0, np.inf, high_in=False)}
+    yield row("obert", s.params, seen, s.config, 0.5, of=of, label=at)
+
+
 def _feeds() -> Kind:
     def judge(x: Any) -> kinds.Fate:
         return "either" if x is None or (isinstance(x, dict) and not x) else "refuse"
@@ -319,6 +339,7 @@ def _statistics(s: Side) -> Iterator[Call]:
     single = gradients.update(single, s.params, s.grads, s.config)
     of |= {"damping": real(0, np.inf, high_in=False)}
     yield row("fisher", s.params, single, s.channels, 0.5, of=of, label=at)
+    yield from _fisher_blocks(s, at)
     yield row("snip", s.params, slopes, s.channels, of=of, label=at)
     yield row("grasp", s.params, slopes, s.channels, of=of, label=at)
     yield row("synflow", s.params, slopes, s.channels, of=of, label=at)
