@@ -20,7 +20,7 @@ SHARD = 12  # layers in a file
 
 
 def stream(size: tuple[int, int, int], run: Callable[..., Any]) -> dict[str, Any]:
-    """Prunes the matrices of a Llama in bfloat16, ranked in three pools: many, and a few."""
+    """Prunes the matrices of a Llama in bfloat16, all ranked together: many, and a few."""
     large, small, divisor = size
     found = run(_streamed, large, divisor)
     few = run(_streamed, small, divisor)
@@ -28,7 +28,7 @@ def stream(size: tuple[int, int, int], run: Callable[..., Any]) -> dict[str, Any
     assert few["pruned"] == whole["pruned"]
     limit = 1.5 * found["largest_mib"] + 64
     return {
-        "title": f"half of a checkpoint of {found['gib']:.1f} GiB, bfloat16, in three pools",
+        "title": f"half of a checkpoint of {found['gib']:.1f} GiB, bfloat16, in one pool",
         "ours": {
             f"{found['gib']:.1f} GiB": _cost(found),
             f"{few['gib']:.1f} GiB": _cost(few),
@@ -86,9 +86,7 @@ def _write(folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 def _config(shapes: dict[str, tuple[int, int]]) -> pp.Config:
     layers = [pp.Layer(n, "Linear", n, s, out_axes=(0,), in_axes=(1,)) for n, s in shapes.items()]
-    # A pool has at most 2**31 - 1 weights.
-    wide, back = ({"sparsity": 0.5, "op_names_re": f".*{n}_proj"} for n in ("(gate|up)", "down"))
-    return pp.resolve([{"sparsity": 0.5}, wide, back], layers, scope="global")
+    return pp.resolve(0.5, layers, scope="global")
 
 
 def _streamed(n_layers: int, divisor: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ In layer scope every layer is a problem of its own: its weight is mapped, ranked
 written. In global scope the weights of all files are ranked together. Magnitudes are then counted
 by their leading 16 bits, which for bfloat16 is all there is; of wider ones once more by the 16 bits
 that follow, where the leading ones are those of the threshold; and the third pass writes. Counts by
-layer make it exact: the same masks as in memory, ties by the order of parameters.
+layer make it exact: the same masks as in memory, ties by the order of parameters. Other criteria
+see all layers of global scope at once, and their masks stay in memory until they are written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import function, instance, missing
-from purepruning.config.config import Config, Pool, check_config
+from purepruning.config.config import Config, Pool, check_config, check_count
 from purepruning.layers import Layer
 from purepruning.pruners.magnitude import level
 from purepruning.saving.files import checksum
 from purepruning.saving.masks import FORMAT_VERSION
-from purepruning.saving.tensors import Shard, Stored, read_shards, write_tensors
+from purepruning.saving.tensors import INDEX, Shard, Stored, read_shards, width, write_tensors
 from purepruning.selection.biases import bias_masks
 from purepruning.types import Stats
 from purepruning.versions import __version__
@@ -38,13 +40,21 @@ _ELEMENTS = 2**20  # of a tensor that are looked at at a time
 _BINS = 2**15  # leading bits of a magnitude, the sign left out
 _LOW = 2**16
 _INFINITY = 0x7F800000
+_RANKED = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # which float32 holds exactly
+
+#: The file of the masks, in the folder that is written.
+MASKS = "masks.safetensors"
+#: The folder in it of what a run that is killed goes on from.
+WORK = ".pruning"
+#: What weights in other formats end in; they are those of the network before.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 class Streamed(NamedTuple):
     """What :func:`prune_files` did.
 
     Attributes:
-        files: what was written, in order; the masks come last.
+        files: what was written, in order; the masks come last. Empty where there is no target.
         pruned: by parameter, how many of its elements the masks prune.
         size: elements of all parameters that have a mask.
     """
@@ -57,36 +67,38 @@ class Streamed(NamedTuple):
 def prune_files(
     pruner: Callable[..., Any],
     source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None,
     config: Config,
     *,
     stats: Stats = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Streamed:
     """Prunes a checkpoint of safetensors files, of any size, into a folder.
 
     The folder gets a file for each file of the source, with the same tensors, pruned weights zero;
     ``masks.safetensors``, which :func:`purepruning.load_masks` reads; and copies of the other
-    files, such as the index and the tokenizer. Masks are those that the pruner makes of all
-    parameters in memory, bit for bit.
+    files, such as the index and the tokenizer, but none of weights in other formats. Masks are
+    those that the pruner makes of all parameters in memory, bit for bit.
 
     Memory holds one layer at a time: its mask, a byte for each element, and what the pruner needs;
-    weights are mapped. In global scope, which :func:`purepruning.level` alone has here, counts by
-    layer lie in a file, and the source is read three times, of bfloat16 twice. A pool has at most
-    ``2**31 - 1`` weights; larger ones take several rules. A run that is killed
-    leaves whole files only, and goes on behind them when it is called again.
+    weights are mapped. In global scope :func:`purepruning.level` ranks any number of weights so:
+    counts by layer lie in a file, and the source is read three times, of bfloat16 twice. Other
+    pruners, stacks of layers and float64 need the masks of all layers in memory in global scope. A
+    run that is killed leaves whole files only, and goes on behind them when it is called again.
 
     Args:
         pruner: ``(params, stats, config) -> masks``; of those that return parameters too, none.
-        source: a safetensors file, or a folder with some.
-        target: the folder to write to; it is made.
+        source: a safetensors file, or a folder: the files that its index names,
+            ``model.safetensors``, or all safetensors files but masks.
+        target: the folder to write to; it is made. None writes nothing, and counts.
         config: the resolved rules, whose weights are the names of tensors; no coupling.
         stats: what the pruner takes.
+        progress: ``(bytes done, bytes in all, tensor)``, called after each part.
 
     Raises:
         KeyError: a layer's weight is not in the files.
-        ValueError: it has another shape; the config has a coupling, or global scope with another
-            pruner than ``level``; a score is NaN; the target has what another run began, or is the
-            source; a file is damaged.
+        ValueError: it has another shape; the config has a coupling; a score is NaN; the target has
+            what another run began, or is the source; a file is damaged.
         OSError: a file cannot be read or written.
 
     >>> import tempfile, numpy as np, safetensors.numpy
@@ -104,60 +116,91 @@ def prune_files(
     function(pruner, "prune_files: pruner", "such as pp.level")
     check_config("prune_files", config)
     instance(source, (str, os.PathLike), "prune_files: source", "a path")
-    instance(target, (str, os.PathLike), "prune_files: target", "a path")
+    if target is not None:
+        instance(target, (str, os.PathLike), "prune_files: target", "a path, or None")
+    if progress is not None:
+        function(progress, "prune_files: progress", "of (done, total, tensor)")
     if config.allocation is not None:
         raise ValueError(
             "prune_files prunes no coupled channels, since those lie in many layers; resolve "
             "without coupling"
         )
-    if config.scope == "global" and (pruner is not level or config.granularity != "element"):
-        raise ValueError(
-            "prune_files ranks all layers together by magnitude alone; pass pp.level and a config "
-            "of elements, or resolve with scope='layer'"
-        )
-    shards, out = read_shards(source), Path(target)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"prune_files: target {str(out)!r} is a file; name a folder")
-    if out.resolve() == shards[0].file.parent.resolve():
-        raise ValueError("prune_files: target is the folder of the source; name another")
+    shards = read_shards(source)
     stored = {name: t for shard in shards for name, t in shard.tensors.items()}
-    layers = _checked(config, stored)
+    owners = _checked(config, stored)
+    if target is None:
+        owned = {path: stored[path] for path in owners}
+        with tempfile.TemporaryDirectory() as work:
+            return _counted_only(_Run(pruner, config, stats, owned, Path(work), progress))
+    out = Path(target)
+    _check_target(out, shards)
     out.mkdir(parents=True, exist_ok=True)
-    work = out / ".pruning"
-    _begin(work, shards, config, pruner, stats)
-    run = _Run(pruner, config, stats, stored, work)
+    work_folder = out / WORK
+    _begin(work_folder, shards, config, pruner, stats)
+    run = _Run(pruner, config, stats, stored, work_folder, progress)
     files: list[Path] = []
     rows: dict[str, dict[str, Any]] = {}
     for shard in shards:
-        done = work / f"{shard.file.name}.json"
-        if not done.exists():
-            _write_shard(run, shard, layers, out, done)
+        done = work_folder / f"{shard.file.name}.json"
+        if done.exists():
+            run.advance(_size(shard.tensors.values()), shard.file.name)
+        else:
+            _write_shard(run, shard, owners, out, done)
         rows |= json.loads(done.read_text())
         files.append(out / shard.file.name)
-    masks = _join_masks(out, work, shards, rows)
+    masks = _join_masks(out, work_folder, shards, rows)
     _copy_rest(Path(source), out)
-    shutil.rmtree(work)
+    shutil.rmtree(work_folder)
     pruned = {name: row["pruned"] for name, row in sorted(rows.items())}
     size = sum(math.prod(row["param_shape"]) for row in rows.values())
     return Streamed((*files, masks), pruned, size)
 
 
-@dataclasses.dataclass
+def _check_target(out: Path, shards: tuple[Shard, ...]) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"prune_files: target {str(out)!r} is a file; name a folder")
+    if out.resolve() == shards[0].file.parent.resolve():
+        raise ValueError("prune_files: target is the folder of the source; name another")
+    if any(shard.file.name == MASKS for shard in shards):
+        raise ValueError(
+            f"prune_files: source has weights in a file {MASKS!r}, which is what the masks are "
+            "called; rename it"
+        )
+
+
 class _Run:
-    """A call: its arguments, and in global scope the cut of every layer."""
+    """A call: its arguments, and in global scope the cut of every layer, or the masks."""
 
-    pruner: Callable[..., Any]
-    config: Config
-    stats: Any
-    stored: Mapping[str, Stored]
-    work: Path
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        pruner: Callable[..., Any],
+        config: Config,
+        stats: Any,
+        stored: Mapping[str, Stored],
+        work: Path,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.pruner, self.config, self.stats = pruner, config, stats
+        self.stored, self.work = stored, work
+        self._progress, self._done = progress, 0
+        counted = config.scope == "global" and self._counts_bits()
+        weights = [[stored[x.weight] for x in pool.layers] for pool in config.pools]
+        passes = sum(_size(some) * _passes(some) for some in weights) if counted else 0
+        self._total = passes + _size(stored.values())
         self.cuts: dict[str, tuple[int, int]] = {}
-        if self.config.scope == "global":
-            for i, pool in enumerate(self.config.pools):
-                count = int(self.config.counts[pool.name])
-                self.cuts |= _global_cuts(pool, count, self.stored, f"{self.work}/{i}")
+        self._whole: Mapping[str, Any] | None = None
+        if counted:
+            for i, pool in enumerate(config.pools):
+                self.cuts |= _global_cuts(self, pool, f"{work}/{i}")
+        elif config.scope == "global":
+            paths = [path for layer in config.layers for path in _paths(config, layer)]
+            self._whole = self._pruned({path: stored[path].array() for path in paths}, config)
+
+    def advance(self, size: int, name: str) -> None:
+        """Counts bytes that are done, and says so."""
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total, name)
 
     def masks(self, layer: Layer) -> dict[str, np.ndarray]:
         """Returns the masks of a layer's weight and of its bias, where it has one that follows."""
@@ -166,11 +209,10 @@ class _Run:
             masks = {layer.weight: _cut(params[layer.weight], *self.cuts[layer.name])}
             if layer.bias in params:
                 masks |= bias_masks([layer], masks, self.config.granularity)
+        elif self._whole is not None:
+            masks = dict(self._whole)
         else:
-            masks = self.pruner(params, self.stats, _alone(self.config, layer))
-            if isinstance(masks, tuple):
-                name = getattr(self.pruner, "__name__", "the pruner")
-                raise ValueError(f"prune_files: {name} returns parameters too; call it on its own")
+            masks = self._pruned(params, _alone(self.config, layer))
         return {
             path: np.asarray(masks[path]).reshape(-1)
             if path == layer.bias
@@ -178,6 +220,48 @@ class _Run:
             for path in params
             if masks.get(path) is not None
         }
+
+    def _counts_bits(self) -> bool:
+        """Whether magnitudes can be ranked by counting their bits."""
+        config = self.config
+        plain = not (config.masks or config.inverted) and config.granularity == "element"
+        dtypes = {self.stored[layer.weight].dtype for layer in config.layers}
+        stacked = any(layer.stack_axes for layer in config.layers)
+        return self.pruner is level and plain and dtypes <= set(_RANKED) and not stacked
+
+    def _pruned(self, params: dict[str, np.ndarray], config: Config) -> Any:
+        masks = self.pruner(params, self.stats, config)
+        if isinstance(masks, tuple):
+            name = getattr(self.pruner, "__name__", "the pruner")
+            raise ValueError(f"prune_files: {name} returns parameters too; call it on its own")
+        return masks
+
+
+def _size(tensors: Iterable[Stored]) -> int:
+    return sum(t.stop - t.start for t in tensors)
+
+
+def _passes(tensors: list[Stored]) -> int:
+    """Returns how often the weights of a pool are counted."""
+    return 1 if all(tensor.dtype == "BF16" for tensor in tensors) else 2
+
+
+def _counted_only(run: _Run) -> Streamed:
+    """Returns what would be pruned."""
+    pruned, size = {}, 0
+    for layer in run.config.layers:
+        for path, mask in run.masks(layer).items():
+            tensor = run.stored[path]
+            pruned[path] = _pruned_of(mask, tensor)
+            size += math.prod(tensor.shape)
+            run.advance(_size([tensor]), path)
+    return Streamed((), dict(sorted(pruned.items())), size)
+
+
+def _pruned_of(mask: np.ndarray, tensor: Stored) -> int:
+    """Returns how many elements of a tensor a mask prunes that broadcasts to it."""
+    size = math.prod(tensor.shape)
+    return size - int(np.count_nonzero(mask)) * (size // max(mask.size, 1))
 
 
 def _paths(config: Config, layer: Layer) -> list[str]:
@@ -197,15 +281,6 @@ def _alone(config: Config, layer: Layer) -> Config:
 
 def _checked(config: Config, stored: Mapping[str, Stored]) -> dict[str, Layer]:
     """Returns the layer that each pruned tensor belongs to, by the tensor's name."""
-    if config.scope == "global":
-        if config.masks or config.inverted:
-            raise ValueError("prune_files: the config has masks or is inverted; resolve it anew")
-        for layer in config.layers:
-            if layer.stack_axes:
-                raise ValueError(
-                    f"prune_files: layer {layer.name!r} is a stack of layers, whose caps are their "
-                    "own; exclude it, or resolve with scope='layer'"
-                )
     owners: dict[str, Layer] = {}
     for layer in config.layers:
         where = f"prune_files: layer {layer.name!r}"
@@ -262,6 +337,11 @@ def _write_shard(
     left = set(shard.tensors)
     with (run.work / f"{shard.file.name}.bits").open("wb") as bits:
 
+        def pieces(name: str, tensor: Stored) -> Iterator[Any]:
+            for piece in masked(name, tensor):
+                yield piece
+                run.advance(memoryview(piece).nbytes, name)
+
         def masked(name: str, tensor: Stored) -> Iterator[Any]:
             if name not in owners:
                 yield from tensor.pieces()
@@ -276,14 +356,13 @@ def _write_shard(
                 yield from tensor.pieces()
                 return
             packed = np.packbits(mask.reshape(-1), bitorder="little")
-            kept = int(np.count_nonzero(mask)) * (math.prod(tensor.shape) // mask.size)
             rows[name] = {
                 "mask_shape": list(mask.shape if name == layer.weight else tensor.shape),
                 "param_shape": list(tensor.shape),
                 "crc32": checksum(packed),
                 "start": bits.tell(),
                 "bytes": packed.size,
-                "pruned": math.prod(tensor.shape) - kept,
+                "pruned": _pruned_of(mask, tensor),
             }
             bits.write(packed.data)
             yield from _zeroed(tensor, mask.reshape(rows[name]["mask_shape"]))
@@ -291,7 +370,7 @@ def _write_shard(
         # Weights before the biases that follow them, so that no layer is ranked twice.
         order = sorted(shard.tensors, key=lambda n: n in owners and owners[n].weight != n)
         tensors = {
-            name: (t.dtype, t.shape, t.stop - t.start, masked(name, t))
+            name: (t.dtype, t.shape, t.stop - t.start, pieces(name, t))
             for name, t in ((name, shard.tensors[name]) for name in order)
         }
         write_tensors(out / shard.file.name, tensors, shard.metadata)
@@ -330,7 +409,7 @@ def _join_masks(
         start, size = rows[name]["start"], rows[name]["bytes"]
         bits = Stored(files[name], "U8", (size,), start, start + size)
         tensors[name] = ("U8", (size,), size, bits.pieces())
-    path = out / "masks.safetensors"
+    path = out / MASKS
     write_tensors(path, tensors, {"purepruning": json.dumps(header, sort_keys=True)})
     return path
 
@@ -340,10 +419,16 @@ def _copy_rest(source: Path, out: Path) -> None:
     if not source.is_dir():
         return
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors":
-            temporary = out / f".{path.name}.new"
-            shutil.copyfile(path, temporary)
-            temporary.replace(out / path.name)
+        weights = path.suffix in (".safetensors", *_OTHER_WEIGHTS)
+        of_others = path.name.endswith(".index.json") and path.name != INDEX
+        if not path.is_file() or weights or of_others:
+            continue
+        temporary = out / f".{path.name}.new"
+        with path.open("rb") as old, temporary.open("wb") as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            os.fsync(new.fileno())
+        temporary.replace(out / path.name)
 
 
 # Magnitudes by their bits. Those of float32 have the order of the numbers that they stand for.
@@ -355,30 +440,25 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield part.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
-def _global_cuts(
-    pool: Pool, budget: int, stored: Mapping[str, Stored], path: str
-) -> dict[str, tuple[int, int]]:
+def _global_cuts(run: _Run, pool: Pool, path: str) -> dict[str, tuple[int, int]]:
     """Returns by layer the bits of the threshold, and how many of those equal to it go.
 
     As in memory only the ``caps[i]`` lowest of layer i take part, and of equal ones those of
     earlier layers go first. A layer that reaches its cap below the common threshold is cut there.
     """
     layers, caps = pool.layers, [int(cap) for cap in pool.caps]
+    check_count("prune_files", pool, run.config.counts[pool.name])
+    budget = int(np.asarray(run.config.counts[pool.name]))
+    tensors = [run.stored[layer.weight] for layer in layers]
     if not budget:
+        run.advance(_size(tensors) * _passes(tensors), pool.name)
         return {layer.name: (0, 0) for layer in layers}
-    tensors = [stored[layer.weight] for layer in layers]
-    for layer, tensor in zip(layers, tensors, strict=True):
-        if tensor.dtype not in ("F32", "BF16", "F16"):
-            raise ValueError(
-                f"prune_files: layer {layer.name!r} is of {tensor.dtype}; magnitudes of F32, BF16 "
-                "and F16 are ranked over all layers"
-            )
     names = [layer.name for layer in layers]
-    high = _counted(f"{path}.high", tensors, names, lambda i, bits: bits >> 16, _BINS)
+    high = _counted(run, f"{path}.high", tensors, names, lambda i, bits: bits >> 16, _BINS)
     most = _first(high, [0] * len(layers), caps, budget)
     bins = [min(_reaches(row, 0, cap), most) for row, cap in zip(high, caps, strict=True)]
     under = [int(row[:bin].sum()) for row, bin in zip(high, bins, strict=True)]
-    if all(tensor.dtype == "BF16" for tensor in tensors):  # the bits that follow are zero
+    if _passes(tensors) == 1:  # the bits that follow are zero
         low: Any = [row[bin : bin + 1] for row, bin in zip(high, bins, strict=True)]
     else:
         follow = np.asarray(bins, np.uint32)
@@ -386,7 +466,7 @@ def _global_cuts(
         def of(i: int, bits: np.ndarray) -> np.ndarray:
             return (bits & np.uint32(0xFFFF))[bits >> 16 == follow[i]]
 
-        low = _counted(f"{path}.low", tensors, names, of, _LOW)
+        low = _counted(run, f"{path}.low", tensors, names, of, _LOW)
     shared = [i for i, bin in enumerate(bins) if bin == most]
     rest = budget - sum(cap for cap, bin in zip(caps, bins, strict=True) if bin < most)
     some, n, most_of = ([values[i] for i in shared] for values in (low, under, caps))
@@ -419,6 +499,7 @@ def _first(counts: Any, under: list[int], caps: list[int], budget: int) -> int:
 
 
 def _counted(
+    run: _Run,
     path: str,
     tensors: list[Stored],
     names: list[str],
@@ -427,13 +508,16 @@ def _counted(
 ) -> np.ndarray:
     """Returns how many elements each tensor has in each bin, from a file that is kept."""
     shape = (len(tensors), n_bins)
-    if not os.path.exists(path):
+    if os.path.exists(path):
+        run.advance(_size(tensors), names[-1])
+    else:
         counts = np.memmap(f"{path}.new", np.int64, "w+", shape=shape)
         for i, tensor in enumerate(tensors):
             for bits in _chunks(tensor.array()):
                 if bits.max() > _INFINITY:
                     raise ValueError(f"prune_files: scores of layer {names[i]!r} are NaN")
                 counts[i] += np.bincount(bins_of(i, bits), minlength=n_bins)
+                run.advance(bits.size * width(tensor.dtype), names[i])
         counts.flush()
         os.replace(f"{path}.new", path)
     return np.memmap(path, np.int64, "r", shape=shape)

@@ -134,6 +134,142 @@ def test_statistics_of_inputs(tmp_path):
     check(tmp_path, shards, pp.wanda, config, stats)
 
 
+def everything_in_memory(params):
+    """Returns what no counting of bits ranks: pruner, config and statistics, by name."""
+    layers = table(params)
+    units = pp.resolve(0.4, layers[:3], scope="global", granularity="output_channel")
+    together = pp.resolve(0.6, layers, scope="global")
+    nested = together.with_masks(pp.level(params, None, pp.resolve(0.1, layers)))
+    stack = pp.make_layer(params, "c.weight", "Linear", out_axes=1, stack_axes=0)
+    stacked = pp.resolve(0.5, [layers[0], stack], scope="global")
+    return {
+        "channels": (pp.l1_norm, units, None),
+        "chance": (pp.random_pruning, together, jax.random.key(3)),
+        "nested": (pp.level, nested, None),
+        "stacked": (pp.level, stacked, None),
+    }
+
+
+@pytest.mark.parametrize("which", ["channels", "chance", "nested", "stacked"])
+def test_what_is_ranked_together_in_memory(tmp_path, which):
+    shards = weights(np.float32)
+    check(tmp_path, shards, *everything_in_memory(shards[0] | shards[1])[which])
+
+
+def test_float64_together(tmp_path):
+    shards = weights(np.float64, 1)
+    check(tmp_path, shards, pp.level, pp.resolve(0.5, table(shards[0] | shards[1]), scope="global"))
+
+
+def test_float8_together(tmp_path):
+    shards = weights(ml_dtypes.float8_e4m3fn, 1)
+    params = shards[0] | shards[1]
+    config = pp.resolve(0.5, table(params), scope="global")
+    source = written(tmp_path / "source", shards)
+    done = pp.prune_files(pp.level, source, tmp_path / "out", config)
+    masks, expected = pp.load_masks(done.files[-1], params), pp.level(params, None, config)
+    (again,) = streaming.read_shards(done.files[0])
+    for name in ("a.weight", "embed.weight"):
+        np.testing.assert_array_equal(masks[name], expected[name])
+        want = np.where(expected[name], params[name].astype(np.float32), 0)
+        np.testing.assert_array_equal(again.arrays()[name].astype(np.float32), want)
+
+
+def test_more_weights_than_int32_counts_take_one_rule(tmp_path, monkeypatch):
+    shards = weights(np.float32, 1)
+    params = shards[0] | shards[1]
+    layers = table(params)
+    expected = pp.level(params, None, pp.resolve(0.5, layers, scope="global"))
+    monkeypatch.setattr("purepruning.config.config._COUNTABLE", 600)  # of 912
+    source = written(tmp_path / "source", shards)
+    config = pp.resolve(0.5, layers, scope="global")
+    done = pp.prune_files(pp.level, source, tmp_path / "out", config)
+    masks = pp.load_masks(done.files[-1], params)
+    assert all((masks[x.weight] == expected[x.weight]).all() for x in layers)
+    # What counts in memory says so, and so do tables of counts.
+    says = ("'rule 0' has 912 units", "599 at most", "split the rule", "prune_files")
+    for call in (
+        lambda: pp.level(params, None, config),
+        lambda: pp.agp(end_step=3).init(config),
+        lambda: config.with_sparsity([0.1, 0.2]),
+    ):
+        with raises(ValueError, *says):
+            call()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_without_a_target_it_is_counted_and_not_written(tmp_path, scope):
+    shards = weights(np.float32)
+    source = written(tmp_path / "source", shards)
+    config = pp.resolve(0.5, table(shards[0] | shards[1]), scope=scope)
+    seen = []
+    counted = pp.prune_files(
+        pp.level, source, None, config, progress=lambda *told: seen.append(told)
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    done = pp.prune_files(pp.level, source, tmp_path / "out", config)
+    assert counted == ((), done.pruned, done.size)
+    assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("rules", [0.5, 0.0])
+def test_progress_is_told_in_bytes_to_the_end(tmp_path, dtype, rules):
+    shards = weights(DTYPES[dtype])
+    source = written(tmp_path / "source", shards)
+    config = pp.resolve(rules, table(shards[0] | shards[1]), scope="global")
+    seen = []
+    pp.prune_files(pp.level, source, tmp_path / "out", config, progress=lambda *x: seen.append(x))
+    width = np.dtype(DTYPES[dtype]).itemsize
+    written_bytes = (912 + 12 + 9) * width + 8
+    total = written_bytes + 912 * width * (2 if dtype == "F32" else 1)
+    assert {row[1] for row in seen} == {total}
+    assert [row[0] for row in seen] == sorted(row[0] for row in seen)
+    assert seen[-1][0] == total
+    assert {row[2] for row in seen} >= {"a.weight", "b.bias", "c.step"}
+
+
+def test_what_an_index_does_not_name_is_left_out_and_so_are_other_formats(tmp_path):
+    shards = weights(np.float32)
+    source = written(tmp_path / "source", shards)
+    names = {name: f"model-{i}.safetensors" for i, part in enumerate(shards) for name in part}
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    safetensors.numpy.save_file({"a.weight": shards[0]["a.weight"]}, source / "all.safetensors")
+    for other in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"):
+        (source / other).write_text("")
+    config = pp.resolve(0.5, table(shards[0] | shards[1]))
+    pp.prune_files(pp.level, source, tmp_path / "out", config)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "masks.safetensors",
+        "model-0.safetensors",
+        "model-1.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_tensors_are_aligned_whatever_they_were(tmp_path):
+    """The header has any length, and three bytes lie before the weight."""
+    w = np.arange(1, 9, dtype=np.float32).reshape(2, 4)
+    rows = {
+        "flags": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "w": {"dtype": "F32", "shape": [2, 4], "data_offsets": [3, 35]},
+    }
+    header = json.dumps(rows).encode()
+    source = tmp_path / "w.safetensors"
+    source.write_bytes(len(header).to_bytes(8, "little") + header + bytes([1, 2, 3]) + w.tobytes())
+    layers = [pp.make_layer({"w": w}, "w", "Linear", out_axes=0, in_axes=1)]
+    for scope in ("layer", "global"):
+        config = pp.resolve(0.5, layers, scope=scope)
+        pp.prune_files(pp.level, source, tmp_path / scope, config)
+        again = safetensors.numpy.load_file(tmp_path / scope / "w.safetensors")
+        assert again["w"].tolist() == [[0, 0, 0, 0], [5, 6, 7, 8]]
+        assert again["flags"].tolist() == [1, 2, 3]
+        (shard,) = streaming.read_shards(tmp_path / scope / "w.safetensors")
+        assert shard.tensors["w"].start % 4 == 0
+
+
 def test_one_file(tmp_path):
     params = {"w": np.float32([[1, 2], [3, 4]])}
     safetensors.numpy.save_file(params, tmp_path / "w.safetensors")
@@ -227,9 +363,14 @@ def test_mistakes_are_named(tmp_path):
     good = pp.resolve(0.5, layers)
     with raises(ValueError, "target is the folder of the source"):
         pp.prune_files(pp.level, source, source, good)
-    with raises(ValueError, "by magnitude alone; pass pp.level"):
-        channels = pp.resolve(0.5, layers[:2], scope="global", granularity="output_channel")
-        pp.prune_files(pp.l1_norm, source, out, channels)
+    with raises(ValueError, "masks.safetensors", "rename it"):
+        safetensors.numpy.save_file(params, tmp_path / "masks.safetensors")
+        pp.prune_files(pp.level, tmp_path / "masks.safetensors", out, good)
+    with raises(FileNotFoundError, "the shard 'gone.safetensors' is missing"):
+        (tmp_path / "indexed").mkdir()
+        index = {"weight_map": {"a.weight": "gone.safetensors"}}
+        (tmp_path / "indexed" / "model.safetensors.index.json").write_text(json.dumps(index))
+        pp.prune_files(pp.level, tmp_path / "indexed", out, good)
     with raises(KeyError, "layer 'x': the files have no 'x.weight'"):
         other = {"x.weight": params["a.weight"]}
         row = pp.make_layer(other, "x.weight", "Linear", name="x", out_axes=0, in_axes=1)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 BiasRule = Literal["follow", "keep"]
 
+#: Pools of fewer units are ranked in memory, with counts in int32.
+_COUNTABLE = 2**31
+
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
@@ -270,6 +273,7 @@ class Config:
             return checked_count(pool, fraction(sparsity, where), where)
         some = collection(sparsity, where, "a fraction, or several of them")
         fractions = [fraction(s, where) for s in some]
+        check_countable(where, pool)
         counts = [checked_count(pool, s, where) for s in fractions]
         return np.asarray(counts, np.int32)
 
@@ -305,6 +309,16 @@ def check_config(where: str, config: Any) -> None:
         raise ValueError(
             f"{where}: config.counts must have one for each pool, {names}, got "
             f"{list(config.counts)}; change them by with_counts"
+        )
+
+
+def check_countable(where: str, pool: Pool) -> None:
+    """Raises ValueError for a pool whose counts int32 does not hold, which compiled code needs."""
+    if pool.total is None and pool.size >= _COUNTABLE:
+        raise ValueError(
+            f"{where}: {pool.name!r} has {pool.size} units, and {_COUNTABLE - 1} at most are "
+            "ranked together in memory; split the rule, rank larger units, or prune files in "
+            "global scope by prune_files"
         )
 
 
@@ -353,6 +367,7 @@ def known_counts(where: str, pool: Pool, count: Any) -> np.ndarray:
         ValueError: as :func:`check_count`.
     """
     check_count(where, pool, count)
+    check_countable(where, pool)
     if not is_concrete(count) or not has_values(count):
         raise TypeError(
             f"{where}: the count of {pool.name!r} is not known under jit or vmap; make the table "

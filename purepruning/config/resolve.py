@@ -15,7 +15,7 @@ import numpy as np
 
 from purepruning.arguments import collection, is_number, one_of, shown
 from purepruning.config.allocate import Matched, Options, allocate
-from purepruning.config.config import BiasRule, Config, Pool, checked_count
+from purepruning.config.config import BiasRule, Config, Pool, check_countable, checked_count
 from purepruning.config.coupled_layers import filled
 from purepruning.config.rules import (
     Rule,
@@ -39,9 +39,6 @@ _GRANULARITIES = {
     "out_channel": "output_channel",  # NNI 3.0's names
     "in_channel": "input_channel",
 }
-
-
-_UNITS_LIMIT = 2**31
 
 
 def resolve(
@@ -259,10 +256,8 @@ def _pools(
             most = sum(g.n_stacked * _most(g, cap) for g, cap in zip(grids, caps, strict=True))
             pools = [Pool(f"rule {number}", number, tuple(layers), weights, most, caps, *common)]
     for pool in pools:
-        if pool.size >= _UNITS_LIMIT:
-            raise ValueError(
-                f"rule {number}: {pool.name!r} has {pool.size} units, more than 2**31 - 1; split it"
-            )
+        if scope == "layer":
+            check_countable(f"rule {number}", pool)
     return pools
 
 

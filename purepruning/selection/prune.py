@@ -19,7 +19,7 @@ from purepruning.arrays import (
     namespace,
     stop_gradient,
 )
-from purepruning.config.config import Config, check_config, check_count
+from purepruning.config.config import Config, check_config, check_count, check_countable
 from purepruning.granularity import NM, Block, Grid, grid
 from purepruning.masks import by_path
 from purepruning.selection.biases import with_biases
@@ -177,6 +177,7 @@ def checked_counts(pruner: str, config: Config) -> dict[str, Any]:
     for pool in config.pools:
         count = config.counts[pool.name]
         check_count(pruner, pool, count)
+        check_countable(pruner, pool)
         if getattr(count, "ndim", 0):
             raise ValueError(
                 f"{pruner}: the count of {pool.name!r} has shape {tuple(count.shape)}; map over it "
