@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from purepruning_interop.checkpoints import two_four_config, two_four_tensors
+import purepruning as pp
+from purepruning_interop.checkpoints import pack_file, two_four, two_four_config, two_four_tensors
 
 
 def test_what_the_package_makes_of_the_same():
@@ -45,3 +47,24 @@ def test_config_keeps_what_is_there():
     assert told["sparsity_config"]["format"] == "sparse-24-bitmask"
     assert told["sparsity_config"]["ignore"] == ["lm_head"]
     assert told["sparsity_config"]["global_sparsity"] == 0.333333
+
+
+@pytest.mark.parametrize("elements", [1, 30, 2**20])
+def test_files_are_packed_by_rows_whatever_bytes_they_fill(tmp_path, monkeypatch, elements):
+    """Five rows of twelve: a row is one and a half bytes of mask."""
+    monkeypatch.setattr(two_four, "_ELEMENTS", elements)
+    w = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float16)
+    params = {"fc.weight": w, "fc.bias": np.ones(5, np.float32)}
+    safetensors.numpy.save_file(params, tmp_path / "m.safetensors")
+    layer = pp.make_layer(params, "fc.weight", "Linear", out_axes=0, in_axes=1)
+    config = pp.resolve([{"op_names": ["fc"]}], [layer], granularity=pp.NM(2, 4))
+    done = pp.prune_files(pp.level, tmp_path / "m.safetensors", tmp_path / "out", config)
+    sizes = pack_file(*done.files, ["fc.weight", "of.another.file.weight"])
+    found = safetensors.numpy.load_file(done.files[0])
+    assert sizes == {name: x.nbytes for name, x in found.items()}
+    mask = np.asarray(pp.load_masks(done.files[1], params)["fc.weight"])
+    expected = two_four_tensors("fc.weight", w, mask) | {"fc.bias": params["fc.bias"]}
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].dtype == x.dtype
+        np.testing.assert_array_equal(found[name], x)

@@ -4,6 +4,7 @@ Whatever happens, what is at the target is whole or not there, and what is said 
 """
 
 import errno
+import json
 import os
 import random
 import resource
@@ -112,6 +113,113 @@ def check_interrupted(process, number, out):
         assert left(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A folder of six shards of 8 MB, with its index."""
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    folder.mkdir()
+    rng, where = np.random.default_rng(0), {}
+    for i in range(6):
+        name, file = f"blocks.{i}.fc.weight", f"model-{i}.safetensors"
+        save(folder / file, {name: rng.standard_normal((1000, 2000)).astype(np.float32)})
+        where[name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)]
+)
+def test_a_folder_goes_on_behind_its_whole_files(tmp_path, sharded, number):
+    """What is there is not written again, and comes out as if nothing had happened."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = ("prune", sharded, "--sparsity", "0.5", "--scope", "global")
+    process = start(*arguments, "-o", out)
+    while process.poll() is None and not list(tmp_path.glob(".out.*/.pruning/model-1.*.json")):
+        time.sleep(0.002)
+    process.send_signal(number)
+    done = finished(process)
+    if number == signal.SIGTERM:
+        assert (done.status, done.err) == (
+            143,
+            "purepruning: terminated; the same command goes on from there\n",
+        )
+    (work,) = tmp_path.iterdir()
+    before = {p.name: p.stat().st_mtime_ns for p in work.glob("model-[01].safetensors")}
+    assert len(before) == 2
+    assert finished(start(*arguments, "-o", out)).status == 0
+    assert finished(start(*arguments, "-o", whole)).status == 0
+    assert left(tmp_path) == ["out", "whole"]
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert left(out) == left(whole)
+    for name in (*before, "model-5.safetensors", "purepruning/masks.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.full
+def test_what_was_begun_for_another_sparsity_is_removed(tmp_path, sharded):
+    process = start("prune", sharded, "--sparsity", "0.5", "-o", tmp_path / "out")
+    while process.poll() is None and not list(tmp_path.glob(".out.*/.pruning/*.json")):
+        time.sleep(0.002)
+    process.kill()
+    finished(process)
+    assert len(left(tmp_path)) == 1
+    done = finished(start("prune", sharded, "--sparsity", "0.2", "-o", tmp_path / "out", "--json"))
+    assert done.json["weights_removed"] == 6 * 400_000
+    assert left(tmp_path) == ["out"]
+
+
+def test_two_at_the_same_work(tmp_path):
+    with write.Aside(tmp_path / "out", asked="0" * 16) as aside:
+        with (
+            pytest.raises(ValueError, match="another process is writing it"),
+            write.Aside(tmp_path / "out", asked="0" * 16),
+        ):
+            pass
+        assert aside.folder.exists()
+        assert aside.leave()
+    assert left(tmp_path) == []
+
+
+MEMORY = """
+import sys, threading
+import purepruning_interop.cli.prune, purepruning_interop.cli.pruned_files
+from purepruning_interop.cli.app import run
+
+def anonymous():
+    rows = open("/proc/self/status").read().splitlines()
+    return next(int(r.split()[1]) for r in rows if r.startswith("RssAnon")) / 1024
+
+peak, start, done = 0, anonymous(), threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+status = run(["prune", *sys.argv[1:]])
+done.set()
+watcher.join()
+print(peak - start, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+@pytest.mark.parametrize("scope", ["global", pytest.param("layer", marks=pytest.mark.full)])
+def test_memory_is_that_of_one_tensor(tmp_path, scope):
+    """Of 320 MB, half of which is one tensor of 80 MiB: what all masks take is more."""
+    content = {f"{i}.fc.weight": np.ones((1024, 10 * 1024), np.float32) for i in range(6)}
+    content["embed_tokens.weight"] = np.ones((2048, 10 * 1024), np.float32)
+    source = save(tmp_path / "m.safetensors", content)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}"}
+    command = [sys.executable, "-c", MEMORY, source, "--sparsity", "0.5", "--scope", scope]
+    command += ["-o", tmp_path / "o.safetensors"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stderr) < 1.5 * 80 + 64
+
+
 def test_interrupted_between_renames_all_of_them_are_done(tmp_path, capsys, monkeypatch, request):
     """A signal that comes between two files of one result waits for the second."""
     source, out = save(tmp_path / "m.safetensors"), tmp_path / "o.safetensors"
@@ -142,7 +250,7 @@ def test_no_space_left(tmp_path, large):
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("nth", range(5))
 @pytest.mark.parametrize("folder", [False, True])
 def test_write_errors_wherever_they_come(tmp_path, capsys, monkeypatch, nth, folder):
     """Every write to the disk fails in turn: what was there before stays as it was."""
@@ -161,7 +269,7 @@ def test_write_errors_wherever_they_come(tmp_path, capsys, monkeypatch, nth, fol
     failed(capsys, 3, *arguments, says="No space left on device")
     if folder:
         assert left(tmp_path, source.name) == []
-    elif nth < 3:
+    elif nth < 4:
         assert left(tmp_path, source.name) == [out.name]
         assert out.read_text() == "before"
     else:  # all of it is in its place, and only the folder's own entry may be lost

@@ -64,6 +64,47 @@ def test_global_scope_ranks_all_layers_together(tmp_path, capsys):
     assert report["weights_of_pruned_layers"] == total
 
 
+def test_state_dicts_in_shards_become_safetensors_in_shards(tmp_path, capsys):
+    content, source, out = tensors(), tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    where = {}
+    for i, names in enumerate((WEIGHTS, sorted(content.keys() - set(WEIGHTS)))):
+        file = f"pytorch_model-0000{i + 1}-of-00002.bin"
+        torch.save({name: torch.tensor(content[name]) for name in names}, source / file)
+        where |= dict.fromkeys(names, file)
+    index = source / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (source / "config.json").write_text("{}")
+    report = call(capsys, "prune", source, "--sparsity", "0.5", "-o", out, "--json").json
+    assert report["weights_removed"] == (288 + 128 + 128 + 80) // 2
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "purepruning",
+    ]
+    found = json.loads((out / "model.safetensors.index.json").read_text())
+    assert found["weight_map"]["conv.weight"] == "model-00001-of-00002.safetensors"
+    assert found["metadata"]["total_size"] == sum(x.nbytes for x in content.values())
+    first = load(out / "model-00001-of-00002.safetensors")
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(first[name], lowest_gone(content[name], 0.5))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_dry_run_says_what_the_run_does(tmp_path, capsys, scope):
+    source = save(tmp_path / "m.safetensors")
+    torch.save({n: torch.tensor(x) for n, x in tensors().items()}, tmp_path / "m.pt")
+    for file in (source, tmp_path / "m.pt"):
+        options = ("--sparsity", "0.7", "--scope", scope, "--json", "--overwrite")
+        arguments = ("prune", file, *options, "-o", tmp_path / "o")
+        dry, wet = (call(capsys, *arguments, *more).json for more in (("--dry-run",), ()))
+        assert dry.pop("files") == {}
+        assert set(wet.pop("files")) == {"weights", "masks", "report"}
+        assert dry == wet
+
+
 @pytest.mark.parametrize("kind", ["sharded", "torch", "single"])
 def test_folders_stay_folders_with_all_else_that_is_in_them(tmp_path, capsys, kind):
     content, source, out = tensors(), tmp_path / "model", tmp_path / "out"

@@ -1,97 +1,28 @@
-"""Writing: tensors one after another, and files that appear whole or not at all."""
+"""Writing: results of several files, which appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
-import json
 import os
 import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy as np
-
-from purepruning_interop.checkpoints.read import DTYPES
+from typing import IO, Any
 
 try:
     _fcntl: Any = importlib.import_module("fcntl")
 except ImportError:  # Windows: nobody tells whether a writer lives
     _fcntl = None
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LOCK = ".lock"
 
 #: The folders that are being written to, for whoever ends the process.
 OPEN: set[Aside] = set()
-
-
-class Entry(NamedTuple):
-    """A tensor that is yet to be written.
-
-    Attributes:
-        dtype: its dtype.
-        shape: its shape.
-        make: returns it; called once, when it is written.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
-
-
-def entry_of(array: np.ndarray) -> Entry:
-    """Returns the entry of an array that is there already."""
-    return Entry(array.dtype, array.shape, lambda: array)
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
-) -> int:
-    """Writes a file of safetensors, tensor by tensor; returns its size in bytes.
-
-    No more than one tensor is in memory at a time, if ``make`` keeps none. Names are ordered by
-    the size of their dtypes, so that every tensor is aligned.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = dict(metadata)
-    at = 0
-    for name in names:
-        dtype, shape, _ = tensors[name]
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _append(file, name, tensors[name])
-        _to_disk(file)
-    return 8 + len(text) + at
-
-
-def _append(file: IO[bytes], name: str, entry: Entry) -> None:
-    array = np.ascontiguousarray(entry.make())
-    if array.dtype != entry.dtype or array.size != np.prod(entry.shape, dtype=np.int64):
-        raise RuntimeError(
-            f"write_tensors: {name!r} is {array.dtype} of shape {array.shape}, and was said to be "
-            f"{entry.dtype} of shape {entry.shape}"
-        )
-    file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _to_disk(file: IO[bytes]) -> None:
@@ -109,16 +40,24 @@ class Aside:
     Used as a context: what is not committed when it ends is removed, and so is what killed writers
     of the same target have left.
 
+    Args:
+        target: the result.
+        overwrite: whether it replaces what is there.
+        asked: a digest of what is asked for. A process that is ended by a signal then leaves the
+            folder, and the next one that is asked for the same finds it; None where all has to be
+            begun anew.
+
     Attributes:
         folder: where to write.
 
     Raises:
         FileExistsError: the target is there.
+        ValueError: another process is asked for the same.
         NotWritten: an OSError while it was made.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
-        self._target, self._overwrite = target, overwrite
+    def __init__(self, target: Path, *, overwrite: bool = False, asked: str | None = None) -> None:
+        self._target, self._overwrite, self._asked = target, overwrite, asked
         self._lock: Any = None
         self.folder = target  # until the context begins
 
@@ -127,13 +66,18 @@ class Aside:
         check_target(target, self._overwrite)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target)
-            self.folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+            folder = target.with_name(f".{target.name}.{self._asked or secrets.token_hex(8)}")
+            _remove_leftovers(target, folder)
+            if self._asked is None:
+                self.folder = folder
+                OPEN.add(self)
+            folder.mkdir(exist_ok=self._asked is not None)
+            lock = (folder / _LOCK).open("ab")
+            if not _locked(lock):
+                lock.close()
+                raise ValueError(f"{target}: another process is writing it; wait for it")
+            self.folder, self._lock = folder, lock
             OPEN.add(self)
-            self.folder.mkdir()
-            self._lock = (self.folder / _LOCK).open("xb")
-            if _fcntl is not None:
-                _fcntl.flock(self._lock, _fcntl.LOCK_EX)
         except OSError as error:
             self.remove()
             raise _not_written(target, error) from error
@@ -152,11 +96,17 @@ class Aside:
             shutil.rmtree(self.folder, ignore_errors=True)
         OPEN.discard(self)
 
+    def leave(self) -> bool:
+        """Removes what is not committed, unless it can be gone on with; returns whether it can."""
+        if self._asked is None:
+            self.remove()
+        return self._asked is not None
+
     def write(self, name: str, content: bytes) -> None:
         """Writes one file of the result."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
+        with path.open("wb") as file:
             file.write(content)
             _to_disk(file)
 
@@ -225,10 +175,24 @@ def _folder_to_disk(path: Path) -> None:
         os.close(number)
 
 
-def _remove_leftovers(target: Path) -> None:
+def _locked(file: IO[bytes]) -> bool:
+    """Locks a file; returns whether nobody else has."""
+    if _fcntl is None:
+        return True
+    try:
+        _fcntl.flock(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_leftovers(target: Path, but: Path) -> None:
+    """Removes what killed writers of a target left, but for one folder."""
     if _fcntl is None:
         return
-    for left in target.parent.glob(f".{target.name}.*/{_LOCK}"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*/{_LOCK}"):
+        if left.parent == but:
+            continue
         with contextlib.suppress(OSError), left.open("rb") as file:
-            _fcntl.flock(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)  # OSError while its writer lives
-            shutil.rmtree(left.parent, ignore_errors=True)
+            if _locked(file):
+                shutil.rmtree(left.parent, ignore_errors=True)

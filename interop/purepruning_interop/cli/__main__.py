@@ -30,15 +30,15 @@ def main() -> int:
 
 
 def _end(number: int, frame: Any) -> None:
-    """Removes what is not finished and ends the process.
+    """Removes what is not finished, unless it can be gone on with, and ends the process.
 
     At once, and not by an exception: extension modules that are being loaded would end it with
     their own words.
     """
     write: Any = sys.modules.get("purepruning_interop.checkpoints.write")
-    for aside in tuple(getattr(write, "OPEN", ())):
-        aside.remove()
+    left = [aside.leave() for aside in tuple(getattr(write, "OPEN", ()))]
     words = "interrupted" if number == signal.SIGINT else "terminated"
+    words += "; the same command goes on from there" if any(left) else ""
     os.write(2, f"purepruning: {words}\n".encode())
     os._exit(128 + number)
 

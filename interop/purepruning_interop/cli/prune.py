@@ -80,8 +80,8 @@ def prune(
     """
     from purepruning_interop.checkpoints import read_checkpoint
     from purepruning_interop.cli import output
-    from purepruning_interop.cli.pruned import Wanted, prune_checkpoint, show
-    from purepruning_interop.cli.pruned_files import check_out, write
+    from purepruning_interop.cli.pruned import Wanted, job_of, show
+    from purepruning_interop.cli.pruned_files import check_out, count, write
 
     wanted = Wanted(
         rules=rules,
@@ -97,8 +97,8 @@ def prune(
     )
     checkpoint = read_checkpoint(source)
     check_out(checkpoint, out, layout, overwrite)
-    found = prune_checkpoint(checkpoint, wanted)
-    files = {} if dry_run else write(found, out, layout, overwrite)
+    job = job_of(checkpoint, wanted)
+    found, files = (count(job), {}) if dry_run else write(job, out, layout, overwrite)
     if as_json:
         output.show_json({**found.report(), "files": files})
     else:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import purepruning as pp
 from purepruning.arguments import missing, one_of
 from purepruning.config.config import Config
@@ -58,37 +56,51 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pruned:
-    """A checkpoint and its masks.
+class Job:
+    """What is to be done to a checkpoint.
 
     Attributes:
         checkpoint: what was read.
         layers: its guessed layers.
         config: the resolved rules.
-        masks: by name, of all floats; None where nothing is pruned.
+        pruner: the function.
+        stats: what it takes.
         rules: as they were resolved.
-        pruner: its name.
+        name: the pruner's.
         dense: names of layers that N:M does not fit, which no rule named.
     """
 
     checkpoint: Checkpoint
     layers: tuple[pp.Layer, ...]
     config: Config
-    masks: Mapping[str, np.ndarray | None]
+    pruner: Callable[..., Any]
+    stats: Any
     rules: Sequence[Mapping[str, Any]]
-    pruner: str
+    name: str
     dense: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """A job, and how many elements of each tensor were pruned.
+
+    Attributes:
+        job: what was asked for.
+        gone: by the tensor's name.
+    """
+
+    job: Job
+    gone: Mapping[str, int]
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:
         """A row for each layer: what its mask keeps, and what it loses."""
         found = []
-        for layer in self.layers:
-            mask, size = self.masks[layer.weight], math.prod(layer.shape)
-            kept = size if mask is None else _kept(mask, size)
-            dtype = self.checkpoint.tensors[layer.weight].dtype.name
-            lost = None if mask is None else size - kept
-            found.append(Row(layer.name, layer, dtype, 1, Pattern(kept, size, None, 0), True, lost))
+        for layer in self.job.layers:
+            lost, size = self.gone.get(layer.weight), math.prod(layer.shape)
+            dtype = self.job.checkpoint.tensors[layer.weight].dtype.name
+            pattern = Pattern(size - (lost or 0), size, None, 0)
+            found.append(Row(layer.name, layer, dtype, 1, pattern, True, lost))
         return tuple(found)
 
     @property
@@ -100,24 +112,23 @@ class Pruned:
     @property
     def global_sparsity(self) -> float:
         """Fraction of all floats that masks prune."""
-        sizes = {n: x.size for n, x in self.checkpoint.tensors.items() if is_float(x)}
-        gone = sum(sizes[n] - _kept(m, sizes[n]) for n, m in self.masks.items() if m is not None)
-        return gone / max(sum(sizes.values()), 1)
+        size = sum(x.size for x in self.job.checkpoint.tensors.values() if is_float(x))
+        return sum(self.gone.values()) / max(size, 1)
 
     def report(self) -> dict[str, Any]:
         """Returns what was done, as JSON knows it."""
         lost, of = self.lost
         return {
             "purepruning": pp.__version__,
-            "source": str(self.checkpoint.path),
-            "pruner": self.pruner,
-            "granularity": _words(self.config.granularity),
-            "rules": [dict(rule) for rule in self.rules],
+            "source": str(self.job.checkpoint.path),
+            "pruner": self.job.name,
+            "granularity": _words(self.job.config.granularity),
+            "rules": [dict(rule) for rule in self.job.rules],
             "types_are_guessed": True,
             "weights_removed": lost,
             "weights_of_pruned_layers": of,
             "sparsity_of_all": self.global_sparsity,
-            "left_whole": list(self.dense),
+            "left_whole": list(self.job.dense),
             "layers": [
                 {
                     "name": row.name,
@@ -132,8 +143,8 @@ class Pruned:
         }
 
 
-def prune_checkpoint(checkpoint: Checkpoint, wanted: Wanted) -> Pruned:
-    """Returns the checkpoint pruned.
+def job_of(checkpoint: Checkpoint, wanted: Wanted) -> Job:
+    """Returns what the command line says, resolved against a checkpoint.
 
     Raises:
         ValueError, TypeError, OSError: rules, options or layers do not fit.
@@ -161,11 +172,8 @@ def prune_checkpoint(checkpoint: Checkpoint, wanted: Wanted) -> Pruned:
             bias=wanted.bias,  # type: ignore[arg-type]
         )
         pruner = PRUNERS[wanted.pruner][0]
-    params = {n: x for n, x in checkpoint.tensors.items() if is_float(x)}
-    with output.progress() as bar:
-        bar.add_task(f"pruning {len(config.layers)} layers by {wanted.pruner}", total=None)
-        masks = pruner(params, _stats(wanted), config)
-    return Pruned(checkpoint, layers, config, masks, rules, wanted.pruner, dense)
+    stats = _stats(wanted)
+    return Job(checkpoint, layers, config, pruner, stats, rules, wanted.pruner, dense)
 
 
 def _stats(wanted: Wanted) -> Any:
@@ -266,13 +274,13 @@ def show(found: Pruned, every: bool, files: Mapping[str, str]) -> None:
         soft_wrap=True,
     )
     out.print(f"[dim]{GUESSED}[/]", soft_wrap=True)
-    if found.dense:
+    if found.job.dense:
         out.print(
-            f"Left whole, since {_words(found.config.granularity)} does not fit: "
-            f"{output.escaped(output.some(found.dense))}.",
+            f"Left whole, since {_words(found.job.config.granularity)} does not fit: "
+            f"{output.escaped(output.some(found.job.dense))}.",
             soft_wrap=True,
         )
-    for kept in found.config.kept_whole:
+    for kept in found.job.config.kept_whole:
         out.print(f"Left whole: {output.escaped(str(kept))}", soft_wrap=True)
     for kind, path in files.items():
         out.print(f"{kind:8} {output.escaped(path)}", soft_wrap=True)
@@ -298,7 +306,3 @@ def _words(granularity: Any) -> str:
     if isinstance(granularity, pp.Block):
         return "x".join(map(str, granularity.shape))
     return str(granularity)
-
-
-def _kept(mask: np.ndarray, size: int) -> int:
-    return int(np.count_nonzero(mask)) * (size // mask.size if mask.size else 1)

@@ -14,8 +14,9 @@ import jax
 import purepruning as pp
 from purepruning.arguments import fraction, missing
 from purepruning.masks import to_numpy
+from purepruning.saving.tensors import of_array, write_tensors
 from purepruning.trees import flatten
-from purepruning_interop.checkpoints import Aside, entry_of, write_tensors
+from purepruning_interop.checkpoints import Aside
 from purepruning_interop.cli import output
 from purepruning_interop.cli.models import Given
 from purepruning_interop.cli.rules import read_rules
@@ -195,8 +196,8 @@ def write(found: Small, out: Path, overwrite: bool) -> dict[str, str]:
     """
     files = {kind: f"{kind}.safetensors" for kind in ("weights", "plan", "masks")}
     with Aside(out, overwrite=overwrite) as aside:
-        entries = {name: entry_of(x) for name, x in found.arrays().items()}
-        write_tensors(aside.folder / files["weights"], entries, {"format": _format(found)})
+        tensors = {name: of_array(x) for name, x in found.arrays().items()}
+        write_tensors(aside.folder / files["weights"], tensors, {"format": _format(found)})
         pp.save_plan(aside.folder / files["plan"], found.shrunk.report.plan)
         pp.save_masks(aside.folder / files["masks"], found.shrunk.report.masks, _whole(found.given))
         aside.write("report.json", (json.dumps(found.report(), indent=2) + "\n").encode())
