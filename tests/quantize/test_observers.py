@@ -208,6 +208,48 @@ def test_ptq_uses_the_known_range(framework):
     assert found is None
 
 
+@pytest.mark.parametrize("kind", ["min_max", "moving_average", "histogram"])
+def test_states_of_replicas_merge_by_collectives(kind):
+    """Under ``vmap`` with a named axis; on devices of their own below, with ``--full``."""
+    x = np.random.default_rng(0).normal(size=(3, 40)).astype(F)
+
+    def observe(x):
+        state = observers.init(jnp.zeros(1), CONFIG, kind)
+        _, seen = observers.watch(state, CONFIG)[SITE](x)
+        return observers.update(state, {SITE: seen}, CONFIG)
+
+    def reduced(x):
+        state = observe(x)
+        if kind == "min_max":
+            low, high = state[SITE]
+            return {SITE: Range(jax.lax.pmin(low, "d"), jax.lax.pmax(high, "d"))}
+        return jax.lax.psum(state, "d")
+
+    merged = jax.jit(jax.vmap(reduced, axis_name="d", out_axes=None))(x)
+    low, high = observers.ranges(merged)[SITE]
+    wanted = np.array([x.min(1), x.max(1)])
+    averaged = kind == "moving_average"  # of the ranges of replicas
+    wanted = wanted.mean(1) if averaged else (wanted[0].min(), wanted[1].max())
+    np.testing.assert_allclose((low, high), wanted, rtol=1 / 32 if kind == "histogram" else 1e-6)
+
+
+def test_steps_of_replicas_are_that_of_the_whole_batch():
+    x = np.random.default_rng(0).normal(size=(3, 40)).astype(F)
+    start = qat.init(jnp.zeros(1), CONFIG)
+
+    def step(state, x):
+        _, seen = qat.activations(state, CONFIG)[SITE](x)
+        seen = Range(jax.lax.pmin(seen.low, "d"), jax.lax.pmax(seen.high, "d"))
+        return qat.update(state, {SITE: seen}, CONFIG)
+
+    replicas = jax.jit(jax.vmap(step, (None, 0), None, axis_name="d"))
+    found = replicas(replicas(start, x), 2 * x).averages[SITE]
+    # NNI's average of the first batch and one of twice its range.
+    np.testing.assert_allclose(
+        (found.low, found.high), 1.01 * np.array([x.min(), x.max()]), rtol=1e-5
+    )
+
+
 PARALLEL = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
