@@ -273,9 +273,14 @@ class _Runner(NamedTuple):
         found: list[_Taken] = []
         if self.at and (name, "input") in self.at:
             if call.operand is None:
+                remedy = (
+                    "ask for the output of the layer that makes it"
+                    if call.function == "gelu"  # which jax.nn writes out itself
+                    else f"write jax.nn.{call.function}(x) in the model"
+                )
                 raise ValueError(
                     f"{self.where}: {name!r} is written out, so that what it reads is read in "
-                    f"several places; write jax.nn.{call.function}(x) in the model"
+                    f"several places; {remedy}"
                 )
             argument, found = self._replaced((name, "input"), _only, [values[call.operand]])
             values[call.operand] = argument[0]

@@ -312,6 +312,46 @@ def test_relus_that_are_written_out_are_sites(name):
             linen.replace(model, params, X, at=reads)
 
 
+#: Ways to write a GELU, and near misses.
+GELUS = {
+    "jax.nn.gelu": jax.nn.gelu,
+    "exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "erf": lambda x: x * 0.5 * (1.0 + jax.lax.erf(x / jnp.sqrt(2.0))),
+    "half last": lambda x: 0.5 * (x * (1 + jax.lax.erf(x / 2**0.5))),
+    "cubed": lambda x: 0.5 * x * (1 + jnp.tanh(0.7978845608 * (x + 0.044715 * x * x * x))),
+    "halved": lambda x: x * (1 + jax.lax.erf(x * 0.70710678)) / 2,
+}
+NO_GELUS = {
+    "tanh": lambda x: x * jnp.tanh(x),
+    "twice": lambda x: x * (1 + jax.lax.erf(x / 2**0.5)),
+    "other": lambda x: 0.5 * x * (1 + jax.lax.erf(x)),
+    "of two": lambda x: 0.5 * x[::-1] * (1 + jax.lax.erf(x / 2**0.5)),
+}
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_gelus_are_sites(name):
+    def function(x):
+        return 3 * GELUS[name](2 * x) + 1
+
+    model, params = WrittenOut(function), {"last": {"kernel": jnp.asarray(B)}}
+    rows = linen.activations(model, params, X)
+    assert [(row.name, row.type) for row in rows] == [("gelu1", "GELU")]
+    y, found = linen.replace(model, params, X, at={"gelu1:output": lambda x: (-x, x)})
+    wanted = np.asarray(jax.nn.gelu(2 * X, approximate=False))
+    np.testing.assert_allclose(found["gelu1:output"], wanted, atol=1e-3)
+    np.testing.assert_allclose(y, (1 - 3 * wanted) @ B, rtol=1e-2, atol=1e-2)
+    with raises(ValueError, "'gelu1' is written out", "the output of the layer that makes it"):
+        linen.replace(model, params, X, at={"gelu1:input": lambda x: (x, x)})
+
+
+@pytest.mark.parametrize("name", NO_GELUS)
+def test_what_is_no_gelu(name):
+    model, params = WrittenOut(NO_GELUS[name]), {"last": {"kernel": jnp.asarray(B)}}
+    rows = linen.activations(model, params, X)
+    assert [row.name for row in rows] == (["tanh1"] if name == "tanh" else [])
+
+
 class Normed(nn.Module):
     """Norms, whose variances are kept from being negative, and a ReLU by name between others."""
 

@@ -104,7 +104,7 @@ def activations(
     """Returns a row for every activation function that a call of the model calls, in order.
 
     They are those of ``jax.nn``, found in the program by name, whether a layer's ``activation`` or
-    a layer of its own; a tanh inside of a GELU is one of its own. Names count the calls of each:
+    a layer of its own; what computes a GELU is a GELU. Names count the calls of each:
     ``"relu1"``, ``"relu2"``, ``"relu6_1"``. Nothing is computed; arguments are those of
     :func:`capture`.
     """

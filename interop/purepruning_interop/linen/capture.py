@@ -128,17 +128,10 @@ def activations(
 ) -> tuple[Activation, ...]:
     """Returns a row for every activation function that a call of the model calls, in order.
 
-    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
-    its own. A ReLU that is written out (``jnp.maximum(x, 0)``, ``x * (x > 0)``,
-    ``jnp.where(x > 0, x, 0)``) is a ReLU too. Names count the calls of each: ``"relu1"``,
-    ``"relu2"``, ``"relu6_1"``. Nothing is computed; arguments are those of :func:`capture`.
-
-    >>> import jax.numpy as jnp
-    >>> from flax import linen as nn
-    >>> model = nn.Sequential([nn.Dense(2), nn.relu])
-    >>> params = {"layers_0": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}}
-    >>> [(row.name, row.type) for row in activations(model, params, jnp.ones((1, 1)))]
-    [('relu1', 'ReLU')]
+    They are those of ``jax.nn``, found in the program by name. A ReLU that is written out
+    (``jnp.maximum(x, 0)``, ``x * (x > 0)``, ``jnp.where(x > 0, x, 0)``) is a ReLU too, and what
+    computes a GELU is a GELU. Names count the calls of each: ``"relu1"``, ``"relu2"``,
+    ``"relu6_1"``. Nothing is computed; arguments are those of :func:`capture`.
     """
     where = "activations(model, variables, *inputs)"
     options = {"rngs": rngs, "method": method, "mutable": mutable}

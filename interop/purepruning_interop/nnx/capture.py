@@ -118,10 +118,10 @@ def activations(
 ) -> tuple[Activation, ...]:
     """Returns a row for every activation function that a call of the model calls, in order.
 
-    They are those of ``jax.nn``, found in the program by name; a tanh inside of a GELU is one of
-    its own. A ReLU that is written out (``jnp.maximum(x, 0)``, ``x * (x > 0)``,
-    ``jnp.where(x > 0, x, 0)``) is a ReLU too. Names count the calls of each: ``"relu1"``,
-    ``"relu2"``, ``"relu6_1"``. Nothing is computed; arguments are those of :func:`capture`.
+    They are those of ``jax.nn``, found in the program by name. A ReLU that is written out
+    (``jnp.maximum(x, 0)``, ``x * (x > 0)``, ``jnp.where(x > 0, x, 0)``) is a ReLU too, and what
+    computes a GELU is a GELU. Names count the calls of each: ``"relu1"``, ``"relu2"``,
+    ``"relu6_1"``. Nothing is computed; arguments are those of :func:`capture`.
     """
     check("activations(model, *inputs)", model)
     graphdef, state = nnx.split(model)
