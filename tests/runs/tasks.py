@@ -79,10 +79,12 @@ def small():
     )
 
 
+def without(task, *names):
+    return dataclasses.replace(task, **dict.fromkeys(names))
+
+
 def bare():
-    return dataclasses.replace(
-        small(), loss=None, minimize=None, capture=None, apply=None, batches=()
-    )
+    return dataclasses.replace(without(small(), "loss", "minimize", "capture", "apply"), batches=())
 
 
 def deep():
@@ -107,6 +109,24 @@ def deep():
         evaluate=lambda params: params["w"].sum() + params["u"].sum(),
         loss=lambda params, batch: (apply(params, batch) ** 2).mean(),
         apply=apply,
+    )
+
+
+def repeating():
+    """The last half of the columns of w are multiples of the first half, which are smaller."""
+    half = jax.random.normal(jax.random.key(0), (ROWS, COLUMNS))
+    v = jax.random.normal(jax.random.key(1), (2 * COLUMNS, 2))
+    x = jax.random.normal(jax.random.key(2), (30, ROWS))
+    first = {"w": jnp.concatenate([half, 9 * half], axis=1), "v": v}
+    before = _apply(first, x)
+    return dataclasses.replace(
+        small(),
+        layers=tuple(pp.make_layer(first, n, "Linear", out_axes=1, in_axes=0) for n in first),
+        init=lambda seed: first,
+        train=lambda params, seed: params,
+        evaluate=lambda params: -jnp.abs(_apply(params, x) - before).max(),
+        batches=[x[:15], x[15:]],
+        capture=lambda params, x, layers, of: {"v": jax.nn.relu(x @ params["w"])},
     )
 
 

@@ -192,8 +192,6 @@ WITHOUT_EFFECT = (
     "model_type",
     "dataset",
     "rbound",
-    "n_calibration_batches",
-    "n_points_per_layer",
     "window_length",
     "max_episode_length",
     "debug",

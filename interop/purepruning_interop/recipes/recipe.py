@@ -370,6 +370,8 @@ def check_argument(where: str, name: str, value: Any, default: Any) -> None:
     if not isinstance(value, expected) or (bool not in expected and isinstance(value, bool)):
         words = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}
         raise TypeError(f"{where} must be {words[expected[-1]]}, got {shown(value)}")
+    if name in REFIT and isinstance(value, int) and value < (least := REFIT[name]):
+        raise ValueError(f"{where} must be at least {least}, got {value}")
 
 
 def _check_rule(number: int, rule: Any, use: str, named: Named) -> None:
@@ -458,12 +460,14 @@ def core_arguments(step: Step) -> dict[str, Any]:
         "net_adapt": ("base_algo", "optimize_mode", "sparsity_per_iteration"),
         "simulated_annealing": (*_TUNED, *_ANNEALING),
         "auto_compress": (*_TUNED, *_ANNEALING, *_SQUEEZED),
-        "amc": tuple(n for n in step.args if n not in (*WITHOUT_EFFECT, *FOLDERS, "seed")),
+        "amc": tuple(n for n in step.args if n not in (*WITHOUT_EFFECT, *FOLDERS, *REFIT, "seed")),
         "sensitivity": ("base_algo", "sparsity_per_iter", "acc_drop_threshold"),
     }.get(step.use, ())
     return {name: step.args[name] for name in known}
 
 
+#: Arguments of AMC that are of its refit, and their lowest values.
+REFIT = {"n_calibration_batches": 0, "n_points_per_layer": 1}
 _TUNED = ("base_algo", "optimize_mode")
 _ANNEALING = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude")
 _SQUEEZED = ("num_iterations", "admm_num_iterations", "admm_training_epochs", "row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import purepruning as pp
 from purepruning_interop.recipes.names import FOLDERS
 from purepruning_interop.recipes.pruning import Pruning
+from purepruning_interop.recipes.refit import Refit
 
 
 class Searching(Pruning):
@@ -38,6 +40,7 @@ class Searching(Pruning):
                 "what it decides to pp.search.fitted"
             )
         start = self._edge.snapshot(self._model)
+        refit = self._refit() if use == "amc" else None
 
         def evaluate(trial: Any) -> Any:
             base = start if trial.payload is None else trial.payload
@@ -46,6 +49,8 @@ class Searching(Pruning):
                 config = recipe.config.with_counts(trial.counts)
                 masks = recipe.pruner(self._params(), None, config)
                 self._write(pp.apply_masks(self._params(), masks))
+                if refit is not None:
+                    self._write(refit(self._params(), masks))
                 tuned = tune is not None and (use != "sensitivity" or trial.stage > 0)
                 if tuned:
                     self._take(self._called(tune, finetune_args))
@@ -65,7 +70,29 @@ class Searching(Pruning):
             self._model = self._edge.restored(self._model, found.payload)
         self.config = recipe.config.with_counts(found.best)
         self._prune(recipe.pruner(self._params(), None, self.config))
+        if refit is not None:
+            self._write(refit(self._params(), self.masks))
         return self.model
+
+    def _refit(self) -> Refit | None:
+        """Returns the refit by the first batches of the loader, None of none."""
+        given = self._given
+        if not given["n_calibration_batches"]:
+            return None
+
+        def inputs_of(batch: Any, layers: Any) -> Any:
+            first = batch[0] if isinstance(batch, tuple | list) else batch
+            return self._edge.capture(self._model, (first,), layers, "inputs")
+
+        return Refit(
+            self.config.allocation.coupling,
+            self._layers(),
+            self._params(),
+            inputs_of,
+            itertools.islice(given["val_loader"], given["n_calibration_batches"]),
+            points=given["n_points_per_layer"],
+            seed=given.get("seed") or 0,
+        )
 
     def _called(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Calls a function of the caller's with the model as it is now, for the given one."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 import purepruning as pp
+from purepruning_interop.recipes.refit import Refit
 from purepruning_interop.runs.work import Stage, State, Work, config_of
 
 _BY_OUTPUTS = ("activation_apoz_rank_filter", "activation_mean_rank_filter")
@@ -76,14 +77,22 @@ def search(work: Work, recipe: Any) -> list[Stage]:
     epochs, use = work.settings.trial_epochs, work.step.use
     tunes = epochs > 0 and use in ("net_adapt", "sensitivity")
 
-    def pruned(state: State, params: Any, counts: Mapping[str, int]) -> State:
+    batches = work.step.args.get("n_calibration_batches", 0)
+    if batches:
+        work.needs("capture", "batches")
+
+    def pruned(state: State, params: Any, counts: Mapping[str, int], refit: Any) -> State:
         base = State(params, state.masks)
-        return work.prune(base, recipe.pruner(params, None, config_of(recipe.config, base, counts)))
+        masks = recipe.pruner(params, None, config_of(recipe.config, base, counts))
+        found = work.prune(base, masks)
+        return found if refit is None else found._replace(params=refit(found.params, masks))
 
     def do(state: State) -> State:
+        refit = _refit(work, recipe, state.params) if batches else None
+
         def evaluate(trial: Any) -> Any:
             base = state.params if trial.payload is None else trial.payload
-            tried = pruned(state, base, trial.counts)
+            tried = pruned(state, base, trial.counts, refit)
             if not tunes or (use == "sensitivity" and trial.stage == 0):
                 return float(work.task.evaluate(tried.params))
             tried = work.tune(tried, trial.number + 1, epochs)
@@ -97,9 +106,28 @@ def search(work: Work, recipe: Any) -> list[Stage]:
             folder=work.search_folder(),
         )
         params = state.params if best.payload is None else best.payload
-        return pruned(state, params, best.best)
+        return pruned(state, params, best.best, refit)
 
     return [work.stage("search", do), *work.tuned()]
+
+
+def _refit(work: Work, recipe: Any, params: Any) -> Refit:
+    """Returns AMC's refit, by the first batches of the task."""
+    task, args = work.task, work.step.args
+
+    def inputs_of(batch: Any, layers: Any) -> Any:
+        assert task.capture is not None  # it was checked
+        return task.capture(params, batch, layers, "inputs")
+
+    return Refit(
+        recipe.config.allocation.coupling,
+        task.layers,
+        params,
+        inputs_of,
+        task.batches[: args["n_calibration_batches"]],
+        points=args["n_points_per_layer"],
+        seed=work.settings.seed,
+    )
 
 
 # Statistics.

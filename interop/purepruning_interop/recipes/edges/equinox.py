@@ -30,11 +30,13 @@ arrays = snapshot
 zeros = _jax.zeros
 
 
-def capture(model: Any, inputs: tuple[Any, ...], layers: Any) -> dict[str, Any]:
-    """Returns the outputs of layers for a batch of examples."""
+def capture(
+    model: Any, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs"
+) -> dict[str, Any]:
+    """Returns the outputs, or inputs, of layers for a batch of examples."""
 
     def one(*example: Any) -> Any:
-        return adapter.capture(model, *example, layers=layers)[1]
+        return adapter.capture(model, *example, layers=layers, of=of)[1]
 
     return eqx.filter_vmap(one)(*inputs)
 

@@ -54,9 +54,11 @@ def keep(model: Any, masks: Any, optimizer: Any) -> Kept:
     return Kept(model)
 
 
-def capture(model: Any, inputs: tuple[Any, ...], layers: Any) -> dict[str, Any]:
-    """Returns the outputs of layers for a batch."""
-    return adapter.capture(model, *inputs, layers=layers)[1]
+def capture(
+    model: Any, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs"
+) -> dict[str, Any]:
+    """Returns the outputs, or inputs, of layers for a batch."""
+    return adapter.capture(model, *inputs, layers=layers, of=of)[1]
 
 
 def gradients(model: Any, loss: Any, batch: Any) -> Any:

@@ -44,9 +44,11 @@ arrays = params
 zeros = _jax.zeros
 
 
-def capture(model: Bound, inputs: tuple[Any, ...], layers: Any) -> dict[str, Any]:
-    """Returns the outputs of layers for a batch."""
-    return adapter.capture(model.module, model.variables, *inputs, layers=layers)[1]
+def capture(
+    model: Bound, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs"
+) -> dict[str, Any]:
+    """Returns the outputs, or inputs, of layers for a batch."""
+    return adapter.capture(model.module, model.variables, *inputs, layers=layers, of=of)[1]
 
 
 def gradients(model: Bound, loss: Any, batch: Any) -> Any:

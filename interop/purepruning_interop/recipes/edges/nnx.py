@@ -47,9 +47,11 @@ def arrays(model: nnx.Module) -> Any:
 zeros = _jax.zeros
 
 
-def capture(model: nnx.Module, inputs: tuple[Any, ...], layers: Any) -> dict[str, Any]:
-    """Returns the outputs of layers for a batch."""
-    return adapter.capture(model, *inputs, layers=layers)[1]
+def capture(
+    model: nnx.Module, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs"
+) -> dict[str, Any]:
+    """Returns the outputs, or inputs, of layers for a batch."""
+    return adapter.capture(model, *inputs, layers=layers, of=of)[1]
 
 
 def gradients(model: nnx.Module, loss: Any, batch: Any) -> Any:

@@ -45,10 +45,12 @@ def zeros(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape)
 
 
-def capture(model: torch.nn.Module, inputs: tuple[Any, ...], layers: Any) -> dict[str, Any]:
-    """Returns the outputs of layers for a batch."""
+def capture(
+    model: torch.nn.Module, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs"
+) -> dict[str, Any]:
+    """Returns the outputs, or inputs, of layers for a batch."""
     with torch.no_grad():
-        return adapter.capture(model, *inputs, layers=layers)[1]
+        return adapter.capture(model, *inputs, layers=layers, of=of)[1]
 
 
 def gradients(model: torch.nn.Module, loss: Callable[..., Any], batch: Any) -> dict[str, Any]:

@@ -70,8 +70,13 @@ class Functions:
         """Returns an input of zeros."""
         return jnp.zeros(shape)
 
-    def capture(self, model: Any, inputs: tuple[Any, ...], layers: Any) -> Any:
+    def capture(self, model: Any, inputs: tuple[Any, ...], layers: Any, of: Any = "outputs") -> Any:
         """Returns the outputs of layers for a batch."""
+        if of != "outputs":
+            raise ValueError(
+                "the refit looks at inputs of layers, which parameters alone do not have; give "
+                "n_calibration_batches=0, or a module"
+            )
         if self.outputs_of is None:
             raise TypeError(
                 "this ranks by outputs of layers; give capture=, (params, *inputs) -> outputs by "
