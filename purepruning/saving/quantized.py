@@ -135,7 +135,7 @@ def save_quantized(
         "weights": rows,
         "crc32": {name: checksum(x) for name, x in arrays.items()},
     }
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     content = safetensors.numpy.save(arrays, {"purepruning": json.dumps(header, sort_keys=True)})
     calibration = json.dumps(_calibration(where, weights, ranges, config), indent=1)
     write_whole(target, content)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 import purepruning as pp
+from purepruning_interop.recipes.edges.tree import gradients
 from purepruning_interop.recipes.refit import Refit
 from purepruning_interop.runs.work import Stage, State, Work, config_of
 
@@ -151,9 +152,13 @@ def _stats(work: Work, params: Any, config: Any) -> Any:
         return None
     batches = task.batches[: work.step.args["statistics_batch_num"]]
     if use in _BY_GRADIENTS:
+        loss = task.loss
+        assert loss is not None  # it was checked
         sums = pp.stats.gradients.init(params, config)
+        names = {path for x in config.layers for path in (x.weight, x.bias)}
         for batch in batches:
-            sums = pp.stats.gradients.update(sums, params, _gradients(work, params, batch), config)
+            grads = gradients(params, loss, batch, names)
+            sums = pp.stats.gradients.update(sums, params, grads, config)
         return sums
     assert task.capture is not None  # it was checked
     activation = work.step.args["activation"]
@@ -162,13 +167,3 @@ def _stats(work: Work, params: Any, config: Any) -> Any:
         outputs = task.capture(params, batch, config.layers, "outputs")
         seen = pp.stats.activations.update(seen, outputs, config, activation=activation)
     return seen
-
-
-def _gradients(work: Work, params: Any, batch: Any) -> Any:
-    loss = work.task.loss
-    assert loss is not None  # it was checked
-    if work.task.traced:
-        return jax.grad(loss)(params, batch)
-    import torch
-
-    return torch.func.grad(lambda p: loss(p, batch))(params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -86,13 +86,34 @@ class Functions:
 
     def gradients(self, model: Any, loss: Callable[..., Any], batch: Any) -> Any:
         """Returns the gradients of ``loss(params, batch)``."""
-        if not any(map(is_torch, jax.tree.leaves(model))):
-            return jax.grad(loss)(model, batch)
-        leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in model.items()}
-        loss(leaves, batch).backward()
-        return {n: 0 * x.detach() if x.grad is None else x.grad for n, x in leaves.items()}
+        return gradients(model, loss, batch)
 
     def trained(self, model: Any, trainer: Callable[..., Any], epoch: int, penalty: Any) -> Any:
         """Returns what ``trainer(params, penalty=, epoch=)`` does."""
         found = trainer(model, penalty=penalty, epoch=epoch)
         return model if found is None else found
+
+
+def gradients(
+    params: Any, loss: Callable[..., Any], batch: Any, names: Container[str] | None = None
+) -> Any:
+    """Returns the gradients of ``loss(params, batch)``; zeros of counters, which are no floats.
+
+    Args:
+        params: the tree.
+        loss: the loss.
+        batch: what it takes.
+        names: of torch, which ones to take gradients of, all unless given; others get zeros, such
+            as the statistics of a batch norm, which refuses to be differentiated by them.
+    """
+    if not any(map(is_torch, jax.tree.leaves(params))):
+        found = jax.grad(loss, allow_int=True)(params, batch)
+        return jax.tree.map(
+            lambda x, g: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g, params, found
+        )
+    leaves = {
+        n: x.detach().requires_grad_(x.is_floating_point() and (names is None or n in names))
+        for n, x in params.items()
+    }
+    loss(leaves, batch).backward()
+    return {n: 0 * x.detach() if x.grad is None else x.grad for n, x in leaves.items()}
