@@ -1,12 +1,38 @@
 """The document's loops, as they stand there, on digits: AGP, lottery tickets, sensitivity, AMC."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
-from purepruning_interop import recipes as aup
+from purepruning_interop import recipes
 from tests.recipes import nets
-from tests.recipes.seed_recipes import SEEDS
+from tests.recipes.seed_recipes import CALLS, SEEDS
+
+#: auptimizer's package, as the document calls it.
+aup = types.SimpleNamespace(compression=recipes, create_compressor=recipes.create_compressor)
+args = types.SimpleNamespace(epochs=10)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_example_of_a_creation(name):
+    x = torch.from_numpy(nets.digits()[0][0][:1])
+    model = nets.torch_net()
+    names = {
+        "aup": aup,
+        "model": model,
+        "config": SEEDS[name],
+        "config_list": SEEDS[name],
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "evaluator": lambda *args: 0.0,
+        "trainer": lambda *args, **kwargs: None,
+        "short_term_fine_tuner": lambda *args: None,
+        "val_loader": [(x, None)],
+        "dummy_input": x,
+    }
+    compressor = eval(CALLS[name], names)
+    assert compressor.config is not None
 
 
 def test_agp():
@@ -14,10 +40,10 @@ def test_agp():
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     pruned = []
 
-    compressor = aup.create_compressor(model, config, optimizer=optimizer)
+    compressor = aup.compression.create_compressor(model, config, optimizer=optimizer)
     model = compressor.compress()
 
-    for epoch in range(1, 10 + 1):
+    for epoch in range(1, args.epochs + 1):
         nets.torch_epoch(model, optimizer)
         compressor.update_epoch(epoch)
         pruned.append(int((model.fc1.weight == 0).sum()))
@@ -34,8 +60,11 @@ def test_lottery_ticket():
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     first = {n: x.clone() for n, x in model.state_dict().items()}
     left, rates = [], []
+    args = types.SimpleNamespace(epochs=2)
 
-    compressor = aup.create_compressor(model, config, optimizer=optimizer, lr_scheduler=scheduler)
+    compressor = aup.compression.create_compressor(
+        model, config, optimizer=optimizer, lr_scheduler=scheduler
+    )
     model = compressor.compress()
 
     for _ in compressor.get_prune_iterations():
@@ -47,7 +76,7 @@ def test_lottery_ticket():
         assert torch.equal(model.conv2.weight[kept], first["conv2.weight"][kept])
         assert torch.equal(model.norm.running_mean, first["norm.running_mean"])
         assert not optimizer.state
-        for _epoch in range(1, 2 + 1):
+        for epoch in range(1, args.epochs + 1):  # noqa: B007
             nets.torch_epoch(model, optimizer)
         scheduler.step()
 
@@ -72,7 +101,7 @@ def test_sensitivity():
     def short_term_fine_tuner(model):
         nets.torch_epoch(model, torch.optim.Adam(model.parameters(), 1e-2))
 
-    compressor = aup.create_compressor(
+    compressor = aup.compression.create_compressor(
         model, config, finetuner=short_term_fine_tuner, evaluator=evaluator
     )
     model = compressor.compress(eval_args=[model], finetune_args=[model])
