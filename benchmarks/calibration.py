@@ -77,11 +77,12 @@ def _sparse_gpt(size: int) -> dict[str, Any]:
     x = rng.normal(size=(2 * size, size)) * rng.uniform(0.2, 2.2, size)
     x[:, 1:] += 0.5 * x[:, :-1]
     gram = (x.T @ x).astype(np.float32)
+    torch_weight, torch_gram = (frameworks["torch"](array) for array in (weight, gram))
     layer, found = _layer(size, size), {}
     for kind, granularity in (("50 %", "element"), ("2:4", NM(2, 4))):
         config = _config(layer, granularity)
         nm = isinstance(granularity, NM)
-        calls = {"reference": lambda nm=nm: _reference(weight, gram, nm)}
+        calls = {"reference": lambda nm=nm: reference(torch_weight, torch_gram, nm)}
         for name, array in frameworks.items():
             stats = _totals(array, "grams", gram[None], 2 * size)
             params = {"w": array(weight)}
@@ -94,13 +95,13 @@ def _sparse_gpt(size: int) -> dict[str, Any]:
     return found
 
 
-def _reference(weight: np.ndarray, gram: np.ndarray, nm: bool) -> Any:
+def reference(weight: Any, gram: Any, nm: bool) -> Any:
     """The algorithm as it is written in the paper's code, in torch; exactly half of each block."""
     import torch
 
-    w, h = torch.from_numpy(weight.copy()), torch.from_numpy(gram.copy())
+    w, h = weight.clone(), gram.clone()
     columns = w.shape[1]
-    h += 0.01 * torch.mean(torch.diag(h)) * torch.eye(columns)
+    h += 0.01 * torch.mean(torch.diag(h)) * torch.eye(columns, device=h.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True)
     for start in range(0, columns, 128):

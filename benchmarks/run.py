@@ -26,10 +26,12 @@ import channels
 import criteria
 import files
 import measure
+import memory
 import quantizers
 import schedules
 import searches
 import selection
+import storage
 import structure
 import training
 from nets import DENSENET, RESNET
@@ -105,6 +107,9 @@ ROWS = {
     "knapsack": Row(searches.knapsack, (224, 17, 10_000), (6, 4, 200)),
     "compiled-search": Row(searches.compiled, ((64, 300, 100, 10), 512, 200), ((8, 6, 5, 3), 4, 3)),
     "stream": Row(files.stream, (38, 4, 1), (2, 1, 64)),
+    "sparse-files": Row(storage.sparse_files, (2048, 4096), (32, 64)),
+    "bcoo": Row(storage.bcoo, (2048, 64), (32, 4)),
+    "memory": Row(memory.memory, (16, 2048, 2048), (2, 16, 16)),
     "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 

@@ -22,7 +22,7 @@ NOISE = 1.1  # of CPU time, which others' use of the caches changes too
 
 def tickets(size: tuple[Any, ...], run: Callable[..., Any]) -> dict[str, Any]:
     widths, steps, numbers = size
-    times = {n: run(_tickets_timing, widths, steps, n) for n in numbers}
+    times = {n: run(tickets_timing, widths, steps, n) for n in numbers}
     memory = {n: run(_tickets_memory, widths, steps, n) for n in numbers}
     chosen = {n: t.pop("chosen") for n, t in times.items()}
     checks = []
@@ -53,7 +53,7 @@ def tickets(size: tuple[Any, ...], run: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _tickets_timing(widths: tuple[int, ...], steps: int, n: int) -> dict[str, Any]:
+def tickets_timing(widths: tuple[int, ...], steps: int, n: int) -> dict[str, Any]:
     import jax
 
     a_round, step, prune, begin, batches = _lottery(widths, steps)
