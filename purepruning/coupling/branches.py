@@ -1,7 +1,8 @@
 """Residual branches: what a block adds to a stream, such as an attention or an MLP.
 
-All channels inside of a branch go together. What reads them then reads nothing, its product is
-zero, and only the bias is left of what the branch adds; its arrays keep an axis of no positions.
+All channels inside of a branch are removed together. What reads them then reads nothing, its
+product is zero, and only the bias is left of what the branch adds; its arrays keep an axis of no
+positions.
 """
 
 from __future__ import annotations

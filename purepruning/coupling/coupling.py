@@ -179,7 +179,7 @@ class Coupling:
         return masks_of(self.leaves, self.removed(pruned), params)
 
     def complete(self, masks: Any, params: Any, *, conflicts: Conflicts = "keep") -> Any:
-        """Returns masks with all that goes along: scales, biases, and what reads the channels.
+        """Returns masks with all coupled slices: scales, biases, and what reads the channels.
 
         ``masks`` are those of any pruner, which cover the layers that it prunes. A model masked by
         the result computes what the one that :func:`purepruning.shrink` makes of it does; and

@@ -1,4 +1,4 @@
-"""Importance of whole units, over all that goes with them, and masks from any such scores."""
+"""Importance of whole coupled units, over all their slices, and masks from any such scores."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def group_norm(
     normalize: Normalize = "mean",
     roles: Collection[str] = ROLES,
 ) -> Masks:
-    r"""Returns masks that prune the units whose weights, of all that goes with them, are smallest.
+    r"""Returns masks that prune the units whose weights, over all coupled slices, are smallest.
 
     $$s_u = \operatorname{mean}_m \frac{v_{u,m}}{\operatorname{mean}_{u'} v_{u',m}}, \qquad
       v_{u,m} = \sum_{i \in u_m} |w_i|^p$$

@@ -1,4 +1,4 @@
-"""The group lasso over coupled units: a penalty that drives all that goes with a unit to zero."""
+"""The group lasso over coupled units: a penalty that drives all weights of a unit to zero."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def group_penalty(
 
     $$\lambda \sum_u \sqrt{n_u} \sqrt{\sum_m \sum_{i \in u_m} w_i^2}$$
 
-    The slices $u_m$ of a unit, of $n_u$ weights in all, are what goes with it: what makes its
+    The slices $u_m$ of a unit, of $n_u$ weights in all, are those coupled in it: what makes its
     channels, their biases and scales, and what reads them. (A weight that both makes and reads the
     same unit, on the diagonal of a recurrent matrix, counts twice.) Where
     :func:`purepruning.slim_penalty` drives scales to zero, this does so with whole units, which can

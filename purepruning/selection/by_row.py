@@ -19,7 +19,7 @@ def row_masks(sources: dict[str, Source], counts: dict[str, Any], plan: Problem)
     """Returns masks that prune equally many weights of every row of a layer's matrices.
 
     What of a count is left over after that goes from as many rows, one each: where the next lowest
-    score is lowest. So counts are exact, and a higher one revives nothing.
+    score is lowest. So counts are exact, and what a lower count prunes, a higher one prunes too.
     """
     masks, has_nan = {}, {}
     for pool in plan.pools:

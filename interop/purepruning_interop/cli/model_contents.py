@@ -67,7 +67,7 @@ class ModelContents:
             columns.append(("rules remove", True))
         rows = self.rows if every else merged(self.rows)
         out.print(output.table(columns, [self._cells(row) for row in rows]))
-        out.print("\n[bold]Coupling[/]  channels that only go together")
+        out.print("\n[bold]Coupling[/]  channels that are kept or removed together")
         out.print(str(self.coupling), markup=False, soft_wrap=True)
         if self.picture is not None:
             out.print(f"\npicture  {output.escaped(str(self.picture))}", soft_wrap=True)

@@ -59,7 +59,7 @@ def count(e: Emitter, x: Over) -> Any:
 
 
 def missing(e: Emitter, x: Over) -> fx.Node | None:
-    """Returns what is there where positions are gone; None for zeros."""
+    """Returns the values at removed positions; None for zeros."""
     axis = _axis(e, x)
     if axis is None or not _holds_numbers(x.value, axis):
         return None
