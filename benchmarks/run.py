@@ -109,7 +109,7 @@ ROWS = {
     "stream": Row(files.stream, (38, 4, 1), (2, 1, 64)),
     "sparse-files": Row(storage.sparse_files, (2048, 4096), (32, 64)),
     "bcoo": Row(storage.bcoo, (2048, 64), (32, 4)),
-    "memory": Row(memory.memory, (16, 2048, 2048), (2, 16, 16)),
+    "memory": Row(memory.memory, (8, 2048, 2048), (2, 16, 16)),
     "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 
