@@ -16,11 +16,14 @@ import numpy as np
 from purepruning.arrays import bits_float, float_bits, int32, namespace
 
 
-def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = None) -> Any:
+def exact_sum(
+    values: Any, axes: tuple[int, ...], times: np.ndarray | None = None, across: Any = None
+) -> Any:
     """Returns the sums of float32 ``values`` over ``axes``, bit for bit the same in any order.
 
     Where ``times`` is given, whole numbers that broadcast to the sums with their axes kept, every
-    term of a sum counts so many times.
+    term of a sum counts so many times. Where terms lie over several processes, ``across``
+    (:class:`purepruning.shards.Across`) adds theirs; every process then gets the whole sums.
 
     With M the largest magnitude among the n terms of a sum, repeated ones included, every term is
     cut into integer limbs of b bits below M, b = 30 - log2(n), so that the int32 sum of each limb
@@ -31,10 +34,10 @@ def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = Non
     """
     xp = namespace(values)
     axes = tuple(a % values.ndim for a in axes)
-    n = math.prod(values.shape[a] for a in axes)
+    n = math.prod(values.shape[a] for a in axes) if across is None else across.terms
     if n == 0 or (not axes and times is None):
         return xp.sum(values, axis=axes) if axes else values
-    top = largest_magnitude(values, axes)
+    top = largest_magnitude(values, axes, across)
     bits, limbs = limbs_of(n * (1 if times is None else int(times.max())))
     scale, unscale = power_of_two_scale(top, bits, 126 - bits * (limbs - 1))
     rest = values * scale
@@ -44,12 +47,13 @@ def exact_sum(values: Any, axes: tuple[int, ...], times: np.ndarray | None = Non
         total = xp.sum(limb, axis=axes, keepdims=True, dtype=xp.int32) if axes else limb
         totals.append(total if times is None else total * int32(xp, times, total))
         rest = (rest - xp.astype(limb, xp.float32)) * 2.0**bits
+    totals = totals if across is None else across.totals(totals)
     result = total_of_limbs(totals, 2.0**-bits)
     result = xp.where(xp.isfinite(top), result * unscale, top)
     return xp.reshape(result, tuple(n for a, n in enumerate(values.shape) if a not in axes))
 
 
-def largest_magnitude(values: Any, axes: tuple[int, ...]) -> Any:
+def largest_magnitude(values: Any, axes: tuple[int, ...], across: Any = None) -> Any:
     """Returns the largest of float32 magnitudes over ``axes``, which are kept; NaN if one is NaN.
 
     As integers, which have the same order, NaN above infinity: XLA's maxima of floats on a CPU
@@ -57,7 +61,8 @@ def largest_magnitude(values: Any, axes: tuple[int, ...]) -> Any:
     """
     xp = namespace(values)
     bits = float_bits(xp, values) & 0x7FFFFFFF
-    return bits_float(xp, xp.max(bits, axis=axes, keepdims=True) if axes else bits)
+    bits = xp.max(bits, axis=axes, keepdims=True) if axes else bits
+    return bits_float(xp, bits if across is None else across.totals([bits], "MAX")[0])
 
 
 def limbs_of(n: int) -> tuple[int, int]:

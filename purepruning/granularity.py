@@ -75,6 +75,8 @@ class Grid:
         stack: axes of the split weight that count stack members. Axis ``a`` of the weight becomes
             the axes ``2 * a`` (which tile) and ``2 * a + 1`` (where in it).
         units: axes of the split weight that index the units, in the order in which units count.
+        across: how units are reduced of which this process has a shard
+            (:class:`purepruning.shards.Across`); None where it has all weights.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +84,7 @@ class Grid:
     sizes: tuple[int, ...]
     stack: tuple[int, ...]
     units: tuple[int, ...]
+    across: Any = None
 
     @functools.cached_property
     def split(self) -> tuple[int, ...]:
@@ -206,10 +209,12 @@ def _block(layer: Layer, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(tiles), tuple(sizes)
 
 
-def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]], Any]) -> Any:
+def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[..., Any]) -> Any:
     """Returns ``(stacked, units)`` from ``reduce(array, axes)`` over what lies inside each unit.
 
     ``reduce`` drops the axes it is given; edges of the weight are filled up with zeros (False).
+    Of a shard, ``g.across`` says what the whole is; ``reduce`` is then given it, and what every
+    process gets is of all units.
     """
     order, inside = (*g.stack, *g.units), g.inside
     if g.is_split:
@@ -217,7 +222,11 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[[Any, tuple[int, ...]],
     else:
         order, inside = tuple(a // 2 for a in order), tuple(a // 2 for a in inside if a % 2 == 0)
     left = sorted(order)
-    folded = reduce(weight, inside) if inside else weight
+    if g.across is not None:
+        folded = reduce(weight, inside, g.across) if inside else weight
+        folded = xp.reshape(g.across.everywhere(folded), tuple(g.shape[a] for a in left))
+    else:
+        folded = reduce(weight, inside) if inside else weight
     folded = xp.permute_dims(folded, tuple(left.index(a) for a in order))
     return xp.reshape(folded, (g.n_stacked, g.n_units))
 
@@ -247,9 +256,13 @@ def spread(xp: Any, keep: Any, g: Grid) -> Any:
     return mask[tuple(slice(0, n) for n in g.shape)] if g.is_padded else mask
 
 
-def any_of(mask: Any, axes: tuple[int, ...]) -> Any:
+def any_of(mask: Any, axes: tuple[int, ...], across: Any = None) -> Any:
     """Returns whether anything is kept along ``axes``; a reduction for :func:`fold`."""
-    return namespace(mask).any(mask, axis=axes)
+    xp = namespace(mask)
+    if across is None:
+        return xp.any(mask, axis=axes)
+    found = xp.astype(xp.any(mask, axis=axes, keepdims=True), xp.uint8)
+    return across.totals([found], "MAX")[0] > 0
 
 
 def _pad(xp: Any, weight: Any, g: Grid) -> Any:

@@ -105,7 +105,7 @@ def _mean(weight: Any, layer_stats: tuple[WideCount, WideCount, CompensatedSum],
     return value(sums) / value(positions)
 
 
-_APOZ = Criterion("apoz_rank", channel=_apoz, of=by_name)
+_APOZ = Criterion("apoz_rank", channel=_apoz, of=by_name, on_shards=True)
 
 
-_MEAN = Criterion("mean_activation_rank", channel=_mean, of=by_name)
+_MEAN = Criterion("mean_activation_rank", channel=_mean, of=by_name, on_shards=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from purepruning.arrays import array_like, bits_float, float_bits, namespace, sqrt
 from purepruning.config.config import Config
-from purepruning.exact_sum import exact_sum, power_of_two_scale
+from purepruning.exact_sum import exact_sum, largest_magnitude, power_of_two_scale
 from purepruning.granularity import Grid, fold
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
@@ -82,8 +82,8 @@ def l1(weight: Any, layer_stats: None, g: Grid) -> Any:
     xp = namespace(weight)
     times, share = _edges(g, weight)
 
-    def total(magnitude: Any, axes: tuple[int, ...]) -> Any:
-        return exact_sum(magnitude, axes, times) * share
+    def total(magnitude: Any, axes: tuple[int, ...], across: Any = None) -> Any:
+        return exact_sum(magnitude, axes, times, across) * share
 
     return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
 
@@ -107,12 +107,15 @@ def _of_squares(weight: Any, g: Grid, finish: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(weight)
     times, share = _edges(g, weight)
 
-    def total(magnitude: Any, axes: tuple[int, ...]) -> Any:
+    def total(magnitude: Any, axes: tuple[int, ...], across: Any = None) -> Any:
         # Squares are taken of numbers near 1: the largest of them neither overflow nor vanish.
-        top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
+        if across is not None:
+            top = largest_magnitude(magnitude, axes, across)
+        else:
+            top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
         scale, unscale = power_of_two_scale(top, 0, 63)
         scaled = magnitude * scale
-        squares = exact_sum(scaled * scaled, axes, times) * share
+        squares = exact_sum(scaled * scaled, axes, times, across) * share
         return finish(squares, xp.reshape(unscale, squares.shape))
 
     return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
@@ -148,10 +151,10 @@ def _edges(g: Grid, like: Any) -> tuple[np.ndarray | None, Any]:
     return None, array_like(like, np.squeeze(repeats / least, g.inside).astype(np.float32))
 
 
-_LEVEL = Criterion("level", element=element)
+_LEVEL = Criterion("level", element=element, on_shards=True)
 
 
-_L1 = Criterion("l1_norm", channel=l1, block=l1, terms=element)
+_L1 = Criterion("l1_norm", channel=l1, block=l1, terms=element, on_shards=True)
 
 
-_L2 = Criterion("l2_norm", channel=_l2, block=_l2, rank=_l2_rank)
+_L2 = Criterion("l2_norm", channel=_l2, block=_l2, rank=_l2_rank, on_shards=True)

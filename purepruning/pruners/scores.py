@@ -105,9 +105,11 @@ def _element(weight: Any, layer_stats: Any) -> Any:
 
 def _unit(weight: Any, layer_stats: Any, g: Grid) -> Any:
     xp = namespace(layer_stats)
-    if tuple(layer_stats.shape) != g.shape:
+    if tuple(layer_stats.shape) != tuple(weight.shape):
         return xp.reshape(layer_stats, (g.n_stacked, g.n_units))
     return fold(xp, xp.astype(layer_stats, xp.float32), g, exact_sum)
 
 
-_GIVEN = Criterion("prune_scores", element=_element, channel=_unit, block=_unit, of=by_name)
+_GIVEN = Criterion(
+    "prune_scores", element=_element, channel=_unit, block=_unit, of=by_name, on_shards=True
+)

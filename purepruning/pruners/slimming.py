@@ -196,4 +196,4 @@ def _weight(where: str, layer: Layer, leaves: Mapping[str, Any]) -> Any:
     return x
 
 
-_SLIM = Criterion("slim", element=magnitude.element, channel=magnitude.l1)
+_SLIM = Criterion("slim", element=magnitude.element, channel=magnitude.l1, on_shards=True)

@@ -65,4 +65,4 @@ def unit(weight: Any, layer_stats: CompensatedSum, g: Grid) -> Any:
     return namespace(weight).abs(of_units(weight, layer_stats, g))
 
 
-_SNIP = Criterion("snip", element=element, channel=unit, block=unit, of=by_name)
+_SNIP = Criterion("snip", element=element, channel=unit, block=unit, of=by_name, on_shards=True)

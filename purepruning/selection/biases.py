@@ -33,14 +33,19 @@ def bias_masks(
     """
     found: dict[str, Any] = {}
     for layer in layers:
-        rows = isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1)
-        if layer.bias is None or not layer.out_axes or rows:
+        if layer.bias is None or not has_bias_mask(layer, granularity):
             continue
         mask = masks[layer.weight]
         keep = compiled(mask, _bias_mask, "g")(mask, g=grid(layer, "output_channel"))
         # A bias that layers share stays as long as one of them needs it.
         found[layer.bias] = keep if layer.bias not in found else found[layer.bias] | keep
     return found
+
+
+def has_bias_mask(layer: Layer, granularity: Granularity) -> bool:
+    """Whether a channel of the layer can lose all its weights, and its bias with them."""
+    rows = isinstance(granularity, NM) or (granularity == "input_channel" and layer.groups == 1)
+    return bool(layer.out_axes) and not rows
 
 
 def _bias_mask(mask: Any, *, g: Grid) -> Any:

@@ -57,6 +57,11 @@ class Criterion(NamedTuple):
             negative. Compiled code then sums many layers at once; None if there is no such sum.
         rows: whether, in layer scope, single weights are compared with those of the same output
             alone (:mod:`purepruning.selection.by_row`).
+        on_shards: whether ``element`` scores a weight by its own numbers alone (of statistics, by
+            those in its place), and ``channel`` reads weights through
+            :func:`purepruning.criteria.reduce_units` with its exact sum alone. Where a weight lies
+            over processes, each then scores its shard; the weights of others are put together,
+            one layer at a time.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Criterion(NamedTuple):
     rank: Callable[[Any, Any, Grid], Any] | None = None
     terms: Callable[[Any, Any], Any] | None = None
     rows: bool = False
+    on_shards: bool = False
 
 
 def by_name(stats: Mapping[str, Any], layer: Layer) -> Any:
@@ -121,7 +127,7 @@ class Checked:
             return scores
         shape = (grids[0].n_stacked, grids[0].n_units) if grids else tuple(weight.shape)
         scores = self._checked(scores, weight, shape)
-        return scores if grids else Piece((scores,), _stored, indexed=False)
+        return scores if grids else Piece((scores,), stored, indexed=False)
 
     def _checked(self, scores: Any, weight: Any, shape: tuple[int, ...]) -> Any:
         where = f"{self.criterion}: {self.field} must return"
@@ -153,7 +159,8 @@ def _is_built_in(function: Any) -> bool:
     return str(module).partition(".")[0] == "purepruning"
 
 
-def _stored(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
+def stored(arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
+    """Returns the scores of a piece whose array they are."""
     return arrays[0]
 
 
@@ -209,7 +216,7 @@ class Score(NamedTuple):
         if source.keep is not None:
             whole = spread_mask(source.keep, source.weight)
             keep = replicated(fold(namespace(whole), whole, g, any_of))
-        return _with_lowest(scores, keep, self.inverted)
+        return with_lowest(scores, keep, self.inverted)
 
     def sums(self, sources: Sequence[Source], places: Sequence[Runs]) -> Any:
         """Returns what :meth:`units` does, of layers without stacks, in one vector ``(units,)``."""
@@ -218,7 +225,7 @@ class Score(NamedTuple):
         masked = [source for source in sources if source.keep is not None]
         keeps = [spread_mask(source.keep, source.weight) for source in masked]
         scores, keep = unit_sums(pieces, places, keeps)
-        return _with_lowest(scores, keep, self.inverted)
+        return with_lowest(scores, keep, self.inverted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +239,11 @@ class _Adjusted:
     def __call__(self, arrays: tuple[Any, ...], index: Any, layer_stats: Any) -> Any:
         keep = arrays[-1] if self.masked else None
         scores = self.score(arrays[:-1] if self.masked else arrays, index, layer_stats)
-        return _with_lowest(scores, keep, self.inverted)
+        return with_lowest(scores, keep, self.inverted)
 
 
-def _with_lowest(scores: Any, keep: Any, inverted: bool) -> Any:
+def with_lowest(scores: Any, keep: Any, inverted: bool) -> Any:
+    """Returns scores with the lowest there is where ``keep``, if given, is False."""
     scores = -scores if inverted else scores
     if keep is None:
         return scores

@@ -176,28 +176,45 @@ class _Near(NamedTuple):
     inside: list[list[np.ndarray]]
 
 
-class _Kth(NamedTuple):
+class Kth(NamedTuple):
     """The key to cut at: how many keys of each piece are below it, and how many equal it."""
 
     key: int
     below: list[int]
     ties: list[int]
 
+    def dealt(self, budget: int) -> list[int]:
+        """Returns how many of the ties of each piece are pruned; earlier pieces come first."""
+        rest, result = budget - sum(self.below), []
+        for tie in self.ties:
+            result.append(min(tie, rest))
+            rest -= result[-1]
+        return result
+
 
 def _solve(pieces: Sequence[Piece], budget: int, caps: list[int]) -> HostThreshold | None:
-    """Returns the cuts; a piece that reaches its cap is cut there, the others share the rest."""
-    keys, ties = [LOWEST] * len(pieces), [0] * len(pieces)
-    free = list(range(len(pieces)))
-    if not budget and any(map(_has_nan, pieces)):
-        return None
+    """Returns the cuts; None if there is a NaN."""
+    if not budget:
+        nothing = HostThreshold([LOWEST] * len(pieces), [0] * len(pieces))
+        return None if any(map(_has_nan, pieces)) else nothing
+    return cuts(budget, caps, lambda free, k: _kth([pieces[i] for i in free], k))
+
+
+def cuts(
+    budget: int, caps: Sequence[int], kth: Callable[[list[int], int], Kth | None]
+) -> HostThreshold | None:
+    """Returns where pieces are cut that share a budget; one that reaches its cap is cut there.
+
+    ``kth(which, k)`` finds the k-th lowest key of some of the pieces, k at least 1; None if there
+    is a NaN, and then there are no cuts.
+    """
+    keys, ties = [LOWEST] * len(caps), [0] * len(caps)
+    free = list(range(len(caps)))
     while free and budget:
-        found = _kth([pieces[i] for i in free], budget)
+        found = kth(free, budget)
         if found is None:
             return None
-        rest, dealt = budget - sum(found.below), []
-        for tie in found.ties:
-            dealt.append(min(tie, rest))
-            rest -= dealt[-1]
+        dealt = found.dealt(budget)
         parts = list(zip(free, found.below, found.ties, dealt, strict=True))
         full = [i for i, below, _, d in parts if below + d > caps[i]]
         if not full:
@@ -205,15 +222,17 @@ def _solve(pieces: Sequence[Piece], budget: int, caps: list[int]) -> HostThresho
                 keys[i], ties[i] = (found.key, d) if d < tie else (found.key + 1, 0)
             break
         for i in full:
-            cut = _solve([pieces[i]], caps[i], [pieces[i].size])
-            assert cut is not None
-            keys[i], ties[i] = cut.key[0], cut.ties[0]
+            if caps[i]:
+                alone = kth([i], caps[i])
+                assert alone is not None
+                (d,) = alone.dealt(caps[i])
+                keys[i], ties[i] = (alone.key, d) if d < alone.ties[0] else (alone.key + 1, 0)
             budget -= caps[i]
             free.remove(i)
     return HostThreshold(keys, ties)
 
 
-def _kth(pieces: Sequence[Piece], k: int) -> _Kth | None:
+def _kth(pieces: Sequence[Piece], k: int) -> Kth | None:
     """Returns the k-th lowest key of all pieces, k at least 1; None if there is a NaN."""
     size = sum(p.size for p in pieces)
     sample = _sample(pieces, size)
@@ -240,7 +259,7 @@ def _kth(pieces: Sequence[Piece], k: int) -> _Kth | None:
                     for n, parts in zip(*near, strict=True)
                 ]
                 ties = [sum(int(np.count_nonzero(p == key)) for p in ps) for ps in near.inside]
-                return _Kth(key, below, ties)
+                return Kth(key, below, ties)
             low = low if rank <= 0 else high
         # Not between two samples: many elements may share the key of one.
         found = _share(pieces, low)
@@ -268,8 +287,8 @@ def _look(pieces: Sequence[Piece], low: int, high: int) -> _Near | None:
     return near
 
 
-def _share(pieces: Sequence[Piece], key: int) -> _Kth | None:
-    found = _Kth(key, [], [])
+def _share(pieces: Sequence[Piece], key: int) -> Kth | None:
+    found = Kth(key, [], [])
     for piece in pieces:
         below = ties = 0
         for _, keys in _chunks(piece):

@@ -29,6 +29,7 @@ from purepruning.selection.large import is_large, large_masks
 from purepruning.selection.nm import nm_masks
 from purepruning.selection.problem import Problem, Solved
 from purepruning.selection.ranked import ranked_masks
+from purepruning.shards import is_sharded, refuse_sharded
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params, Stats
 
@@ -63,7 +64,7 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
             f"{criterion.name}: params must be a tree of arrays or a dict of tensors by name "
             f"(dict(model.named_parameters())), got {shown(params)}"
         )
-    weights = weights_of(criterion.name, tree.leaves, config)
+    weights = weights_of(criterion.name, tree.leaves, config, sharded=True)
     if not weights:
         return tree.rebuild({})
     framework = framework_of(next(iter(weights.values())))
@@ -88,19 +89,28 @@ def prune(criterion: Criterion, params: Params, stats: Stats, config: Config) ->
         x.name: Source(weights[x.weight], of(stats, x), before.get(x.weight)) for x in config.layers
     }
 
+    if any(map(is_sharded, weights.values())):
+        from purepruning.selection.sharded import sharded_masks
+
+        masks, has_nan = sharded_masks(criterion, sources, counts, plan, config, tree.leaves)
+        _refuse_nan(criterion.name, has_nan)
+        return tree.rebuild(masks)
+
     def solve(sources: dict[str, Source], counts: dict[str, Any]) -> dict[str, Any]:
         check = all(is_concrete(source.weight) for source in sources.values())
         coupled = functools.partial(_coupled_masks, config, tree.leaves)
         how = _masks if config.allocation is None else coupled
         masks, has_nan = how(sources, counts, plan, check)
-        nan = [name for name, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
-        if nan:
-            raise ValueError(
-                f"{criterion.name}: scores of layer {', '.join(map(repr, nan))} are NaN"
-            )
+        _refuse_nan(criterion.name, has_nan)
         return with_biases(masks, tree, config)
 
     return tree.rebuild(by_numpy(solve, sources, counts))
+
+
+def _refuse_nan(name: str, has_nan: Mapping[str, Any]) -> None:
+    nan = [layer for layer, flag in sorted(has_nan.items()) if is_concrete(flag) and bool(flag)]
+    if nan:
+        raise ValueError(f"{name}: scores of layer {', '.join(map(repr, nan))} are NaN")
 
 
 def _score_of(criterion: Criterion, config: Config) -> Checked:
@@ -124,13 +134,19 @@ def _score_of(criterion: Criterion, config: Config) -> Checked:
     return Checked(criterion.name, field, score)
 
 
-def weights_of(pruner: str, leaves: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def weights_of(
+    pruner: str, leaves: Mapping[str, Any], config: Config, *, sharded: bool = False
+) -> dict[str, Any]:
     """Returns the weights that are pruned, by path, checked against the config.
+
+    ``sharded`` says that they may lie over processes.
 
     Raises:
         KeyError, TypeError, ValueError: as :func:`prune` says of parameters and config.
     """
     check_config(pruner, config)
+    if not sharded:
+        refuse_sharded(pruner, {x.weight: leaves.get(x.weight) for x in config.layers})
     weights = {}
     for layer in config.layers:
         where = f"{pruner}: layer {layer.name!r}"

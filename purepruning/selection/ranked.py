@@ -36,7 +36,14 @@ def _masks(sources: dict[str, Source], counts: Any, *, plan: Problem, check: boo
         keys = _element_keys(sources, plan)
     else:
         keys = _unit_keys(sources, plan.score, grids)
-    pruned = _lowest(keys, counts, caps=plan.caps, grids=tuple(grids.values()))
+    return masks_of_keys(keys, counts, grids, plan.caps, check)
+
+
+def masks_of_keys(
+    keys: Any, counts: Any, grids: dict[str, Grid], caps: tuple[int, ...], check: bool
+) -> Solved:
+    """Returns the masks by name of their layers, from the keys of all units in one vector."""
+    pruned = _lowest(keys, counts, caps=caps, grids=tuple(grids.values()))
     masks, has_nan, start = {}, {}, 0
     xp = namespace(keys)
     for name, g in grids.items():

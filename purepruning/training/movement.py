@@ -371,4 +371,5 @@ _MOVEMENT = Criterion(
     channel=_unit,
     block=_unit,
     of=by_name,
+    on_shards=True,
 )
