@@ -223,7 +223,7 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[..., Any]) -> Any:
         order, inside = tuple(a // 2 for a in order), tuple(a // 2 for a in inside if a % 2 == 0)
     left = sorted(order)
     if g.across is not None:
-        folded = reduce(weight, inside, g.across) if inside else weight
+        folded = reduce(weight, inside, across=g.across) if inside else weight
         folded = xp.reshape(g.across.everywhere(folded), tuple(g.shape[a] for a in left))
     else:
         folded = reduce(weight, inside) if inside else weight

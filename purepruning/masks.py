@@ -26,6 +26,7 @@ from purepruning.arrays import (
     is_torch,
     namespace,
 )
+from purepruning.shards import box_of, is_sharded, laid_out, local, local_as, of_shard, reduced
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -191,11 +192,16 @@ def zero_pruned(x: Any, mask: Any) -> Any:
     """Returns one array with zeros where its mask is False."""
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError("params: a parameter that has a mask has no values, only a shape")
+    if is_sharded(x):
+        mask = mask if is_sharded(mask) else laid_out(mask, x)
+        return namespace(x).where(mask, x, namespace(x).zeros_like(x))
     return by_numpy(lambda x, mask: chosen(spread_mask(mask, x), x, 0), x, mask)
 
 
 def whole_mask(mask: Any, x: Any) -> Any:
     """Returns a new mask of the shape of ``x`` from one that broadcasts to it; True for None."""
+    if mask is not None and is_sharded(x):
+        return of_shard(by_numpy(_whole, local_as(x, mask), local(x)), x)
     return by_numpy(_whole, mask, x)
 
 
@@ -219,6 +225,11 @@ def spread_mask(mask: Any, x: Any) -> Any:
 
 def count_kept(mask: Any, shape: tuple[int, ...]) -> int:
     """Returns how many weights of a parameter of ``shape`` its mask keeps."""
+    if is_sharded(mask):
+        box = box_of(mask)
+        mine = to_numpy(local(mask))
+        (kept,) = reduced([box], [np.asarray([np.count_nonzero(mine) * box.first], np.int64)])
+        return int(kept[0]) * (math.prod(shape) // max(math.prod(mask.shape), 1))
     host = to_numpy(mask)
     return int(np.count_nonzero(host)) * (math.prod(shape) // host.size) if host.size else 0
 
@@ -228,7 +239,14 @@ def to_numpy(mask: Any) -> np.ndarray:
 
     Raises:
         TypeError: under ``jit`` or ``vmap``, where its values are not known.
+        ValueError: it lies over processes.
     """
+    if is_sharded(mask):
+        raise ValueError(
+            "these masks lie over processes (DTensors), and are needed whole; give "
+            "{name: mask.full_tensor() for name, mask in masks.items()}, which every process has "
+            "to make, or save them by torch.distributed.checkpoint"
+        )
     if not is_concrete(mask):
         raise TypeError(
             "the values of these masks are not known under jit or vmap; call this outside of it"
@@ -294,6 +312,11 @@ def _check(path: str, mask: Any, param: Any) -> None:
     if is_torch(mask) != is_torch(param):
         kinds = ["torch" if is_torch(x) else "JAX" for x in (mask, param)]
         raise TypeError(f"masks: {path!r} is a {kinds[0]} mask for a {kinds[1]} parameter")
+    if is_sharded(mask) and is_torch(param) and not is_sharded(param):
+        raise TypeError(
+            f"masks: {path!r} lies over processes (a DTensor), and its parameter does not; give "
+            "mask.full_tensor(), which every process has to make"
+        )
     if is_torch(mask) and mask.device != param.device:
         raise ValueError(
             f"masks: {path!r} is on device {mask.device}, its parameter on {param.device}"
@@ -358,11 +381,15 @@ def _merge(path: str, group: list[Any], op: Any) -> Any:
         listed = " and ".join(map(str, shapes))
         raise ValueError(f"masks: the masks of {path!r} do not broadcast: {listed}") from None
 
-    def merged(*group: Any) -> Any:
+    def merged(*group: Any, shape: tuple[int, ...] = shape) -> Any:
         xp = namespace(group[0])
         whole = [xp.broadcast_to(mask, shape) for mask in group]
         return xp.astype(functools.reduce(op, whole), xp.bool, copy=True)
 
+    like = next((x for x in group if is_sharded(x) and _shape(x) == shape), None)
+    if like is not None:
+        merged_shards = functools.partial(merged, shape=tuple(local(like).shape))
+        return of_shard(by_numpy(merged_shards, *(local_as(like, mask) for mask in group)), like)
     return by_numpy(merged, *group)
 
 

@@ -1,7 +1,7 @@
 """What one process holds of a tensor that lies over several: torch's DTensor.
 
 Under ``fully_shard``, tensor parallelism or both, every process has a box of a parameter: its
-shard. Algorithms here work on shards, and processes tell each other integers: counts, limbs of exact
+shard. Algorithms work on shards, and processes tell each other integers: counts, limbs of exact
 sums, bits. Whole tensors are put together only where a function says so.
 
 Like :mod:`purepruning.arrays`, this imports no framework: who has a DTensor has imported torch.
@@ -25,6 +25,7 @@ from purepruning.arrays import (
     is_numpy,
     is_torch,
     namespace,
+    zeros,
 )
 
 
@@ -89,7 +90,7 @@ class Box:
                 axes.append((last[0] * n, last[1] * n, last[2] * n))
             else:
                 axes.append((size, start, n))
-        result, stride = 0, 1
+        stride, result = 1, place * 0
         for size, start, n in reversed(axes[1:]):
             result = result + (place % size + start) * stride
             place, stride = place // size, stride * n
@@ -119,16 +120,16 @@ def box_of(x: Any) -> Box:
     mine = x.device_mesh.get_coordinate()
     if mine is None:
         raise ValueError("this process is not in the mesh of a parameter; call this on its members")
-    first = all(
-        i == 0 for i, p in zip(mine, x.placements, strict=True) if not hasattr(p, "dim")
-    )
+    first = all(i == 0 for i, p in zip(mine, x.placements, strict=True) if not hasattr(p, "dim"))
     return Box(shape, tuple(starts), tuple(sizes), first, x.device_mesh)
 
 
 def _along(x: Any, axis: int, n: int) -> tuple[int, int]:
     """Returns where along an axis of size n the shard of a DTensor begins, and its size."""
     tensor, torch = sys.modules["torch.distributed.tensor"], sys.modules["torch"]
-    placements = [p if getattr(p, "dim", None) == axis else tensor.Replicate() for p in x.placements]
+    placements = [
+        p if getattr(p, "dim", None) == axis else tensor.Replicate() for p in x.placements
+    ]
     if all(p.is_replicate() for p in placements):
         return 0, n
     ones = [1] * x.ndim
@@ -150,29 +151,23 @@ def local(x: Any) -> Any:
     return x.detach().to_local() if is_sharded(x) else x
 
 
-def local_as(box: Box, x: Any) -> Any:
-    """Returns the shard, at ``box``, of a DTensor or a whole array; both may broadcast to it."""
-    if not is_sharded(x):
-        return box.cut(x)
-    here = box_of(x)
-    lead = len(box.shape) - len(here.shape)
-    fits = all(
-        n == 1 if n != whole else (a, size) == (b, wanted)
-        for n, whole, a, size, b, wanted in zip(
-            here.shape,
-            box.shape[lead:],
-            here.start,
-            here.sizes,
-            box.start[lead:],
-            box.sizes[lead:],
-            strict=True,
-        )
-    )
-    return local(x) if fits and 0 not in box.sizes else box.cut(whole(x))
+def local_as(like: Any, x: Any) -> Any:
+    """Returns the part of ``x``, which broadcasts to ``like``, at this process's shard of ``like``.
+
+    A DTensor that is laid out otherwise is put together for it, by all processes.
+    """
+    if is_sharded(x) and is_sharded(like) and _fits(x, like):
+        return local(x)
+    return box_of(like).cut(whole(x))
+
+
+def _fits(x: Any, like: Any) -> bool:
+    """Whether a DTensor is laid out as another one that it broadcasts to; alike everywhere."""
+    return x.device_mesh == like.device_mesh and tuple(x.placements) == tuple(_placements(x, like))
 
 
 def whole(x: Any) -> Any:
-    """Returns a DTensor whole, on every process, all of which must call this; others as they are."""
+    """Returns a DTensor whole, which every process has to call; other arrays as they are."""
     return x.detach().full_tensor() if is_sharded(x) else x
 
 
@@ -184,15 +179,20 @@ def laid_out(x: Any, like: Any) -> Any:
     if not is_sharded(like):
         return x
     tensor = sys.modules["torch.distributed.tensor"]
-    lead = like.ndim - x.ndim
-    placements = [
-        tensor.Replicate()
+    placements = _placements(x, like)
+    x = in_framework("torch", x).to(like.device)
+    return tensor.distribute_tensor(x, like.device_mesh, placements, src_data_rank=None)
+
+
+def _placements(x: Any, like: Any) -> list[Any]:
+    """Returns how an array lies that broadcasts to a DTensor, and goes with its shards."""
+    replicate, lead = sys.modules["torch.distributed.tensor"].Replicate(), like.ndim - x.ndim
+    return [
+        replicate
         if hasattr(p, "dim") and (p.dim < lead or x.shape[p.dim - lead] != like.shape[p.dim])
         else _moved(p, lead)
         for p in like.placements
     ]
-    x = in_framework("torch", x).to(like.device)
-    return tensor.distribute_tensor(x, like.device_mesh, placements, src_data_rank=None)
 
 
 def _moved(placement: Any, lead: int) -> Any:
@@ -212,7 +212,14 @@ def of_shard(x: Any, like: Any) -> Any:
     return result
 
 
-def total(boxes: Sequence[Box], arrays: Sequence[Any], how: str = "SUM") -> list[Any]:
+def zeros_as(like: Any, shape: tuple[int, ...]) -> Any:
+    """Returns float32 zeros where ``like`` is; of its shape, laid out as it is."""
+    if is_sharded(like) and shape == tuple(like.shape):
+        return of_shard(zeros(local(like), box_of(like).sizes, "float32"), like)
+    return zeros(like, shape, "float32")
+
+
+def reduced(boxes: Sequence[Box], arrays: Sequence[Any], how: str = "SUM") -> list[Any]:
     """Returns integer arrays added up, or the largest of them, over the processes of their boxes.
 
     Arrays are of NumPy or torch, one for each box, of the same shape on every process. Those of
@@ -226,7 +233,7 @@ def total(boxes: Sequence[Box], arrays: Sequence[Any], how: str = "SUM") -> list
     for some in groups.values():
         xp = namespace(arrays[some[0]])
         joined = xp.concat([xp.reshape(arrays[i], (-1,)) for i in some])
-        joined = _reduced(boxes[some[0]].mesh, joined, how)
+        joined = _all_reduced(boxes[some[0]].mesh, joined, how)
         start = 0
         for i in some:
             stop = start + math.prod(arrays[i].shape)
@@ -237,10 +244,10 @@ def total(boxes: Sequence[Box], arrays: Sequence[Any], how: str = "SUM") -> list
 
 def agreed(box: Box, flag: bool) -> bool:
     """Returns whether a flag is set on some process of a box's mesh: the same on all of them."""
-    return bool(total([box], [np.asarray([flag], np.int32)])[0][0])
+    return bool(reduced([box], [np.asarray([flag], np.int32)])[0][0])
 
 
-def _reduced(mesh: Any, x: Any, how: str) -> Any:
+def _all_reduced(mesh: Any, x: Any, how: str) -> Any:
     """Returns a vector reduced over all processes of a mesh."""
     distributed = sys.modules["torch.distributed"]
     sent = in_framework("torch", np.array(x) if is_numpy(x) else x).to(mesh.device_type)
@@ -271,9 +278,9 @@ class Across:
         return math.prod(self.box.shape[a] for a in self.inside)
 
     def totals(self, arrays: Sequence[Any], how: str = "SUM") -> list[Any]:
-        """Returns, for each unit in the shard, what :func:`total` makes of all processes' units."""
+        """Returns, by unit in the shard, what :func:`reduced` makes of those of all processes."""
         placed = [self._placed(x, self.box.first) for x in arrays]
-        found = total([self._units] * len(placed), placed, how)
+        found = reduced([self._units] * len(placed), placed, how)
         return [self._units.cut(x) for x in found]
 
     def everywhere(self, x: Any) -> Any:
@@ -283,7 +290,7 @@ class Across:
         x = xp.reshape(x, self._units.sizes)
         is_bool = x.dtype == xp.bool
         bits = xp.astype(x, xp.uint8) if is_bool else float_bits(xp, x)
-        (found,) = total([self._units], [self._placed(bits, speaks)])
+        (found,) = reduced([self._units], [self._placed(bits, speaks)])
         return found > 0 if is_bool else bits_float(xp, found)
 
     @property

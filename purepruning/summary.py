@@ -17,6 +17,7 @@ from purepruning.arrays import is_array
 from purepruning.granularity import fold, grid
 from purepruning.layers import Layer, Layers, checked_table
 from purepruning.masks import by_path, count_kept, to_numpy
+from purepruning.shards import whole
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -241,7 +242,7 @@ def _channels(layer: Layer, mask: Any) -> tuple[int | None, int | None]:
     channels = g.n_stacked * g.n_units
     if mask is None:
         return channels, channels
-    full = np.broadcast_to(to_numpy(mask), layer.shape)
+    full = np.broadcast_to(to_numpy(whole(mask)), layer.shape)
     any_kept = fold(np, full, g, lambda x, axes: np.any(x, axis=axes))
     return int(np.count_nonzero(any_kept)), channels
 

@@ -70,4 +70,6 @@ def _element(weight: Any, layer_stats: tuple[CompensatedSum, Any, Any]) -> Any:
 _unit = summed(_element)
 
 
-_FISHER = Criterion("fisher", element=_element, channel=_unit, block=_unit, of=by_name, on_shards=True)
+_FISHER = Criterion(
+    "fisher", element=_element, channel=_unit, block=_unit, of=by_name, on_shards=True
+)

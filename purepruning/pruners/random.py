@@ -50,4 +50,6 @@ def _unit(weight: Any, layer_stats: tuple[Any, Any, Any], g: Grid) -> Any:
     return noise(index, layer_stats)
 
 
-_RANDOM = Criterion("random_pruning", element=_element, channel=_unit, block=_unit, of=_of, on_shards=True)
+_RANDOM = Criterion(
+    "random_pruning", element=_element, channel=_unit, block=_unit, of=_of, on_shards=True
+)

@@ -57,4 +57,6 @@ def taylor_fo(
     return prune(_TAYLOR, params, totals_of("taylor_fo", params, stats, config, kind), config)
 
 
-_TAYLOR = Criterion("taylor_fo", element=of_elements, channel=of_units, block=of_units, of=by_name, on_shards=True)
+_TAYLOR = Criterion(
+    "taylor_fo", element=of_elements, channel=of_units, block=of_units, of=by_name, on_shards=True
+)

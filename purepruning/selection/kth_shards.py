@@ -15,7 +15,7 @@ import numpy as np
 from purepruning.arrays import counted, empty, is_numpy, namespace
 from purepruning.selection.keys import Piece, ordered_bits
 from purepruning.selection.kth_host import CHUNK, HostThreshold, Kth, cuts, ordered
-from purepruning.shards import Box, total
+from purepruning.shards import Box, reduced
 
 #: Where a digit of a key begins, and its number of bits, the highest first.
 DIGITS = ((21, 11), (10, 11), (0, 10))
@@ -72,7 +72,15 @@ def global_masks(
 
 
 def _keys(pieces: Sequence[ShardPiece]) -> list[Values]:
-    return [lambda piece=piece: (keys for _, keys in _chunks(piece)) for piece in pieces]
+    def of(piece: ShardPiece) -> Values:
+        return lambda: (keys for _, keys in _chunks(piece))
+
+    return [of(piece) for piece in pieces]
+
+
+def _places(piece: ShardPiece, key: int) -> Values:
+    """Returns where in the whole the elements of a shard are whose key is ``key``."""
+    return lambda: (piece.box.index(place[keys == key]) for place, keys in _chunks(piece))
 
 
 def _ranked(
@@ -97,7 +105,7 @@ def _ranked(
             _histogram(piece, value, prefix, shift, bits)
             for piece, value, prefix in zip(pieces, values, known, strict=True)
         ]
-        counts = [np.asarray(x.cpu() if not is_numpy(x) else x) for x in total(boxes, counts)]
+        counts = [np.asarray(x.cpu() if not is_numpy(x) else x) for x in reduced(boxes, counts)]
         if shift == DIGITS[0][0]:
             nan = [bool(count[-1]) for count in counts]  # infinity's digit is a lower one
         for g, some in enumerate(groups):
@@ -117,9 +125,7 @@ def _ranked(
     return found, nan
 
 
-def _histogram(
-    piece: ShardPiece, values: Values, prefix: int | None, shift: int, bits: int
-) -> Any:
+def _histogram(piece: ShardPiece, values: Values, prefix: int | None, shift: int, bits: int) -> Any:
     """Returns how often each digit occurs in a shard, of numbers with the digits before it."""
     like = piece.piece.arrays[0]
     xp = namespace(like)
@@ -140,12 +146,7 @@ def _kept(pieces: Sequence[ShardPiece], cut: HostThreshold) -> list[Any]:
     last = dict.fromkeys(range(len(pieces)), -1)
     if tied:
         some = [pieces[i] for i in tied]
-        values = [
-            lambda piece=pieces[i], key=cut.key[i]: (
-                piece.box.index(place[keys == key]) for place, keys in _chunks(piece)
-            )
-            for i in tied
-        ]
+        values = [_places(pieces[i], cut.key[i]) for i in tied]
         each = [[j] for j in range(len(tied))]
         found, _ = _ranked(some, values, each, [cut.ties[i] for i in tied])
         last |= {i: kth.key for i, kth in zip(tied, found, strict=True)}

@@ -15,16 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from purepruning.arrays import as_numpy, by_numpy, copied, int32, is_concrete, is_numpy, namespace
+from purepruning.arrays import as_numpy, by_numpy, copied, int32, is_concrete, namespace
 from purepruning.config.config import Config
-from purepruning.granularity import NM, Block, Grid, any_of, fold, grid
+from purepruning.granularity import NM, Grid, any_of, fold, grid
 from purepruning.layers import Layer
 from purepruning.masks import spread_mask
 from purepruning.selection.biases import bias_masks, has_bias_mask
 from purepruning.selection.by_row import row_masks
 from purepruning.selection.coupled import coupled_masks
 from purepruning.selection.criterion import Criterion, Source, stored, with_lowest
-from purepruning.selection.keys import HIGHEST, Piece, flat_index, ordered_bits, wrapped
+from purepruning.selection.keys import Piece, flat_index, ordered_bits, wrapped
 from purepruning.selection.kth_shards import ShardPiece, global_masks, local_masks
 from purepruning.selection.nm import nm_masks
 from purepruning.selection.problem import Problem, Solved, n_stacked, restack
@@ -38,7 +38,7 @@ from purepruning.shards import (
     local,
     local_as,
     of_shard,
-    total,
+    reduced,
     whole,
 )
 
@@ -94,15 +94,15 @@ class _Run:
 
     def shard(self, layer: Layer) -> Source:
         """Returns this process's shard of what a layer is scored from."""
-        box, source = self.boxes[layer.name], self.sources[layer.name]
+        source = self.sources[layer.name]
 
         def cut(x: Any) -> Any:
             of_weights = tuple(getattr(x, "shape", ())) == layer.shape
-            return as_numpy(local_as(box, x)) if of_weights else as_numpy(whole(x))
+            return as_numpy(local_as(source.weight, x)) if of_weights else as_numpy(whole(x))
 
         keep = source.keep
         if keep is not None:
-            keep = as_numpy(local_as(box, keep))
+            keep = as_numpy(local_as(source.weight, keep))
         return Source(as_numpy(local(source.weight)), jax.tree.map(cut, source.layer_stats), keep)
 
     def together(self, layer: Layer) -> Source:
@@ -148,7 +148,8 @@ def _element_masks(run: _Run, counts: Mapping[str, int]) -> Solved:
         rest, flags = iter(masks), iter(nan)
         for _, layer in layers:
             keep[layer.weight] = _restacked(run, layer, [next(rest) for _ in pieces[layer.name]])
-            has_nan[layer.name] = any([next(flags) for _ in pieces[layer.name]])
+            mine = [next(flags) for _ in pieces[layer.name]]
+            has_nan[layer.name] = any(mine)
     return keep, has_nan
 
 
@@ -208,7 +209,8 @@ def _scores(run: _Run, source: Source) -> Any:
 
 # What needs layers whole: N:M with groups that end elsewhere, rows.
 def _of_whole_layers(run: _Run, layers: tuple[Layer, ...], counts: Mapping[str, int]) -> Solved:
-    masks, has_nan = {}, {}
+    masks: dict[str, Any] = {}
+    has_nan: dict[str, bool] = {}
     for layer in layers:
         pools = tuple(pool for pool in run.plan.pools if layer in pool.layers)
         alone = run.plan._replace(
@@ -247,7 +249,7 @@ def _nm_masks(run: _Run) -> Solved:
         masks[layer.weight] = keep
         flags[layer.name] = np.asarray([bool(nan)], np.int32)
         boxes.append(box)
-    together = dict(zip(flags, total(boxes, list(flags.values())), strict=True))
+    together = dict(zip(flags, reduced(boxes, list(flags.values())), strict=True))
     has_nan = {name: bool(n[0]) for name, n in together.items()}
     more = _of_whole_layers(run, tuple(split), {})
     return masks | more[0], has_nan | more[1]
@@ -288,9 +290,10 @@ def _unit_masks(run: _Run, counts: Mapping[str, int]) -> Solved:
         has_nan = {name: bool(xp.any(x != x)) for name, x in scores.items()}
         if any(has_nan.values()):
             return {}, has_nan
-        masks = coupled_masks(scores, keeps, grids, counts, config, run.leaves)
-        return _with_biases(run, masks), has_nan
-    masks, has_nan = {}, {}
+        found = coupled_masks(scores, keeps, grids, counts, config, run.leaves)
+        return _with_biases(run, found), has_nan
+    masks: dict[str, Any] = {}
+    has_nan = {}
     problems = [run.plan.pools] if run.plan.scope == "layer" else [(p,) for p in run.plan.pools]
     for pools in problems:
         layers = [layer for pool in pools for layer in pool.layers]
@@ -301,15 +304,15 @@ def _unit_masks(run: _Run, counts: Mapping[str, int]) -> Solved:
             ]
         )
         ks = [counts[pool.name] for pool in pools for x in pool.layers for _ in range(n_stacked(x))]
-        found = masks_of_keys(
+        by_name, nan = masks_of_keys(
             ordered_bits(xp, keys),
             int32(xp, np.asarray(ks, np.int32), keys),
             {x.name: grids[x.name] for x in layers},
             run.plan._replace(pools=pools).caps,
             True,
         )
-        masks |= {layer.weight: found[0][layer.name] for layer in layers}
-        has_nan |= {name: bool(flag) for name, flag in found[1].items()}
+        masks |= {layer.weight: by_name[layer.name] for layer in layers}
+        has_nan |= {name: bool(flag) for name, flag in nan.items()}
     return _with_biases(run, masks), has_nan
 
 
@@ -387,4 +390,3 @@ def _bias_mask(run: _Run, layer: Layer, mask: Any) -> Any:
             mask = np.zeros(sizes, np.bool)
     xp = namespace(mask)
     return xp.reshape(fold(xp, mask, g, any_of), (-1,))
-

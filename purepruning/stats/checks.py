@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from purepruning.arguments import instance, is_finite, missing, shown
 from purepruning.arrays import (
     array_like,
@@ -15,6 +17,7 @@ from purepruning.arrays import (
 )
 from purepruning.config.config import Config
 from purepruning.layers import Layer, Layers, checked_table
+from purepruning.shards import box_of, is_sharded, local, reduced
 from purepruning.stats.accumulate import CompensatedSum, Totals, WideCount
 from purepruning.trees import flatten
 
@@ -141,12 +144,23 @@ def captured(
 
 def refuse_non_finite(where: str, what: str, arrays: Mapping[str, Iterable[Any]]) -> None:
     """Raises if an array is NaN or infinite somewhere, where values are known."""
-    bad = [name for name, some in arrays.items() if not all(map(is_finite, some))]
+    flags = {name: [_is_finite(x) for x in some] for name, some in arrays.items()}
+    sharded = {name: box_of(x) for name, some in arrays.items() for x in some if is_sharded(x)}
+    wrong = [np.asarray([not all(flags[name])], np.int32) for name in sharded]
+    found = zip(sharded, reduced(list(sharded.values()), wrong), strict=True)
+    flags |= {name: [not count[0]] for name, count in found}
+    bad = [name for name, some in flags.items() if not all(some)]
     if bad:
         raise ValueError(
             f"{where}: {what} of layer {', '.join(map(repr, bad))} is NaN or infinite; the "
             "statistics are unchanged"
         )
+
+
+def _is_finite(x: Any) -> bool:
+    """Whether an array, or of a DTensor what this process has of it, is finite."""
+    mine = local(x)
+    return 0 in mine.shape or is_finite(mine)
 
 
 def refuse_empty(where: str, seen: Mapping[str, WideCount]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
+
+import jax
 
 from purepruning.arguments import instance, shown, some_of
 from purepruning.arrays import (
@@ -19,6 +22,16 @@ from purepruning.config.config import Config, check_config
 from purepruning.exact_sum import exact_sum
 from purepruning.granularity import NM, Granularity, Grid, fold, grid
 from purepruning.layers import Layer
+from purepruning.shards import (
+    Across,
+    box_of,
+    is_sharded,
+    local,
+    local_as,
+    of_shard,
+    whole,
+    zeros_as,
+)
 from purepruning.stats.accumulate import (
     CompensatedSum,
     WideCount,
@@ -94,12 +107,16 @@ def init(params: Params, config: Config, *, keep: Iterable[Kept] = ("squares",))
         if kind not in kinds:
             return {}
         return {
-            x.name: empty_total(CompensatedSum, leaves[x.weight], shape(x, config.granularity))
-            for x in config.layers
+            x.name: _empty(leaves[x.weight], shape(x, config.granularity)) for x in config.layers
         }
 
     like = next(iter(leaves.values()), None)
     return GradientStats(empty_total(WideCount, like), *map(sums, KEPT))
+
+
+def _empty(weight: Any, shape: tuple[int, ...]) -> CompensatedSum:
+    """Returns a sum of nothing; of single weights that lie over processes, as they do."""
+    return CompensatedSum(zeros_as(weight, shape), zeros_as(weight, shape))
 
 
 def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> GradientStats:
@@ -179,7 +196,15 @@ def update(stats: GradientStats, params: Params, grads: Any, config: Config) -> 
 
     both = {name: tuple(map(stop_gradient, pair)) for name, pair in both.items()}
     old = {kind: {name: getattr(stats, kind)[name] for name in both} for kind in keep}
-    new = by_numpy(added, old, both)
+    weights = {name: weight for name, (weight, _) in both.items()}
+    for name, weight in weights.items():
+        if is_sharded(weight):
+            both[name], grids[name] = _of_shards(where, name, both[name], grids[name])
+    new = by_numpy(added, jax.tree.map(local, old), both)
+    for kind in keep:
+        for name, weight in weights.items():
+            if grids[name] is None:
+                new[kind][name] = CompensatedSum(*(of_shard(x, weight) for x in new[kind][name]))
     kept = {kind: getattr(stats, kind) | new.get(kind, {}) for kind in KEPT}
     return GradientStats(count(stats.steps, 1), **kept)
 
@@ -195,6 +220,32 @@ def merge(a: GradientStats, b: GradientStats) -> GradientStats:
         ValueError: they keep different things, or are of different layers or units.
     """
     return merged("gradients", GradientStats, a, b)
+
+
+def _of_shards(
+    where: str, name: str, both: tuple[Any, Any], g: Grid | None
+) -> tuple[tuple[Any, Any], Grid | None]:
+    """Returns this process's shards of a weight and its gradient, and how they divide into units.
+
+    Blocks, and channels of some grouped layers, need both whole.
+    """
+    weight, slope = both
+    if g is not None and g.is_split:
+        return (whole(weight), whole(slope)), g
+    box = box_of(weight)
+    if not is_sharded(slope):
+        raise TypeError(
+            f"{where}: the weight of layer {name!r} lies over processes (a DTensor), and its "
+            "gradient does not; give the gradients that the parameters have (.grad)"
+        )
+    mine = local(weight), local_as(weight, slope)
+    if g is None:
+        return mine, None
+    inside = tuple(a // 2 for a in g.inside if a % 2 == 0)
+    sizes = tuple(max(n, 1) if a in inside else n for a, n in enumerate(box.sizes))
+    if sizes != box.sizes:  # a shard of nothing adds zeros to units of others
+        mine = tuple(namespace(x).zeros(sizes, dtype=x.dtype, device=x.device) for x in mine)
+    return mine, dataclasses.replace(g, across=Across(box, inside))
 
 
 def shape(layer: Layer, granularity: Granularity) -> tuple[int, ...]:

@@ -43,7 +43,6 @@ from purepruning.arrays import (
     is_torch,
     namespace,
     stop_gradient,
-    zeros,
 )
 from purepruning.config.config import Config
 from purepruning.granularity import NM, Grid, any_of, fold, grid, spread
@@ -53,6 +52,7 @@ from purepruning.selection.biases import with_biases
 from purepruning.selection.criterion import Criterion, by_name
 from purepruning.selection.keys import Piece
 from purepruning.selection.prune import check_values, prune, weights_of
+from purepruning.shards import zeros_as
 from purepruning.training.movement_schedule import at as at
 from purepruning.training.movement_schedule import ramp as ramp
 from purepruning.training.movement_schedule import schedule as schedule
@@ -69,9 +69,9 @@ def init(params: Params, config: Config) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: as :func:`purepruning.prune` says of parameters.
     """
-    weights = weights_of("movement.init", flatten(params).leaves, config)
+    weights = weights_of("movement.init", flatten(params).leaves, config, sharded=True)
     return {
-        layer.name: zeros(weights[layer.weight], _shape(layer, config), "float32")
+        layer.name: zeros_as(weights[layer.weight], _shape(layer, config))
         for layer in config.layers
     }
 
@@ -116,7 +116,7 @@ def masks(
     [[True], [False], [False]]
     """
     where = "movement.masks"
-    _check_scores(where, params, scores, config)
+    _check_scores(where, params, scores, config, sharded=threshold is None)
     return _masks(where, params, scores, config, threshold)
 
 
@@ -242,9 +242,11 @@ def _shape(layer: Layer, config: Config) -> tuple[int, ...]:
     return g.n_stacked, g.n_units
 
 
-def _check_scores(where: str, params: Any, scores: Any, config: Config) -> dict[str, Any]:
+def _check_scores(
+    where: str, params: Any, scores: Any, config: Config, *, sharded: bool = False
+) -> dict[str, Any]:
     """Returns the weights that are pruned, by path."""
-    weights = weights_of(where, flatten(params).leaves, config)
+    weights = weights_of(where, flatten(params).leaves, config, sharded=sharded)
     instance(scores, Mapping, f"{where}: scores", "a dict by layer name, as movement.init returns")
     for layer in config.layers:
         if layer.name not in scores:

@@ -10,7 +10,7 @@ import torch
 from purepruning.coupling.cost import LayerCost, ModelCost
 from purepruning.coupling.flow import Flow
 from purepruning_interop.torch.couple import trace
-from purepruning_interop.torch.program import Op, Program, check, leaf_names
+from purepruning_interop.torch.program import Op, Program, check_whole, leaf_names
 
 
 def count(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> ModelCost:
@@ -32,7 +32,7 @@ def count(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> ModelCost:
     >>> found.params, found.macs, [(x.name, x.macs) for x in found.layers]
     (50, 200, [('0', 120), ('1', 80)])
     """
-    check("count(model, *inputs)", model)
+    check_whole("count(model, *inputs)", model)
     flow = Flow()
     program = trace(model, inputs, kwargs, flow).program
     products: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.value import Value
 from purepruning_interop.torch.operators import IDENTITY
-from purepruning_interop.torch.program import Program, Size, Var, check, leaf_names
+from purepruning_interop.torch.program import Program, Size, Var, check_whole, leaf_names
 from purepruning_interop.torch.rules.table import RULES, known_operators
 from purepruning_interop.torch.tracing.fold_constants import fold
 from purepruning_interop.torch.tracing.trace import (
@@ -79,7 +79,7 @@ def couple(model: torch.nn.Module, /, *inputs: Any, outputs: Any = True, **kwarg
     >>> [(f.name, len(f), [m.path for m in f.axes]) for f in coupling.families]
     [('0.weight[0]', 8, ['0.bias', '0.weight', '2.weight'])]
     """
-    check("couple(model, *inputs)", model)
+    check_whole("couple(model, *inputs)", model)
     return analyse(model, inputs, kwargs, outputs).coupling
 
 

@@ -9,7 +9,7 @@ import torch
 
 from purepruning.arguments import instance, missing
 from purepruning.pruners.depth import dropped_blocks, kept_blocks
-from purepruning_interop.torch.program import check
+from purepruning_interop.torch.program import check_whole
 
 
 def drop_blocks(model: torch.nn.Module, dropped: Iterable[int], *, at: str) -> torch.nn.Module:
@@ -41,7 +41,7 @@ def drop_blocks(model: torch.nn.Module, dropped: Iterable[int], *, at: str) -> t
       )
     )
     """
-    check("drop_blocks(model, dropped, at=...)", model)
+    check_whole("drop_blocks(model, dropped, at=...)", model)
     instance(at, str, "drop_blocks: at", "the name of a list of blocks, such as 'model.layers'")
     names = dict(model.named_modules())
     if at not in names or not at:

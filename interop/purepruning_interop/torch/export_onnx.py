@@ -16,7 +16,7 @@ from purepruning.quantize.config import QuantizationConfig, Target, check_quanti
 from purepruning.quantize.integers import IntegerWeight, Levels
 from purepruning.quantize.targets import check_sites, map_arrays
 from purepruning_interop.torch.capture import replace
-from purepruning_interop.torch.program import check
+from purepruning_interop.torch.program import check_whole
 
 
 def export_onnx(
@@ -50,7 +50,7 @@ def export_onnx(
             of a zero point that is no whole number.
     """
     where = "export_onnx(model, path, ...)"
-    check(where, model)
+    check_whole(where, model)
     check_quantization(where, config)
     check_sites(f"{where}: weights", weights, config.weights, "integers.of")
     check_sites(f"{where}: levels", levels, config.activations, "ptq.activation_levels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from purepruning.arguments import wrong_model
+from purepruning.shards import refuse_sharded
 
 
 class Var(NamedTuple):
@@ -124,6 +126,18 @@ def check(where: str, model: Any) -> None:
     """Raises TypeError for what is no model of this framework."""
     if not isinstance(model, torch.nn.Module):
         raise wrong_model(where, model, "torch", "a torch.nn.Module instance")
+
+
+def check_whole(where: str, model: Any) -> None:
+    """Raises for what is no model, and for one whose parameters lie over processes."""
+    check(where, model)
+    refuse_sharded(where, dict(model.named_parameters()))
+
+
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def leaf_names(model: torch.nn.Module) -> dict[str, str]:

@@ -27,7 +27,7 @@ from purepruning_interop.torch.couple import Analysis, analyse
 from purepruning_interop.torch.graphs import graph_of
 from purepruning_interop.torch.layers import layers, remember
 from purepruning_interop.torch.pretrained import configured
-from purepruning_interop.torch.program import Var, check, leaf_names
+from purepruning_interop.torch.program import Var, check_whole, leaf_names
 from purepruning_interop.torch.surgery import cut_modules, with_divisors
 from purepruning_interop.torch.tracing.trace import asks_for_mode
 from purepruning_interop.torch.uses import Uses, uses_of
@@ -88,7 +88,7 @@ def shrink(
       (1): Linear(in_features=4, out_features=2, bias=True)
     )
     """
-    check("shrink(model, masks, coupling, *inputs)", model)
+    check_whole("shrink(model, masks, coupling, *inputs)", model)
     one_of("norms", norms, ("original", "kept"))
     check_coupling("shrink", coupling)
     names = leaf_names(model)
@@ -137,7 +137,7 @@ def rebuild(
     >>> again.load_state_dict(small.model.state_dict())
     <All keys matched successfully>
     """
-    check("rebuild(model, plan, *inputs)", model)
+    check_whole("rebuild(model, plan, *inputs)", model)
     one_of("norms", norms, ("original", "kept"))
     check_plan(plan)
     leaves = _leaves(model, leaf_names(model))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from purepruning.arguments import collection, instance, missing, shown
-from purepruning_interop.torch.program import check
+from purepruning_interop.torch.program import check_whole
 
 
 class Turn(NamedTuple):
@@ -59,7 +59,7 @@ def blocks_in_turn(
     0.1 [[3.0]]
     """
     where = "blocks_in_turn"
-    check(f"{where}(model, batches, at=...)", model)
+    check_whole(f"{where}(model, batches, at=...)", model)
     instance(at, str, f"{where}: at", "the name of a list of blocks, such as 'model.layers'")
     names = dict(model.named_modules())
     if at not in names or not at:

@@ -12,7 +12,8 @@ import torch
 
 from purepruning.arguments import flag, instance, missing, shown
 from purepruning.masks import apply_masks, by_path
-from purepruning_interop.torch.program import check
+from purepruning.shards import is_sharded, local, local_as
+from purepruning_interop.torch.program import check, is_fully_sharded
 
 Masks = Mapping[str, torch.Tensor]
 
@@ -56,6 +57,12 @@ def masked_call(
     [[3.0, 0.0]]
     """
     check("masked_call(model, masks, *args)", model)
+    if any(map(is_fully_sharded, model.modules())):
+        raise ValueError(
+            "masked_call: parts of the model are sharded by fully_shard, which puts its own "
+            "parameters in for a call; begin with apply_, and keep pruned weights at zero by "
+            "keep_pruned"
+        )
     own = _tensors(model)
     tensors = "a dict of tensors by name"
     instance(masks, Mapping, "masked_call: masks", tensors)
@@ -93,7 +100,8 @@ def apply_(model: Model, masks: Masks) -> None:
     0.0
     """
     for parameter, mask in _pairs("apply_(model, masks)", model, masks):
-        parameter.masked_fill_(~mask, 0)
+        mine = local_as(parameter, mask) if is_sharded(parameter) else mask
+        local(parameter).masked_fill_(~mine, 0)
 
 
 def keep_pruned(
@@ -190,8 +198,10 @@ class KeepPruned:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for i, (parameter, bits) in enumerate(self._pairs):
-            if not _fits(bits, parameter):  # the model may have moved since, or has another dtype
-                bits = _bits(bits.to(parameter.device) != 0, parameter)
+            if not _fits(
+                bits, local(parameter)
+            ):  # the model may have moved since, or has another dtype
+                bits = _integers(bits.to(parameter.device) != 0, parameter)
                 self._pairs[i] = parameter, bits
             _clear(parameter, bits)
             if self._zero_moments:
@@ -233,7 +243,15 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Returns what to combine the bits of ``parameter`` with, so that pruned ones are zero."""
+    """Returns what to combine the bits of ``parameter`` with, so that pruned ones are zero.
+
+    Of a parameter that lies over processes, those of this process's shard.
+    """
+    mine = local_as(parameter, mask) if is_sharded(parameter) else mask
+    return _integers(mine, parameter)
+
+
+def _integers(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     # There is no integer as wide as complex128; such weights are filled.
     return mask.to(_INTEGERS.get(parameter.element_size(), torch.int8)).neg()
 
@@ -243,7 +261,8 @@ def _fits(bits: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 def _clear(tensor: torch.Tensor, bits: torch.Tensor) -> None:
-    """Writes zeros into ``tensor`` where ``bits`` are zero."""
+    """Writes zeros into ``tensor``, or this process's shard of it, where ``bits`` are zero."""
+    tensor = local(tensor)
     if _fits(bits, tensor):
         tensor.detach().view(bits.dtype).bitwise_and_(bits)
     else:
