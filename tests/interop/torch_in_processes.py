@@ -280,7 +280,7 @@ def masks_are_masks():
 def net():
     torch.manual_seed(0)
     relu, linear = torch.nn.ReLU, torch.nn.Linear
-    return torch.nn.Sequential(linear(5, 7), relu(), linear(7, 9), relu(), linear(9, 3))
+    return torch.nn.Sequential(linear(5, 8), relu(), linear(8, 9), relu(), linear(9, 3))
 
 
 def spread_net(kind):
