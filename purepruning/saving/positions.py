@@ -93,10 +93,14 @@ def _groups(mask: np.ndarray) -> dict[str, int] | None:
 
 def _has_groups(mask: np.ndarray, keep: int, of: int, axis: int) -> bool:
     first = mask[(slice(None),) * axis + (slice(of),)]  # most others end here
-    return all(
-        bool((_split(part, of, axis).sum(axis=-1, dtype=np.uint8) == keep).all())
-        for part in (first, mask)
-    )
+    for part in (first, mask):
+        groups = _split(part.view(np.uint8), of, axis)
+        kept = np.zeros(groups.shape[:-1], np.uint8)
+        for i in range(of):  # sums over an axis this short are slow in NumPy
+            kept += groups[..., i]
+        if not (kept == keep).all():
+            return False
+    return True
 
 
 def _split(mask: np.ndarray, of: int, axis: int) -> np.ndarray:
@@ -117,16 +121,18 @@ def _width(keep: int, of: int) -> int:
 
 
 def _encode_groups(mask: np.ndarray, keep: int, of: int, axis: int) -> np.ndarray:
-    groups, width = _split(mask, of, axis), _width(keep, of)
-    halves = np.packbits(groups, axis=-1, bitorder="little").reshape(-1, -(-of // 8))
+    groups, width = _split(mask.view(np.uint8), of, axis), _width(keep, of)
+    pattern = np.zeros(groups.shape[:-1], np.uint8 if of <= 8 else np.uint16)
+    for i in range(of):
+        pattern |= groups[..., i].astype(pattern.dtype) << i
     number_of = np.zeros(2**of, np.uint16)
     number_of[_patterns(keep, of)] = np.arange(math.comb(of, keep))
-    parts = []
-    for start in range(0, len(halves), _GROUPS):
-        some = halves[start : start + _GROUPS].astype(np.uint16)
-        pattern = some[:, 0] | (some[:, 1] << 8) if of > 8 else some[:, 0]
-        number = number_of[pattern]
-        bits = np.stack([number >> i & 1 for i in range(width)], axis=-1).astype(np.uint8)
+    patterns, parts = pattern.reshape(-1), []
+    for start in range(0, patterns.size, _GROUPS):
+        number = number_of[patterns[start : start + _GROUPS]]
+        bits = np.empty((number.size, width), np.uint8)
+        for i in range(width):
+            bits[:, i] = number >> i & 1
         parts.append(np.packbits(bits.reshape(-1), bitorder="little"))
     return np.concatenate(parts)
 
@@ -141,16 +147,15 @@ def _decode_groups(
         raise ValueError(f"axis {axis} of {shape} has no groups of {of}")
     mask = np.empty(shape, bool)
     groups = _split(mask, of, axis)
-    found = [
-        np.unpackbits(part, axis=-1, count=of, bitorder="little")
-        for part in _pattern_bytes(content, mask.size // of, keep, of)
-    ]
-    groups[...] = np.concatenate(found).reshape(groups.shape)
+    pattern = np.concatenate([*_read_patterns(content, mask.size // of, keep, of)])
+    pattern = pattern.reshape(groups.shape[:-1])
+    for i in range(of):
+        groups[..., i] = pattern & (1 << i)
     return mask
 
 
-def _pattern_bytes(content: np.ndarray, n: int, keep: int, of: int) -> Iterator[np.ndarray]:
-    """Yields the patterns of ``n`` groups as bytes, some groups at a time."""
+def _read_patterns(content: np.ndarray, n: int, keep: int, of: int) -> Iterator[np.ndarray]:
+    """Yields the patterns of ``n`` groups, some at a time."""
     width, patterns = _width(keep, of), _patterns(keep, of)
     if content.shape != (-(-n * width // 8),):
         raise ValueError(f"{content.size} bytes for {n} groups of {width} bits")
@@ -165,5 +170,4 @@ def _pattern_bytes(content: np.ndarray, n: int, keep: int, of: int) -> Iterator[
             raise ValueError(
                 f"a group has pattern {number.max()}, but {keep} of {of} has {len(patterns)}"
             )
-        pattern = patterns[number]
-        yield np.stack([pattern >> 8 * i & 255 for i in range(-(-of // 8))], -1).astype(np.uint8)
+        yield patterns[number]
