@@ -19,6 +19,9 @@ import numpy as np
 #: The atom of what is never removed.
 KEPT = 0
 
+#: What atoms are numbered by: a model of 70 billion parameters has 14 million of them.
+NUMBER = np.int32
+
 
 Axis = np.ndarray | None
 
@@ -28,11 +31,12 @@ class Atoms:
 
     def __init__(self) -> None:
         self._size = 1
-        self._parent = np.zeros(1024, np.int64)
-        self._definition = np.full(1024, -1, np.int64)  # row of _sets, or -1
-        self._reason = np.zeros(1024, np.int64)  # number of the reason it is kept for, or 0
+        self._parent = np.zeros(1024, NUMBER)
+        self._definition = np.full(1024, -1, NUMBER)  # row of _sets, or -1
+        self._reason = np.zeros(1024, np.int16)  # number of the reason it is kept for, or 0
         self._reason[KEPT] = 1
-        self._sets = np.zeros((0, 2), np.int64)
+        self._sets = np.zeros((1024, 2), NUMBER)
+        self._n_sets = 0
         self._reasons = ["", "never part of an axis"]
         self._numbers: dict[str, int] = {}
 
@@ -60,11 +64,11 @@ class Atoms:
         """Returns an axis of ``n`` new atoms."""
         start, stop = self._size, self._size + n
         if stop > len(self._parent):
-            more = max(len(self._parent), n)
-            self._parent = np.concatenate([self._parent, np.zeros(more, np.int64)])
-            self._definition = np.concatenate([self._definition, np.full(more, -1, np.int64)])
-            self._reason = np.concatenate([self._reason, np.zeros(more, np.int64)])
-        atoms = np.arange(start, stop)
+            more = max(len(self._parent) // 2, n)
+            self._parent = _longer(self._parent, more)
+            self._definition = _longer(self._definition, more, -1)
+            self._reason = _longer(self._reason, more)
+        atoms = np.arange(start, stop, dtype=NUMBER)
         self._parent[start:stop] = atoms
         self._size = stop
         return atoms[:, None]
@@ -76,11 +80,13 @@ class Atoms:
     def _roots(self, x: np.ndarray) -> np.ndarray:
         parent = self._parent
         roots = parent[x]
+        above = parent[roots]
+        if (above == roots).all():
+            return roots
         while True:
-            above = parent[roots]
+            roots, above = above, parent[above]
             if (above == roots).all():
                 break
-            roots = above
         parent[x] = roots
         return roots
 
@@ -89,7 +95,7 @@ class Atoms:
         if axis is None:
             return None
         x = self._roots(axis)
-        while len(self._sets):
+        while self._n_sets:
             defined = self._definition[x]
             if (defined < 0).all():
                 break
@@ -98,7 +104,7 @@ class Atoms:
                 if (row < 0).all():
                     columns.append(column[:, None])
                     continue
-                sets = np.zeros((len(column), self._sets.shape[1]), np.int64)
+                sets = np.zeros((len(column), self._sets.shape[1]), NUMBER)
                 sets[row < 0, 0] = column[row < 0]
                 sets[row >= 0] = self._sets[row[row >= 0]]
                 columns.append(sets)
@@ -159,7 +165,7 @@ class Atoms:
         for roots in (one, two):
             if self._reason[roots].any():
                 return False
-            if len(self._sets) and self._definition[roots].max() >= 0:
+            if self._n_sets and self._definition[roots].max() >= 0:
                 return False
         self._parent[np.maximum(one, two)] = np.minimum(one, two)
         # An atom that had to coincide with several coincides with one of them now.
@@ -204,9 +210,9 @@ class Atoms:
             one = [i for i in left if i != KEPT and i not in right]
             two = [i for i in right if i != KEPT and i not in left]
             if len(one) == len(two):
-                self._unite(np.array(one, np.int64), np.array(two, np.int64))
+                self._unite(np.array(one, NUMBER), np.array(two, NUMBER))
             else:
-                self._reason[np.array(one + two, np.int64)] = self._number(
+                self._reason[np.array(one + two, NUMBER)] = self._number(
                     "axes factored in different ways"
                 )
 
@@ -232,10 +238,7 @@ class Atoms:
 
     def _define(self, atoms: np.ndarray, sets: np.ndarray) -> None:
         """Makes each single atom equal to its set: kept exactly if all of the set is."""
-        order, first, inverse, times = np.unique(
-            atoms, return_index=True, return_inverse=True, return_counts=True
-        )
-        inside = np.isin(sets, atoms)
+        inside = np.isin(sets, atoms, kind="table")
         if inside.any():
             # ``{a} = {a, c}``: c never goes alone.
             own = (sets == atoms[:, None]).any(1)
@@ -248,16 +251,10 @@ class Atoms:
                 mixed = sets[others]
                 self._reason[mixed[mixed != KEPT]] = self._number("axes factored in different ways")
             return
-        if (times == 1).all():
-            width = sets.shape[1]
-            if width > self._sets.shape[1]:
-                wide = np.zeros((len(self._sets), width - self._sets.shape[1]), np.int64)
-                self._sets = np.concatenate([self._sets, wide], 1)
-            rows = np.zeros((len(sets), self._sets.shape[1]), np.int64)
-            rows[:, :width] = sets
-            self._definition[atoms] = len(self._sets) + np.arange(len(sets))
-            self._sets = np.concatenate([self._sets, rows])
+        if all_differ(atoms):
+            self._add_sets(atoms, sets)
             return
+        order, first, inverse = np.unique(atoms, return_index=True, return_inverse=True)
         # An atom that stands for several positions can only be what their sets have in common.
         shared = [j for j in range(sets.shape[1]) if (sets[first[inverse], j] == sets[:, j]).all()]
         for j in range(sets.shape[1]):
@@ -270,6 +267,17 @@ class Atoms:
                 )
         if not shared:
             self._reason[order] = self._number("axes factored in different ways")
+
+    def _add_sets(self, atoms: np.ndarray, sets: np.ndarray) -> None:
+        width, start, stop = sets.shape[1], self._n_sets, self._n_sets + len(sets)
+        if width > self._sets.shape[1]:
+            wide = np.zeros((len(self._sets), width - self._sets.shape[1]), NUMBER)
+            self._sets = np.concatenate([self._sets, wide], 1)
+        if stop > len(self._sets):
+            self._sets = _longer(self._sets, max(len(self._sets) // 2, len(sets)))
+        self._sets[start:stop, :width] = sets
+        self._definition[atoms] = np.arange(start, stop)
+        self._n_sets = stop
 
     def merge(self, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
         """Returns the axis that runs over all positions of several, the last one fastest."""
@@ -338,14 +346,30 @@ class Atoms:
         self.same(cell[:, None], product, reason)
 
 
+def _longer(x: np.ndarray, more: int, filled: int = 0) -> np.ndarray:
+    return np.concatenate([x, np.full((more, *x.shape[1:]), filled, x.dtype)])
+
+
 def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns where two resolved axes have the same sets, in whatever order their atoms are."""
+    if a.shape[1] == b.shape[1] == 1:
+        return np.asarray(a[:, 0] == b[:, 0])
     width = max(a.shape[1], b.shape[1])
-    one, two = (np.sort(np.pad(x, ((0, 0), (0, width - x.shape[1]))), 1) for x in (a, b))
+    one, two = (np.sort(filled(x, width), 1) for x in (a, b))
     return np.asarray((one == two).all(1))
+
+
+def filled(axis: np.ndarray, width: int) -> np.ndarray:
+    """Returns an axis whose sets are filled up to a width."""
+    found = np.zeros((len(axis), width), axis.dtype)
+    found[:, : axis.shape[1]] = axis
+    return found
 
 
 def all_differ(atoms: np.ndarray) -> bool:
     """Whether no atom is there twice; by a sort, which for millions is faster than a hash table."""
-    x = np.sort(atoms, axis=None)
+    x = atoms.reshape(-1)
+    if bool((x[1:] > x[:-1]).all()):
+        return True
+    x = np.sort(x)
     return not bool((x[1:] == x[:-1]).any())

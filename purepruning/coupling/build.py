@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from purepruning.coupling.atoms import KEPT, Axis, all_differ
+from purepruning.coupling.atoms import KEPT, NUMBER, Axis, all_differ
 from purepruning.coupling.coupling import Coupling
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.units import Coupled, Family, FamilyAxis, FrozenAxis, Product
@@ -218,32 +218,46 @@ def _chunks(component: list[np.ndarray]) -> list[np.ndarray]:
     if not len(atoms):
         return []
     atoms = atoms[np.argsort(met)]  # as they are met
-    index = np.zeros(int(atoms.max()) + 1, np.int64)
+    index = np.zeros(int(atoms.max()) + 1, NUMBER)
     index[atoms] = np.arange(len(atoms))
-    rows = np.full((len(atoms), len(component)), -1)  # in each block, where the atom lies
-    for i, block in enumerate(component):
-        row, column = np.nonzero(block != KEPT)
-        rows[index[block[row, column]], i] = row
-    # Atoms that lie alike in all blocks are one cell.
-    _, first, cell, sizes = np.unique(
-        rows, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
+    cell = np.zeros(len(atoms), np.int64)  # atoms that lie alike in all blocks are one cell
+    for block in component:
+        line = np.zeros(len(atoms), NUMBER)
+        for number, row in enumerate(block, 1):
+            line[index[row[row != KEPT]]] = number
+        cell = _numbered(cell * (len(block) + 1) + line)
+    sizes = np.bincount(cell)
     size = math.gcd(*sizes.tolist())
-    by_cell = np.argsort(cell.reshape(-1), kind="stable")
-    parts = np.split(atoms[by_cell], np.cumsum(sizes)[:-1])
-    cells = [parts[i] for i in np.argsort(first, kind="stable")]
+    cells = np.split(atoms[np.argsort(cell, kind="stable")], np.cumsum(sizes)[:-1])
     return [c[i : i + size] for c in cells for i in range(0, len(c), size)]
+
+
+def _numbered(keys: np.ndarray) -> np.ndarray:
+    """Returns for every key the number of its kind; kinds are numbered as they are first met.
+
+    Equal keys mostly lie side by side, so that there are far fewer runs than keys.
+    """
+    starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
+    _, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
+    number = np.zeros(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    lengths = np.diff(starts, append=len(keys))
+    return np.repeat(number[inverse.reshape(-1)], lengths)
 
 
 def _order(resolved: Mapping[str, list[Axis]], paths: list[str], n_atoms: int) -> np.ndarray:
     """Returns all atoms that remove anything, in the order in which they are met."""
-    rows = [x.reshape(-1) for path in paths for x in resolved[path] if x is not None]
-    flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    met = np.full(n_atoms, len(flat))
-    met[flat[::-1]] = np.arange(len(flat))[::-1]  # the last to be written is met first
-    met[KEPT] = len(flat)
-    atoms: np.ndarray = np.flatnonzero(met < len(flat))
-    return atoms[np.argsort(met[atoms])]
+    met = np.zeros(n_atoms, bool)
+    met[KEPT] = True
+    found = [np.zeros(0, NUMBER)]
+    for axis in (x for path in paths for x in resolved[path] if x is not None):
+        new = axis.reshape(-1)
+        new = new[~met[new]]
+        if not all_differ(new):
+            new = new[np.sort(np.unique(new, return_index=True)[1])]
+        met[new] = True
+        found.append(new)
+    return np.concatenate(found)
 
 
 def _marked(flow: Flow, axes: Sequence[np.ndarray], numbers: np.ndarray) -> set[int]:
@@ -283,21 +297,21 @@ def _families(
                 counts[KEPT] = 0
             token = random.integers(1, 2**63, dtype=np.uint64)
             key[lowest : lowest + len(counts)] += token * counts.astype(np.uint64)
-            _geometry(column, lowest + np.flatnonzero(counts > 1), kinds)
-    _, first, index = np.unique(key[1:], return_index=True, return_inverse=True)
-    of_unit = np.argsort(np.argsort(first))[index.reshape(-1)]  # families by their first units
+            _geometry(column - lowest, np.flatnonzero(counts > 1), kinds[lowest:])
+    of_unit = _numbered(key[1:])  # families by their first units
+    sizes = np.bincount(of_unit)
+    order = np.argsort(of_unit, kind="stable") + 1
+    parts = np.split(order, np.cumsum(sizes)[:-1]) if n_units else []
     # Every family lies where its first unit does.
-    family_led = np.full(n_units + 1, -1)
-    family_led[1 + np.sort(first)] = np.arange(len(first))
-    inside: list[list[FamilyAxis]] = [[] for _ in first]
+    family_led = np.full(n_units + 1, -1, NUMBER)
+    family_led[[part[0] for part in parts]] = np.arange(len(parts))
+    inside: list[list[FamilyAxis]] = [[] for _ in parts]
     for path, axis, units in _axes_of(leaves):
         found = family_led[units.reshape(-1)]
         positions = np.bincount(found[found >= 0])
         for i in np.flatnonzero(positions).tolist():
             role = leaves[path].roles[axis]
             inside[i].append(FamilyAxis(path, axis, role, int(positions[i])))
-    order = np.argsort(of_unit, kind="stable") + 1
-    parts = np.split(order, np.cumsum(np.bincount(of_unit))[:-1]) if n_units else []
     families = []
     for members, placed in zip(parts, inside, strict=True):
         unit = int(members[0])
@@ -325,7 +339,10 @@ def _axes_of(leaves: Mapping[str, Coupled]) -> Iterator[tuple[str, int, np.ndarr
 
 
 def _geometry(column: np.ndarray, several: np.ndarray, kinds: np.ndarray) -> None:
-    """Notes whether units that have several positions of an axis have them side by side."""
+    """Notes whether units that have several positions of an axis have them side by side.
+
+    Units are counted from the lowest of the axis, as ``kinds`` are, since an axis has few of all.
+    """
     if not len(several):
         return
     runs = np.bincount(column[np.flatnonzero(np.diff(column, prepend=-1))])[several]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from purepruning.coupling import removed_values
-from purepruning.coupling.atoms import Axis
+from purepruning.coupling.atoms import NUMBER, Axis, filled
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.removed_values import UNIFORM, UNKNOWN
 from purepruning.coupling.value import (
@@ -143,9 +143,7 @@ def concatenate(flow: Flow, values: Sequence[Value], axis: int) -> Value:
         width = max(1 if p is None else p.shape[1] for p in parts)
         axes[axis] = np.concatenate(
             [
-                np.zeros((n, width), np.int64)
-                if p is None
-                else np.pad(p, ((0, 0), (0, width - p.shape[1])))
+                np.zeros((n, width), NUMBER) if p is None else filled(p, width)
                 for p, n in zip(parts, sizes, strict=True)
             ]
         )
