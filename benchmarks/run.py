@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import calibration
 import channels
 import criteria
+import decoders
 import files
 import measure
 import memory
@@ -102,6 +103,11 @@ ROWS = {
         structure.couple,
         {"resnet": (RESNET, 64), "densenet": (DENSENET, 32), "bert": (12, 768, 12)},
         {"resnet": (((1, 4),), 4), "densenet": ((2,), 4), "bert": (1, 8, 2)},
+    ),
+    "coupling-growth": Row(
+        decoders.coupling_growth,
+        (decoders.Decoder(8, 1024, 8, 4, 2816, 32000), 8, 128, decoders.SHAPES),
+        (decoders.Decoder(2, 16, 2, 1, 16, 8), 2, 4, {}),
     ),
     "search-overhead": Row(searches.overhead, (15, 64, 40), (3, 8, 4)),
     "knapsack": Row(searches.knapsack, (224, 17, 10_000), (6, 4, 200)),

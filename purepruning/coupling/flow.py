@@ -29,6 +29,7 @@ from purepruning.coupling.value import (
     at_removed_of,
     is_long,
     is_one,
+    is_shifted,
     whole,
 )
 
@@ -160,7 +161,7 @@ class Flow:
         self, operands: Sequence[Value], n: int
     ) -> tuple[frozenset[tuple[str, int]], ...] | None:
         """Returns the origins of the axes of a result, from those of what it is made of."""
-        if any(v.origins is None for v in operands):
+        if any(v.origins is None for v in operands) or is_shifted(operands):
             return None
         found: list[frozenset[tuple[str, int]]] = [frozenset()] * n
         for v in operands:

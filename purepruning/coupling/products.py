@@ -17,7 +17,7 @@ from purepruning.coupling.value import (
     as_line,
     is_free,
     is_zero,
-    no_origins,
+    made_of_parameters,
     through_product,
     weights_of,
     zero_or_unknown,
@@ -74,7 +74,11 @@ def contract(
         weights_of(left, right),
     )
     return Value(
-        tuple(shape), tuple(axes), tuple(at_removed), None, no_origins(left, right, len(shape))
+        tuple(shape),
+        tuple(axes),
+        tuple(at_removed),
+        None,
+        made_of_parameters(left, right, len(shape)),
     )
 
 
@@ -105,7 +109,9 @@ def _note_roles(
         return
     for a, origin in enumerate(value.origins):
         if a in contracted:
-            flow.sinks.update(origin)
+            beside = {p for d, o in enumerate(value.origins) if d != a for p, _ in o}
+            # The scale and the bias of a norm of parameters read nothing.
+            flow.sinks.update(o for o in origin if other.origins is None or o[0] in beside)
         elif other.origins is None:  # what two parameters make is a parameter
             flow.sources.update(origin)
 

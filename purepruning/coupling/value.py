@@ -180,12 +180,26 @@ def at_removed_of(value: Value, axis: int, n: Any) -> AtRemoved:
 
 def weights_of(*values: Value) -> tuple[str, ...]:
     """Returns the parameters that some values are made of."""
-    paths = {p for v in values if v.origins is not None for o in v.origins for p, _ in o}
+    paths = {p for v in values if v.origins is not None for o in v.origins for p, _ in o - MADE}
     return tuple(sorted(paths))
 
 
-def no_origins(left: Value, right: Value, n: int) -> Any:
-    """Returns origins of a product of parameters: its axes belong to none of them."""
-    if left.origins is None or right.origins is None:
-        return None
-    return tuple(frozenset() for _ in range(n))
+#: The origin of axes of a product of parameters: they belong to none of them.
+MADE: frozenset[tuple[str, int]] = frozenset([("", 0)])
+
+
+def made_of_parameters(left: Value, right: Value, n: int) -> Any:
+    """Returns the origins of a product of parameters; None where one is an activation."""
+    return None if left.origins is None or right.origins is None else (MADE,) * n
+
+
+def is_shifted(values: Sequence[Value]) -> bool:
+    """Whether a bias or a scale meets a product of parameters: the product is an activation.
+
+    So are the queries that a layer makes of learned tokens. What is added to a weight, as two
+    small factors are, has the weight's axes instead.
+    """
+    if not any(v.origins and all(o >= MADE for o in v.origins) for v in values):
+        return False
+    others = [[o - MADE for o in v.origins] for v in values if v.origins is not None]
+    return any(any(o) and not all(o) for o in others)

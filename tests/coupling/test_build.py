@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import purepruning as pp
 from purepruning.coupling.build import _chunks, _components
@@ -50,3 +51,35 @@ def test_a_large_abstract_model_with_scanned_layers_is_coupled():
     ] == [1, layers]
     everything = np.concatenate([np.concatenate(g) for g in coupling.groups])
     assert np.array_equal(np.sort(everything), 1 + np.arange(layers * hidden + width))
+
+
+@pytest.fixture
+def of_parameters():
+    shapes = {"tokens": (3, 8), "scale": (8,), "q": (8, 4), "q_bias": (4,), "k": (5, 4)}
+    shapes |= {"up": (8, 6), "low": (4, 6)}
+    return {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+
+def test_queries_of_learned_tokens_are_activations(of_parameters):
+    def fn(p, x):
+        tokens = p["tokens"] * p["scale"][None]
+        scores = (tokens @ p["q"] + p["q_bias"][None]) @ (x @ p["k"]).T
+        return scores.sum(1)
+
+    found = pp.couple(fn, of_parameters, jnp.ones((2, 5)))
+    roles = {name: found.leaves[name].roles for name in ("scale", "q", "q_bias", "k")}
+    assert roles == {
+        "scale": ("companion",),
+        "q": ("sink", "source"),
+        "q_bias": ("companion",),
+        "k": ("sink", "source"),
+    }
+
+
+def test_factors_that_are_added_to_a_weight_are_weights(of_parameters):
+    def fn(p, x):
+        weight = p["up"] + 0.5 * (p["q"] @ p["low"])
+        return jax.nn.relu(x @ weight) @ jnp.ones((6, 2))
+
+    found = pp.couple(fn, of_parameters, jnp.ones((2, 8)))
+    assert found.leaves["up"].roles == ("sink", "source")

@@ -388,3 +388,14 @@ def test_a_fourier_transform_keeps_its_own_axes_alone():
         return ppt.couple(model.eval(), *tokens()).n_units
 
     assert (units(1), units(-1)) == (8, 0)
+
+
+def test_tables_of_a_model_of_shapes_are_known():
+    def run(net, x):
+        places = torch.arange(4, device=x.device)
+        return net.head(net.a(x)[:, torch.cat([places, places + 4])])
+
+    with torch.device("meta"):
+        net = Net(run, a=nn.Linear(3, 16), head=nn.Linear(8, 2))
+        found = ppt.couple(net, torch.ones(2, 3))
+    assert [len(family) for family in found.families] == [8, 8]  # read by the head, and by none

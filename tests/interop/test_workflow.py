@@ -11,6 +11,7 @@ SAMPLE = {
     "linen_weight_norm": ("default",),
     "linen_mobilenet_v2": ("slim",),
     "linen_llama": ("partly",),
+    "linen_perceiver": ("default",),
     "nnx_gemma": ("Linear",),
     "nnx_gpt": ("macs",),
     "equinox_mlp": ("default", "twice"),

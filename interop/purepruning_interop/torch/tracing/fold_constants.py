@@ -115,4 +115,6 @@ def _filled(x: Any, tensors: Mapping[int, torch.Tensor]) -> Any:
         return tensors[x.number]
     if isinstance(x, (list, tuple)):
         return [_filled(y, tensors) for y in x]
+    if isinstance(x, torch.device) and x.type == "meta":  # a model of shapes makes its tables there
+        return torch.device("cpu")
     return x
