@@ -40,7 +40,7 @@ def contract(
         flow.atoms.same(left.axes[a], right.axes[b], "contracted together")
     _note_roles(flow, left, {a for a, _ in contracted}, {a for a, _ in batch}, right)
     _note_roles(flow, right, {b for _, b in contracted}, {b for _, b in batch}, left)
-    if left.origins is None and right.origins is None:
+    if contracted and left.origins is None and right.origins is None:
         heads = [left.axes[a] for a, _ in batch if left.axes[a] is not None]
         if heads:
             used = {a for a, _ in batch}
