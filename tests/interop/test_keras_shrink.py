@@ -82,6 +82,14 @@ def own():
     return model
 
 
+def operators():
+    """Layers joined by operators and functions of ``keras.ops``."""
+    x = inputs = keras.Input((6,))
+    x = kl.Dense(8, name="stem")(x)
+    x = x + keras.ops.relu(kl.Dense(8, name="one")(x)) * 0.5
+    return keras.Model(inputs, kl.Dense(2, name="head")(x))
+
+
 RNN = {"return_sequences": True, "name": "rnn"}
 MODELS = {
     "convs": (lambda: convs(False), (8, 8, 3)),
@@ -119,6 +127,25 @@ MODELS = {
         (5, 6),
     ),
     "nested": (nested, (6,)),
+    "operators": (operators, (6,)),
+    "both ways twice": (
+        lambda: chain(
+            (5, 3),
+            kl.Bidirectional(kl.GRU(4, return_sequences=True), name="one"),
+            kl.Bidirectional(kl.GRU(4), merge_mode="sum", name="two"),
+            kl.Dense(2, name="d"),
+        ),
+        (5, 3),
+    ),
+    "each step twice": (
+        lambda: chain(
+            (5, 3),
+            kl.TimeDistributed(kl.Dense(6), name="a"),
+            kl.TimeDistributed(kl.Dense(4), name="b"),
+            kl.Dense(2, name="d"),
+        ),
+        (5, 3),
+    ),
 }
 
 

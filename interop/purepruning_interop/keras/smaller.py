@@ -28,6 +28,8 @@ def smaller(model: Any, plan: pp.Plan) -> Any:
     names = {id(held.layer): held.names[0] for held in walk(model)}
 
     def made(layer: Any) -> Any:
+        if id(layer) not in names:  # an operation such as x + y, which has no weights
+            return layer.from_config(layer.get_config())
         return type(layer).from_config(_config(layer, names[id(layer)], plan))
 
     if not isinstance(model, keras.Sequential | keras.Model) or not _is_graph(model):
@@ -69,6 +71,7 @@ def _config(layer: Any, name: str, plan: pp.Plan) -> dict[str, Any]:
         inside = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
     for key, inner in inside.items():  # configurations that this one holds
         if isinstance(config.get(key), dict):
+            config[key].pop("build_config", None)  # sizes of inputs as they were
             config[key]["config"] |= _sizes(inner, f"{name}/{inner.name}", plan)
     return config | _sizes(layer, name, plan)
 
