@@ -213,13 +213,17 @@ def _report(result: dict[str, Any]) -> str:
     """Returns a paragraph for each row, and what they were measured with."""
     lines = []
     for name, row in result["rows"].items():
-        lines.append(f"- **{row['title']}** (`{name}`, {row['date']}). {_costs(row['ours'])}.")
+        costs = f" {_costs(row['ours'])}." if row["ours"] else ""
+        lines.append(f"- **{row['title']}** (`{name}`, {row['date']}).{costs}")
         if row["instead"]:
             lines.append(f"  Instead: {_costs(row['instead'])}.")
         if "skipped" in row:
             lines.append(f"  Not compared: {row['skipped']}.")
         if row["checks"]:
             lines.append(f"  Reached: {'; '.join(map(_check, row['checks']))}.")
+        if "table" in row:
+            head, *rest = (f"  | {' | '.join(cells)} |" for cells in row["table"])
+            lines += ["", head, "  |" + "---|" * len(row["table"][0]), *rest, ""]
     machine = result["machine"]
     versions = machine["versions"].items()
     versions = ", ".join(f"{n} {v}" for n, v in versions if v and n != "purepruning")
