@@ -7,17 +7,19 @@ and the operations whose best native form differs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def is_torch(x: Any) -> bool:
@@ -108,7 +110,7 @@ def copied(x: Any) -> Any:
     """Returns a copy of one leaf that shares no memory and no gradient history with it."""
     if is_torch(x):
         return x.detach().clone()
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, jax.core.Tracer) or not is_on_this_process(x):
         return jnp.array(x, copy=True)
     # Unlike jnp.array, this compiles nothing.
     return jax.device_put(x, may_alias=False) if isinstance(x, jax.Array) else copy.deepcopy(x)
@@ -126,10 +128,27 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def is_on_this_process(x: Any) -> bool:
+    """Whether no part of ``x``, which is no tracer, lies on devices of other processes alone."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def as_known(x: Any) -> np.ndarray:
+    """Returns an array of JAX or NumPy, which is no tracer, as NumPy's.
+
+    One that lies over several processes is gathered: all of them have to call this.
+    """
+    if is_on_this_process(x) or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def is_on_host(x: Any) -> bool:
     """Whether NumPy can read ``x`` where it lies: numbers that are known, on one CPU device."""
     if isinstance(x, jax.Array):
         if not is_concrete(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return False
+        if not x.is_fully_addressable:
             return False
         devices = x.devices()
         return len(devices) == 1 and next(iter(devices)).platform == "cpu"
@@ -161,12 +180,28 @@ def by_numpy(function: Callable[..., Any], *trees: Any) -> Any:
     leaves = jax.tree.leaves(trees)
     arrays = [x for x in leaves if isinstance(x, jax.Array) or is_torch(x)]
     if not all(map(is_on_host, leaves)) or not _are_together(arrays):
-        return function(*trees)
+        with _mesh_of(leaves):
+            return function(*trees)
     with np.errstate(all="ignore"):
         result = function(*jax.tree.map(_as_numpy, trees))
     if not arrays:
         return result
     return jax.tree.map(functools.partial(_handed_back, arrays[0]), result)
+
+
+def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which what is called eagerly knows the explicit mesh of its arguments.
+
+    Compiled code looks for it there, where it does not read the arguments that say it.
+    """
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    if all(map(is_concrete, arrays)) and jax.sharding.get_abstract_mesh().empty:
+        for sharding in (x.sharding for x in arrays):
+            explicit = jax.sharding.AxisType.Explicit
+            if explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ()):
+                with contextlib.suppress(ValueError):  # under jit there is no setting it
+                    return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 def is_compiling() -> bool:
@@ -445,8 +480,17 @@ def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
         return x
     sharding = getattr(jax.typeof(x), "sharding", None)
     old = tuple(sharding.spec) if sharding is not None else ()
-    new = [None if axes is None or axis in axes else names for axis, names in enumerate(old)]
-    return x if list(old) == new else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*new))
+    return laid_out(x, [None if axes is None or a in axes else names for a, names in enumerate(old)])
+
+
+def laid_out(x: Any, spec: Sequence[Any], like: Any = None) -> Any:
+    """Returns an array of JAX laid out by ``spec`` over the explicit mesh of ``like``, or its own.
+
+    On a mesh without explicit axes all specs are empty.
+    """
+    sharding = jax.typeof(x if like is None else like).sharding
+    new = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return x if jax.typeof(x).sharding.spec == new.spec else jax.sharding.reshard(x, new)
 
 
 def grad(params: Any) -> Callable[..., Any]:

@@ -15,17 +15,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import adapter_of, missing, one_of, shown
 from purepruning.arrays import (
+    as_known,
     by_numpy,
     chosen,
+    compiled,
     is_array,
     is_concrete,
+    is_on_this_process,
     is_torch,
     namespace,
 )
+from purepruning.arrays import laid_out as laid_out_by
 from purepruning.shards import box_of, is_sharded, laid_out, local, local_as, of_shard, reduced
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
@@ -219,8 +224,7 @@ def spread_mask(mask: Any, x: Any) -> Any:
     if not isinstance(x, jax.Array):
         return mask
     # On a mesh of explicit axes, operands must agree in layout; elsewhere all specs are empty.
-    spec = jax.typeof(x).sharding.spec
-    return mask if jax.typeof(mask).sharding.spec == spec else jax.sharding.reshard(mask, spec)
+    return laid_out_by(mask, jax.typeof(x).sharding.spec, x)
 
 
 def count_kept(mask: Any, shape: tuple[int, ...]) -> int:
@@ -230,12 +234,21 @@ def count_kept(mask: Any, shape: tuple[int, ...]) -> int:
         mine = to_numpy(local(mask))
         (kept,) = reduced([box], [np.asarray([np.count_nonzero(mine) * box.first], np.int64)])
         return int(kept[0]) * (math.prod(shape) // max(math.prod(mask.shape), 1))
-    host = to_numpy(mask)
-    return int(np.count_nonzero(host)) * (math.prod(shape) // host.size) if host.size else 0
+    if is_concrete(mask) and not is_on_this_process(mask):
+        # Each process counts its part: only the sums of rows are gathered.
+        kept = to_numpy(compiled(mask, _kept_of_rows)(mask)).sum(dtype=np.int64)
+    else:
+        kept = np.count_nonzero(to_numpy(mask))
+    size = math.prod(mask.shape)
+    return int(kept) * (math.prod(shape) // size) if size else 0
+
+
+def _kept_of_rows(mask: Any) -> Any:
+    return jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
 
 
 def to_numpy(mask: Any) -> np.ndarray:
-    """Returns a mask as a NumPy array.
+    """Returns a mask as a NumPy array; one that lies over several processes is gathered by all.
 
     Raises:
         TypeError: under ``jit`` or ``vmap``, where its values are not known.
@@ -251,7 +264,7 @@ def to_numpy(mask: Any) -> np.ndarray:
         raise TypeError(
             "the values of these masks are not known under jit or vmap; call this outside of it"
         )
-    return mask.detach().cpu().numpy() if is_torch(mask) else np.asarray(mask)
+    return mask.detach().cpu().numpy() if is_torch(mask) else as_known(mask)
 
 
 def named_masks(masks: Any) -> dict[str, Any]:

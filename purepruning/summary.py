@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import is_array
-from purepruning.granularity import fold, grid
+from purepruning.arrays import by_numpy, compiled, is_array, namespace
+from purepruning.granularity import Grid, any_of, fold, grid
 from purepruning.layers import Layer, Layers, checked_table
 from purepruning.masks import by_path, count_kept, to_numpy
 from purepruning.shards import whole
@@ -242,9 +242,13 @@ def _channels(layer: Layer, mask: Any) -> tuple[int | None, int | None]:
     channels = g.n_stacked * g.n_units
     if mask is None:
         return channels, channels
-    full = np.broadcast_to(to_numpy(whole(mask)), layer.shape)
-    any_kept = fold(np, full, g, lambda x, axes: np.any(x, axis=axes))
-    return int(np.count_nonzero(any_kept)), channels
+    kept = by_numpy(lambda mask: compiled(mask, _channels_kept, "g")(mask, g=g), whole(mask))
+    return int(np.count_nonzero(to_numpy(kept))), channels
+
+
+def _channels_kept(mask: Any, *, g: Grid) -> Any:
+    xp = namespace(mask)
+    return fold(xp, xp.broadcast_to(mask, g.shape), g, any_of)
 
 
 _COLUMNS = ("layer", "type", "shape", "channels", "weights", "density")

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import array_like, is_array, is_concrete, is_torch, jax_array
+from purepruning.arrays import array_like, as_known, is_array, is_concrete, is_torch, jax_array
 from purepruning.coupling.branches import branches_of
 from purepruning.coupling.units import Coupled, Family
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
@@ -276,4 +276,4 @@ def _host(mask: Any) -> np.ndarray:
             "masks must be known to say which units go, and are traced by jit or vmap; call this "
             "outside of them"
         )
-    return np.asarray(mask.detach().cpu() if is_torch(mask) else mask)
+    return np.asarray(mask.detach().cpu()) if is_torch(mask) else as_known(mask)
