@@ -467,8 +467,13 @@ def _torch_map_gradient() -> Any:
 
 
 def spans_devices(x: Any) -> bool:
-    """Whether ``x`` may be laid out over several devices, which under ``jit`` cannot be seen."""
-    return not is_torch(x) and not is_numpy(x) and jax.device_count() > 1
+    """Whether ``x`` may be laid out over several devices, which under ``jit`` cannot be seen.
+
+    Along an axis of an explicit mesh, be it of one device, it is: no part may be sliced off there.
+    """
+    if is_torch(x) or is_numpy(x):
+        return False
+    return jax.device_count() > 1 or any(jax.typeof(x).sharding.spec)
 
 
 def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
@@ -480,7 +485,9 @@ def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
         return x
     sharding = getattr(jax.typeof(x), "sharding", None)
     old = tuple(sharding.spec) if sharding is not None else ()
-    return laid_out(x, [None if axes is None or a in axes else names for a, names in enumerate(old)])
+    return laid_out(
+        x, [None if axes is None or a in axes else names for a, names in enumerate(old)]
+    )
 
 
 def laid_out(x: Any, spec: Sequence[Any], like: Any = None) -> Any:
@@ -491,6 +498,102 @@ def laid_out(x: Any, spec: Sequence[Any], like: Any = None) -> Any:
     sharding = jax.typeof(x if like is None else like).sharding
     new = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
     return x if jax.typeof(x).sharding.spec == new.spec else jax.sharding.reshard(x, new)
+
+
+def spread_over(x: np.ndarray, like: Any) -> Any:
+    """Returns an array of NumPy, the same in every process, laid out as an array of JAX is.
+
+    One of another shape than ``like`` is whole on every device.
+    """
+    sharding = like.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return jax_array(x)
+    if x.shape != like.shape:
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def layout_of(sharding: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+    """Returns the sharding of an array that became of ``shape``, and axes it cannot have any more.
+
+    An axis lies over the same devices where they divide its size; else it is whole on each.
+    """
+    names = [(*sharding.spec, *(None for _ in shape))[axis] for axis in range(len(shape))]
+    lost = []
+    for axis, name in enumerate(names):
+        group = (name,) if isinstance(name, str) else name or ()
+        if shape[axis] % math.prod(sharding.mesh.shape[n] for n in group):
+            names[axis] = None
+            lost.append(axis)
+    spec = jax.sharding.PartitionSpec(*names)
+    return jax.sharding.NamedSharding(sharding.mesh, spec), tuple(lost)
+
+
+def is_spread(x: Any) -> bool:
+    """Whether an array of JAX with known numbers is laid out over several devices of a mesh."""
+    if not isinstance(x, jax.Array) or not is_concrete(x):
+        return False
+    return isinstance(x.sharding, jax.sharding.NamedSharding) and len(x.sharding.device_set) > 1
+
+
+def in_layout(function: Callable[[Any], Any], x: Any, shape: tuple[int, ...]) -> Any:
+    """Returns ``function(x)``, of ``shape``, laid out over the same devices (:func:`layout_of`).
+
+    The compiler divides the work, on meshes of explicit axes too.
+    """
+    sharding, mesh = x.sharding, x.sharding.mesh
+    auto = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+
+    def seen(x: Any, mesh: Any, spec: Any) -> Any:
+        parts = [part.data for part in x.addressable_shards]
+        new = jax.sharding.NamedSharding(mesh, spec)
+        return jax.make_array_from_single_device_arrays(x.shape, new, parts)
+
+    layout, _ = layout_of(sharding, shape)
+    inside = jax.sharding.NamedSharding(auto, layout.spec)
+    with jax.set_mesh(auto):
+        found = jax.jit(function, out_shardings=inside)(seen(x, auto, sharding.spec))
+    return seen(found, mesh, layout.spec)
+
+
+def has_whole_groups(x: Any, axis: int, size: int) -> bool:
+    """Whether every device of an explicit mesh has whole groups of ``size`` along an axis."""
+    if is_torch(x) or is_numpy(x):
+        return True
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return (x.shape[axis] // math.prod(sharding.mesh.shape[n] for n in names)) % size == 0
+
+
+def split_axis(x: Any, axis: int, many: int, size: int) -> Any:
+    """Returns ``x`` with ``many`` axes from ``axis`` on as two: groups, and ``size`` in each.
+
+    On an explicit mesh groups lie where they lay: one axis, in whole groups, or no mesh axis at it.
+    """
+    shape = (*x.shape[:axis], -1, size, *x.shape[axis + many :])
+    if is_torch(x) or is_numpy(x):
+        return namespace(x).reshape(x, shape)
+    spec = jax.typeof(x).sharding.spec
+    spec = (*spec[:axis], spec[axis], None, *spec[axis + many :])
+    shape = (*shape[:axis], math.prod(x.shape[axis : axis + many]) // size, *shape[axis + 1 :])
+    return _reshaped(x, shape, spec)
+
+
+def merge_axes(x: Any, axis: int, shape: tuple[int, ...]) -> Any:
+    """Returns ``x`` in a shape in which ``axis`` and the next, of :func:`split_axis`, are one."""
+    if is_torch(x) or is_numpy(x):
+        return namespace(x).reshape(x, shape)
+    spec = jax.typeof(x).sharding.spec
+    return _reshaped(x, shape, (*spec[: axis + 1], *spec[axis + 2 :]))
+
+
+def _reshaped(x: Any, shape: tuple[int, ...], spec: Sequence[Any]) -> Any:
+    sharding = jax.typeof(x).sharding
+    if not any(spec):
+        return jnp.reshape(x, shape)
+    new = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.lax.reshape(x, shape, out_sharding=new)
 
 
 def grad(params: Any) -> Callable[..., Any]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arrays import compiled, empty, int32, is_numpy, namespace, replicated
+from purepruning.arrays import (
+    compiled,
+    empty,
+    int32,
+    is_numpy,
+    laid_out,
+    namespace,
+    replicated,
+    spans_devices,
+)
 from purepruning.layers import Layer
 from purepruning.matrices import as_matrices, form, from_matrices
-from purepruning.selection import kth_host
+from purepruning.selection import kth_host, kth_jax
 from purepruning.selection.criterion import Score, Source
-from purepruning.selection.keys import HIGHEST, Piece
+from purepruning.selection.keys import HIGHEST, Piece, flat_index
+from purepruning.selection.kth_jax_search import int32_sum
 from purepruning.selection.problem import Problem, Solved, kernel_of, n_stacked
 
 
@@ -39,8 +52,11 @@ def _row_mask(source: Source, count: Any, *, score: Score, layer: Layer) -> tupl
     count = xp.clip(int32(xp, count, source.weight), 0, f.members * f.out * f.columns // stacks)
     if is_numpy(source.weight):
         keep, nan = _on_host(piece, int(count), layer)
+    elif spans_devices(source.weight):
+        keys = piece.keys(xp)[0]
+        return _in_place(keys, count, layer), xp.any(keys == HIGHEST)
     else:
-        keys = replicated(piece.keys(xp)[0])
+        keys = piece.keys(xp)[0]
         keep, nan = _of_keys(as_matrices(keys, f), count, stacks), xp.any(keys == HIGHEST)
     return from_matrices(xp.reshape(keep, (f.members, f.out, f.columns)), f), nan
 
@@ -58,11 +74,50 @@ def _of_keys(keys: Any, count: Any, stacks: int) -> Any:
     pruned = lowest(each)
     one_more = lowest(xp.clip(each + 1, 0, columns)) & ~pruned
     next_key = xp.min(xp.where(one_more, rows, HIGHEST), axis=1)
-    # A row that is pruned whole has no next one.
     left = xp.reshape(xp.any(one_more, axis=1), (stacks, n))
-    ranked = xp.where(left, xp.clip(xp.reshape(next_key, (stacks, n)), max=HIGHEST - 1), HIGHEST)
-    chosen = kernel_of(rows).lowest(ranked, xp.full_like(ranked[:, 0], 0) + rest, None) & left
+    chosen = _one_more_rows(xp.reshape(next_key, (stacks, n)), left, rest)
     return ~(pruned | (one_more & xp.reshape(chosen, (-1, 1))))
+
+
+def _in_place(keys: Any, count: Any, layer: Layer) -> Any:
+    """Returns which weights stay, in the shape of the keys, which stay on their devices of JAX.
+
+    The rows of each device's part are counted there: only the counts of rows travel, and their next
+    keys.
+    """
+    columns = (*layer.spatial_axes, *layer.in_axes)
+    rows = (*layer.stack_axes, *layer.out_axes)
+    stacks, sizes = n_stacked(layer), [keys.shape[a] for a in rows]
+    n = math.prod(sizes) // stacks
+    each, rest = count // n, count % n
+    place, none = flat_index(jnp, keys, columns), int32_sum(keys * 0, axis=columns, keepdims=True)
+
+    def lowest(count: Any) -> Any:
+        return kth_jax.lowest_along(keys, none + count, None, place, columns)
+
+    def by_stack(x: Any) -> Any:
+        left = sorted(rows)
+        return replicated(x).transpose([left.index(a) for a in rows]).reshape(stacks, n)
+
+    pruned = lowest(each)
+    one_more = lowest(jnp.minimum(each + 1, math.prod(keys.shape[a] for a in columns))) & ~pruned
+    next_key = by_stack(jnp.min(jnp.where(one_more, keys, HIGHEST), axis=columns))
+    left = by_stack(jnp.any(one_more, axis=columns))
+    chosen = _one_more_rows(next_key, left, rest).reshape(sizes)
+    order = [rows.index(a) for a in sorted(rows)]
+    chosen = jnp.expand_dims(chosen.transpose(order), sorted(columns))
+    return ~(pruned | (one_more & laid_out(chosen, jax.typeof(none).sharding.spec, none)))
+
+
+def _one_more_rows(next_key: Any, left: Any, count: Any) -> Any:
+    """Returns the rows that lose one more weight: where the next key, ``(stacks, n)``, is lowest.
+
+    ``left`` says which rows have a next one: one that is pruned whole has none.
+    """
+    xp = namespace(next_key)
+    ranked = xp.where(left, xp.clip(next_key, max=HIGHEST - 1), HIGHEST)
+    counts = xp.full_like(ranked[:, 0], 0) + count
+    return kernel_of(ranked).lowest(ranked, counts, None) & left
 
 
 def _on_host(piece: Piece, count: int, layer: Layer) -> tuple[np.ndarray, bool]:

@@ -9,20 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from purepruning.arrays import spans_devices
 from purepruning.selection.keys import Piece
 
 #: Pieces of up to this many elements are small. Copying them takes little beside reading them.
 SMALL = 524_288
 
 
-def in_chunks() -> bool:
+def in_chunks(like: Array) -> bool:
     """Whether JAX reads weights best a chunk at a time: on one CPU device."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return jax.default_backend() == "cpu" and not spans_devices(like)
 
 
 def is_small(piece: Piece) -> bool:
     """Whether a piece is read from a vector that it shares with others: in JAX, on one CPU."""
-    return isinstance(piece.arrays[0], jax.Array) and in_chunks() and piece.size <= SMALL
+    like = piece.arrays[0]
+    return isinstance(like, jax.Array) and in_chunks(like) and piece.size <= SMALL
 
 
 def kind(piece: Piece) -> Any:

@@ -30,6 +30,9 @@ class Piece(NamedTuple):
         layer_stats: what else goes into the scores of this piece, a tree of scalars.
         offset: the first element's index, as ``score`` is told it.
         indexed: whether the score depends on the index; where not, it may be None.
+        stack_axes: axes of the arrays that count stacked layers, each of which is ranked for
+            itself: only :mod:`purepruning.selection.kth_jax_counters` knows such pieces, where it
+            counts every piece in its shape. Elsewhere each stacked layer is a piece.
     """
 
     arrays: tuple[Any, ...]
@@ -37,6 +40,7 @@ class Piece(NamedTuple):
     layer_stats: Any = ()
     offset: Any = 0
     indexed: bool = True
+    stack_axes: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,18 +82,20 @@ def ordered_bits(xp: Any, score: Any) -> Any:
     return xp.where(score != score, HIGHEST, xp.where(bits < 0, LOWEST - bits, bits))
 
 
-def flat_index(xp: Any, like: Any) -> Any:
+def flat_index(xp: Any, like: Any, axes: tuple[int, ...] | None = None) -> Any:
     """Returns the position of every element in C order, int32, in the shape of ``like``.
 
-    Beyond ``2**31 - 1``, in stacks of large layers, they go on from ``-2**31``.
+    Of ``axes`` alone, in their order, where they are given. Beyond ``2**31 - 1``, in stacks of
+    large layers, positions go on from ``-2**31``.
     """
     shape = tuple(like.shape)
+    axes = tuple(range(len(shape))) if axes is None else axes
     index = xp.zeros_like(like, dtype=xp.int32)
-    for axis, n in enumerate(shape):
+    for i, axis in enumerate(axes):
         along = [1] * len(shape)
-        along[axis] = n
-        place = xp.reshape(iota(xp, n, like), tuple(along))
-        index = index + place * wrapped(math.prod(shape[axis + 1 :]))
+        along[axis] = shape[axis]
+        place = xp.reshape(iota(xp, shape[axis], like), tuple(along))
+        index = index + place * wrapped(math.prod(shape[a] for a in axes[i + 1 :]))
     return index
 
 

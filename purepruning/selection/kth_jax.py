@@ -11,9 +11,11 @@ Equal numbers are told apart by position, in one more pass that finds the last o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, Threshold
@@ -26,7 +28,8 @@ def local_masks(pieces: Sequence[Piece], counts: Array, check: bool) -> tuple[li
 
     Counts, int32 of shape ``(pieces,)``, must lie in ``[0, size of the piece]``. Masks have the
     shapes of the pieces' arrays. The second result says for each piece whether a score is NaN,
-    ``(pieces,)``; it is looked for only if ``check``.
+    ``(pieces,)``; it is looked for only if ``check``. A piece with stacked layers has as many
+    counts, and as many answers.
     """
     count = counter_of(pieces)
     cut, has_nan = _solve(count, counts, None, check)
@@ -57,7 +60,24 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
     For int32 ``keys (rows, n)`` that are small enough to be copied; ``costs (n,)`` are those of the
     units, 1 if None. Equal keys count in order of position; the first that does not fit ends it.
     """
-    cost = jnp.ones(keys.shape[1], jnp.int32) if costs is None else costs
+    place = lax.iota(jnp.int32, keys.shape[1])[None, :]
+    return lowest_along(
+        keys, budgets[:, None], costs if costs is None else costs[None, :], place, 1
+    )
+
+
+def lowest_along(
+    keys: Array, budgets: Array, costs: Array | None, place: Array, axes: int | tuple[int, ...]
+) -> Array:
+    """Returns the same, where rows lie along ``axes`` of the keys, wherever they are laid out.
+
+    ``place`` is the position in a row; budgets have size 1 along the axes.
+    """
+    n = math.prod(keys.shape[a] for a in np.atleast_1d(axes))
+
+    def spent(fitting: Array) -> Array:
+        counted = fitting if costs is None else jnp.where(fitting, costs, 0)
+        return int32_sum(counted, axis=axes, keepdims=True)
 
     def last_that_fits(values: Array, budget: Array, lo: int, hi: int) -> Array:
         """The largest v in [lo, hi] such that the units with values up to v fit; lo always does."""
@@ -66,20 +86,17 @@ def lowest(keys: Array, budgets: Array, costs: Array | None) -> Array:
             fits, over = ends
             gap = lax.bitcast_convert_type(over - fits, jnp.uint32)
             middle = fits + lax.bitcast_convert_type(gap >> 1, jnp.int32)
-            spent = int32_sum(jnp.where(values <= middle[:, None], cost[None, :], 0), axis=1)
-            good = spent <= budget
+            good = spent(values <= middle) <= budget
             return jnp.where(good, middle, fits), jnp.where(good, over, middle)
 
         start = (jnp.full_like(budget, lo), jnp.full_like(budget, hi))
         return lax.fori_loop(0, max((hi - lo).bit_length(), 1), halve, start)[0]
 
-    key = last_that_fits(keys, budgets, LOWEST, HIGHEST)[:, None]
+    key = last_that_fits(keys, budgets, LOWEST, HIGHEST)
     below = keys <= key
     ties = keys == key + 1
-    rest = budgets - int32_sum(jnp.where(below, cost[None, :], 0), axis=1)
-    place = lax.iota(jnp.int32, keys.shape[1])[None, :]
-    order = jnp.where(ties, place, keys.shape[1])
-    index = last_that_fits(order, rest, -1, keys.shape[1])[:, None]
+    rest = budgets - spent(below)
+    index = last_that_fits(jnp.where(ties, place, n), rest, -1, n)
     return below | (ties & (place <= index))
 
 

@@ -8,6 +8,7 @@ is read where it is, picked with ``lax.switch``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from purepruning.arrays import laid_out, replicated
 from purepruning.selection.joined import in_chunks, is_small, joined, kind
-from purepruning.selection.keys import HIGHEST, Piece, Threshold, ordered_bits
+from purepruning.selection.keys import (
+    HIGHEST,
+    Piece,
+    Threshold,
+    flat_index,
+    ordered_bits,
+    wrapped,
+)
 from purepruning.selection.kth_jax_search import Bracket, Counter, int32_sum, search
 
 CHUNK = 262_144  # elements read at a time: 1 MB of float32, so that what is derived stays in cache
@@ -29,7 +38,7 @@ SAMPLE = 16_384  # sorted sample for the first guesses, of all pieces together
 
 def counter_of(pieces: Sequence[Piece]) -> Counter:
     """Returns how the pieces are counted, on the devices they are on."""
-    if not in_chunks():
+    if not all(in_chunks(piece.arrays[0]) for piece in pieces):
         return _whole(pieces)
     loops = _loops(pieces)
     counters = [_chunked(loop) for loop in loops]
@@ -124,30 +133,75 @@ def _loop(pieces: Sequence[Piece], which: np.ndarray, small: bool) -> _Loop:
 def _whole(pieces: Sequence[Piece]) -> Counter:
     """Counts every piece in its own shape, unsliced: over many devices, or where reductions fuse.
 
-    Sharded weights stay where they are; each device counts its part and the counts are summed.
+    Sharded weights stay where they are; each device counts its part and the counts are summed. A
+    stack of layers is one piece here: no layer leaves the device, or the stage, that it is on.
     """
+    numbers = [math.prod(p.shape[a] for a in p.stack_axes) for p in pieces]
+    starts = np.cumsum([0, *numbers])
 
     def upto(key: Array, active: Array) -> Array:
-        counts = [int32_sum(p.keys(jnp)[0] <= k) for p, k in zip(pieces, key, strict=True)]
-        return jnp.where(active, jnp.stack(counts), 0)
+        counts = [_in_stacks(p, _keys(p)[0] <= _over(p, k)) for p, k in _split(key)]
+        return jnp.where(active, jnp.concatenate(counts), 0)
 
     def tie_index(key: Array, need: Array) -> Array:
         def ties(last: Array, active: Array) -> Array:
             counts = []
-            for i, piece in enumerate(pieces):
-                bits, index = piece.keys(jnp)
-                counts.append(int32_sum((bits == key[i]) & (index <= last[i])))
-            return jnp.where(active, jnp.stack(counts), 0)
+            for (piece, k), (_, i) in zip(_split(key), _split(last), strict=True):
+                bits, index = _keys(piece)
+                tied = (bits == _over(piece, k)) & (index <= _over(piece, i))
+                counts.append(_in_stacks(piece, tied))
+            return jnp.where(active, jnp.concatenate(counts), 0)
 
         counter = Counter(sizes, ties, tie_index, kept)
         start = Bracket(0 * sizes - 1, sizes - 1, 0 * sizes, 0 * sizes + HIGHEST)
         return search(counter, start, need, None, False).bracket.hi
 
     def kept(cut: Threshold) -> list[Array]:
-        return [cut.keeps(i, *piece.keys(jnp)) for i, piece in enumerate(pieces)]
+        found = []
+        for (piece, k), (_, i) in zip(_split(cut.key), _split(cut.index), strict=True):
+            one = Threshold((_over(piece, k),), (_over(piece, i),))
+            found.append(one.keeps(0, *_keys(piece)))
+        return found
 
-    sizes = jnp.asarray([p.size for p in pieces], jnp.int32)
+    def _split(rows: Array) -> list[tuple[Piece, Array]]:
+        return [(p, rows[a:b]) for p, a, b in zip(pieces, starts, starts[1:], strict=False)]
+
+    each = [p.size // n for p, n in zip(pieces, numbers, strict=True)]
+    sizes = jnp.asarray(np.repeat(each, numbers), jnp.int32)
     return Counter(sizes, upto, tie_index, kept)
+
+
+def _keys(piece: Piece) -> tuple[Array, Array]:
+    """Returns the ordered bits of all scores, and the flat indices within each stacked layer."""
+    if not piece.stack_axes:
+        return piece.keys(jnp)
+    like, shape, stacks = piece.arrays[0], piece.shape, piece.stack_axes
+    rest = tuple(a for a in range(len(shape)) if a not in stacks)
+    index = flat_index(jnp, like, rest)
+    size = math.prod(shape[a] for a in rest)
+    # A score is told the index in the whole stack, as that of a layer which is taken out of it.
+    whole = index + flat_index(jnp, like, stacks) * wrapped(size)
+    return ordered_bits(jnp, piece.scores(piece.arrays, whole)), index
+
+
+def _over(piece: Piece, rows: Array) -> Array:
+    """Returns one number for each stacked layer, as it is spread over the piece and laid out."""
+    shape = [piece.shape[a] if a in piece.stack_axes else 1 for a in range(len(piece.shape))]
+    order = [sorted(piece.stack_axes).index(a) for a in piece.stack_axes]
+    stacked = rows.reshape([piece.shape[a] for a in piece.stack_axes])
+    moved = stacked.transpose([order.index(a) for a in range(len(order))]).reshape(shape)
+    spec = jax.typeof(piece.arrays[0]).sharding.spec
+    return laid_out(
+        moved, [spec[a] if n > 1 else None for a, n in enumerate(shape)], piece.arrays[0]
+    )
+
+
+def _in_stacks(piece: Piece, counted: Array) -> Array:
+    """Returns the number of True in each stacked layer, on every device."""
+    rest = tuple(a for a in range(counted.ndim) if a not in piece.stack_axes)
+    left = sorted(piece.stack_axes)
+    sums = replicated(int32_sum(counted, axis=rest))
+    return sums.transpose([left.index(a) for a in piece.stack_axes]).reshape(-1)
 
 
 def _chunked(loop: _Loop) -> Counter:

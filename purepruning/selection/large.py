@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arrays import (
@@ -16,7 +17,9 @@ from purepruning.arrays import (
     namespace,
     spans_devices,
 )
+from purepruning.masks import to_numpy
 from purepruning.selection.criterion import Source
+from purepruning.selection.joined import in_chunks
 from purepruning.selection.problem import (
     Problem,
     Solved,
@@ -54,7 +57,7 @@ def large_masks(
     keep, nan = compiled(like, _masks, "plan", "check")(some, ks, plan=plan, check=check)
     has_nan, stops = {}, np.cumsum([n_stacked(layer) for layer in plan.layers])
     if check and is_concrete(nan):
-        flags = np.split(np.asarray(nan), stops[:-1])
+        flags = np.split(to_numpy(nan), stops[:-1])
         has_nan = {x.name: part.any() for x, part in zip(plan.layers, flags, strict=True)}
     masks = {layer.weight: keep[layer.name] for layer in plan.layers if layer.name in keep}
     return masks, has_nan
@@ -67,12 +70,21 @@ def _masks(
 
     There may be no masks where there is a NaN.
     """
-    by_layer = [unstacked(plan.score.piece(sources[x.name]), x.stack_axes) for x in plan.layers]
-    pieces = [piece for some in by_layer for piece in some]
-    like = pieces[0].arrays[0]
+    whole = [plan.score.piece(sources[x.name]) for x in plan.layers]
+    like = whole[0].arrays[0]
     xp, kernel = namespace(like), kernel_of(like)
+    # Where a stack lies over devices, taking a layer out of it would move that layer.
+    together = xp is jnp and not all(in_chunks(piece.arrays[0]) for piece in whole)
+    by_layer = [
+        [piece._replace(stack_axes=x.stack_axes)] if together else unstacked(piece, x.stack_axes)
+        for piece, x in zip(whole, plan.layers, strict=True)
+    ]
+    pieces = [piece for some in by_layer for piece in some]
     if not plan.caps:
-        sizes = int32(xp, [p.size for p in pieces], like)
+        sizes = [
+            math.prod(x.shape) // n_stacked(x) for x in plan.layers for _ in range(n_stacked(x))
+        ]
+        sizes = int32(xp, sizes, like)
         keep, nan = kernel.local_masks(pieces, xp.clip(counts, 0, sizes), check)
     else:
         caps = [n for n, x in zip(plan.caps, plan.layers, strict=True) for _ in range(n_stacked(x))]
@@ -82,6 +94,8 @@ def _masks(
         return {}, nan
     rest = iter(keep)
     return {
-        layer.name: restack([next(rest) for _ in some], layer.shape, layer.stack_axes)
+        layer.name: next(rest)
+        if together
+        else restack([next(rest) for _ in some], layer.shape, layer.stack_axes)
         for layer, some in zip(plan.layers, by_layer, strict=True)
     }, nan

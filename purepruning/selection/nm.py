@@ -5,7 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from purepruning.arrays import compiled, is_numpy, namespace, replicated
+from purepruning.arrays import (
+    compiled,
+    has_whole_groups,
+    is_numpy,
+    merge_axes,
+    namespace,
+    replicated,
+    split_axis,
+)
 from purepruning.granularity import NM
 from purepruning.masks import spread_mask
 from purepruning.selection import kth_host
@@ -37,21 +45,24 @@ def _nm_mask(source: Source, *, score: Score, in_axes: tuple[int, ...], nm: NM) 
     lead = tuple(a for a in rest if a < in_axes[0])
     order = (*lead, *in_axes, *(a for a in rest if a not in lead))
     moved = tuple(piece.shape[a] for a in order)
-    before, after = moved[: len(lead)], moved[len(lead) + len(in_axes) :]
+    axis = len(lead) + 1
 
     def grouped(x: Any) -> Any:
-        return xp.reshape(xp.permute_dims(x, order), (*before, -1, nm.of, *after))
+        return split_axis(xp.permute_dims(x, order), axis - 1, len(in_axes), nm.of)
 
-    axis = len(before) + 1
     if is_numpy(source.weight):
         choose = functools.partial(highest_of_groups, axis=0, nm=nm)
         mask, nan = kth_host.by_groups(piece, grouped, axis, choose)
     else:
+        keys = piece.keys(xp)[0]
+        nan = xp.any(keys == HIGHEST)
         # An explicit mesh allows no reshape that merges axes of which one lies over devices.
-        alone = len(in_axes) == 1 and nm.of <= PAIRS
-        keys = replicated(piece.keys(xp)[0], in_axes if alone else None)
-        mask, nan = highest_of_groups(grouped(keys), axis, nm), xp.any(keys == HIGHEST)
-    mask = xp.reshape(mask, moved)
+        if len(in_axes) > 1 or nm.of > PAIRS:
+            keys = replicated(keys)
+        elif not has_whole_groups(keys, in_axes[0], nm.of):
+            keys = replicated(keys, in_axes)
+        mask = highest_of_groups(grouped(keys), axis, nm)
+    mask = merge_axes(mask, axis - 1, moved) if len(in_axes) == 1 else xp.reshape(mask, moved)
     mask = xp.permute_dims(mask, tuple(order.index(a) for a in range(ndim)))
     return spread_mask(mask, source.weight), nan
 
