@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from purepruning.arguments import instance, missing, shown, whole_number
-from purepruning.arrays import array_like, by_numpy, is_array, namespace
+from purepruning.arrays import (
+    array_like,
+    by_numpy,
+    in_layout,
+    is_array,
+    is_spread,
+    namespace,
+)
 from purepruning.coupling.coupling import Coupling
 from purepruning.trees import flatten
 
@@ -276,12 +283,18 @@ def _check_fit(coupling: Coupling, plan: Plan, removed: np.ndarray) -> None:
 
 
 def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
-    """Returns what stays of an array; a new array wherever something goes. Shapes give shapes."""
+    """Returns what stays of an array; a new array wherever something goes. Shapes give shapes.
+
+    One that is laid out over the devices of a mesh stays so, but along axes that they do not divide
+    any more.
+    """
+    shape = list(array.shape)
+    for cut in cuts:
+        shape[cut.axis] = cut.positions.shape[-1]
     if isinstance(array, jax.ShapeDtypeStruct):
-        shape = list(array.shape)
-        for cut in cuts:
-            shape[cut.axis] = cut.positions.shape[-1]
         return array.update(shape=tuple(shape))
+    if cuts and is_spread(array):
+        return in_layout(functools.partial(_cut, cuts), array, tuple(shape))
     return by_numpy(functools.partial(_cut, cuts), array) if cuts else array
 
 

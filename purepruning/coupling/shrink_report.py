@@ -55,6 +55,9 @@ class ShrinkReport:
         config: for a model of transformers of its own class, which numbers of its config changed,
             so that ``save_pretrained`` and ``from_pretrained`` give it again; or why no config says
             what is left, and :func:`rebuild <purepruning_interop.torch.rebuild>` has to.
+        whole: for JAX, axes of parameters that lay over devices which do not divide what is left of
+            them, and are whole on each now; all others are laid out as they were. To keep them,
+            prune a multiple: ``resolve(..., round_to=...)``.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class ShrinkReport:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     replaced: tuple[str, ...] = ()
     config: str = ""
+    whole: tuple[str, ...] = ()
 
     @property
     def dynamic(self) -> bool:
@@ -95,6 +99,8 @@ class ShrinkReport:
             lines.append(f"units kept although masked, for others need them: {len(self.restored)}")
         if self.extended:
             lines.append(f"units removed although not masked everywhere: {len(self.extended)}")
+        if self.whole:
+            lines.append(f"whole now, since devices do not divide them: {'; '.join(self.whole)}")
         details = [self.reason] if self.reason else []
         details += [] if self.deviation is None else [f"agrees to {self.deviation:.0e}"]
         details += [f"only for {', '.join(self.fixed)}"] if self.fixed else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from purepruning.arguments import flag, missing, one_of
+from purepruning.arrays import is_spread, layout_of, spread_over
 from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.plan import Cut, Plan, cut_array, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
@@ -27,7 +29,7 @@ from purepruning.jaxpr.couple import Analysis, State, analyse, check_outputs
 from purepruning.jaxpr.emit import EMIT
 from purepruning.jaxpr.interpret import Run
 from purepruning.jaxpr.program import holds_tracers
-from purepruning.masks import by_path, merge_masks, zero_pruned
+from purepruning.masks import by_path, merge_masks, to_numpy, zero_pruned
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params
 
@@ -97,7 +99,7 @@ def shrink(
     check_same(coupling, found.coupling)
     complete = merge_masks(coupling.masks(np.flatnonzero(chosen.removed), params), masks)
     given = by_path(masks, tree.leaves)
-    left = Counter(map(id, tree.leaves.values()))
+    left, whole = Counter(map(id, tree.leaves.values())), _whole_axes(tree.leaves, plan)
     leaves = {}
     for path, leaf in tree.leaves.items():
         leaves[path] = _small(leaf, given.get(path), plan.cuts.get(path, ()))
@@ -107,7 +109,8 @@ def shrink(
             if not left[id(leaf)]:  # one array may be several parameters
                 leaf.delete()
     small = tree.rebuild(leaves)
-    return _shrunk(fn, small, plan, complete, found, norms, chosen)
+    result = _shrunk(fn, small, plan, complete, found, norms, chosen)
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, whole=whole))
 
 
 def _small(leaf: Any, mask: Any, cuts: Sequence[Cut]) -> Any:
@@ -117,11 +120,24 @@ def _small(leaf: Any, mask: Any, cuts: Sequence[Cut]) -> Any:
         return small
     # Axes that are cut must be there; along the others a mask may have one position for all.
     needed = {a for cut in cuts for a in (cut.axis, cut.by) if a is not None}
-    host = np.asarray(mask)
+    host = to_numpy(mask)
     host = host.reshape((1,) * (len(leaf.shape) - host.ndim) + host.shape)
     shape = [n if a in needed else host.shape[a] for a, n in enumerate(leaf.shape)]
     kept = cut_array(np.broadcast_to(host, shape), cuts)
-    return small if kept.all() else zero_pruned(small, jnp.asarray(kept))
+    if kept.all():
+        return small
+    return zero_pruned(small, spread_over(kept, small) if is_spread(small) else jnp.asarray(kept))
+
+
+def _whole_axes(params: dict[str, Any], plan: Plan) -> tuple[str, ...]:
+    """Returns which axes of parameters do not divide over their devices any more."""
+    found = []
+    for path, leaf in params.items():
+        if path in plan.cuts and is_spread(leaf):
+            shape, spec = plan.shape(path), leaf.sharding.spec
+            for axis in layout_of(leaf.sharding, shape)[1]:
+                found.append(f"{path} axis {axis} of {shape[axis]}, over {spec[axis]!r}")
+    return tuple(found)
 
 
 def rebuild(

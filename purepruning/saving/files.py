@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import instance, shown
+from purepruning.arrays import is_on_this_process
 
 #: What a damaged or crafted header raises where its parts are used.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
@@ -142,3 +144,13 @@ def check_sum(name: str, array: np.ndarray, row: Mapping[str, Any]) -> None:
     """Raises ValueError if the bytes of an array are not those that were written."""
     if checksum(array) != row["crc32"]:
         raise ValueError(f"{name!r}: the contents do not agree with their checksum")
+
+
+def check_here(what: str, x: Any) -> None:
+    """Raises ValueError for an array of JAX of which this process has only a part."""
+    if isinstance(x, jax.Array) and not (is_on_this_process(x) or x.is_fully_replicated):
+        raise ValueError(
+            f"{what} lies on devices of other processes; save it by Orbax, where every process "
+            "writes its part, or let all of them gather it before one saves: "
+            "jax.experimental.multihost_utils.process_allgather(tree, tiled=True)"
+        )

@@ -23,10 +23,11 @@ import numpy as np
 import safetensors.numpy
 
 from purepruning.arguments import missing, shown
-from purepruning.arrays import is_array, is_torch, jax_array, namespace
+from purepruning.arrays import is_array, is_concrete, is_torch, jax_array, namespace
 from purepruning.masks import by_path, to_numpy
 from purepruning.saving.files import (
     BROKEN,
+    check_here,
     check_sum,
     checksum,
     file_path,
@@ -50,7 +51,8 @@ def save_masks(path: str | os.PathLike[str], masks: Masks, params: Params) -> No
 
     Raises:
         KeyError, ValueError, TypeError: the masks do not fit ``params``, as in
-            :func:`purepruning.apply_masks`; or are not known (under ``jit``).
+            :func:`purepruning.apply_masks`; are not known (under ``jit``); or this process has only
+            a part of one.
         OSError: the file cannot be written.
 
     >>> import tempfile, jax.numpy as jnp
@@ -67,7 +69,11 @@ def save_masks(path: str | os.PathLike[str], masks: Masks, params: Params) -> No
             "save_masks: a parameter called '__metadata__' has no place in a safetensors file; "
             "rename it"
         )
-    keep = {name: to_numpy(mask) for name, mask in by_path(masks, params).items()}
+    named = by_path(masks, params)
+    for name, mask in named.items():
+        if is_concrete(mask):
+            check_here(f"save_masks: the mask of {name!r}", mask)
+    keep = {name: to_numpy(mask) for name, mask in named.items()}
     bits = {name: np.packbits(mask.reshape(-1), bitorder="little") for name, mask in keep.items()}
     header = {
         "format": "masks",

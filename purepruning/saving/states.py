@@ -41,6 +41,7 @@ from purepruning.config.config import Config, check_config, known_counts
 from purepruning.masks import to_numpy
 from purepruning.saving.files import (
     BROKEN,
+    check_here,
     check_sum,
     checksum,
     file_path,
@@ -73,6 +74,7 @@ def save_state(path: str | os.PathLike[str], state: Any, *, config: Config | Non
     Raises:
         TypeError: a leaf is something else, not known (under ``jit``), or of a dtype that a file
             does not hold: objects, records, strings, bytes in the other order, more than 64 bits.
+        ValueError: of a leaf this process has only a part.
         OSError: the file cannot be written.
 
     >>> import tempfile, jax, jax.numpy as jnp
@@ -261,6 +263,7 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray:
             f"the state's leaf {_shown(name)} has no values: it is a shape, or jit or vmap traces "
             "it; save outside of them"
         )
+    check_here(f"the state's leaf {_shown(name)}", leaf)
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     if is_torch(leaf):
@@ -311,6 +314,8 @@ def _description(config: Config) -> dict[str, Any]:
         for pool in config.pools
         if (count := config.counts.get(pool.name)) is not None
     }
+    for path, mask in config.masks.items():
+        check_here(f"the config's mask of {path!r}", mask)
     described = {
         "pools": pools,
         "counts": counts,
