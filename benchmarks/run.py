@@ -28,6 +28,7 @@ import decoders
 import files
 import measure
 import memory
+import processes
 import quantizers
 import schedules
 import searches
@@ -116,6 +117,7 @@ ROWS = {
     "sparse-files": Row(storage.sparse_files, (2048, 4096), (32, 64)),
     "bcoo": Row(storage.bcoo, (2048, 64), (32, 4)),
     "memory": Row(memory.memory, (8, 2048, 2048), (2, 16, 16)),
+    "processes": Row(processes.processes, (8, 2048), (2, 64)),
     "shrunk": Row(structure.latency, ((RESNET, 64), 128, 8), ((((1, 4),), 4), 32, 2)),
 }
 

@@ -196,11 +196,10 @@ def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager[Any]:
     """
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     if all(map(is_concrete, arrays)) and jax.sharding.get_abstract_mesh().empty:
-        for sharding in (x.sharding for x in arrays):
-            explicit = jax.sharding.AxisType.Explicit
-            if explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ()):
+        for mesh in (getattr(x.sharding, "mesh", None) for x in arrays):
+            if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
                 with contextlib.suppress(ValueError):  # under jit there is no setting it
-                    return jax.set_mesh(sharding.mesh)
+                    return jax.set_mesh(mesh)
     return contextlib.nullcontext()
 
 
