@@ -129,7 +129,7 @@ def is_concrete(x: Any) -> bool:
 
 
 def is_on_this_process(x: Any) -> bool:
-    """Whether no part of ``x``, which is no tracer, lies on devices of other processes alone."""
+    """Whether all parts of ``x``, which is no tracer, lie on devices of this process."""
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
@@ -198,8 +198,14 @@ def _mesh_of(leaves: list[Any]) -> contextlib.AbstractContextManager[Any]:
     if all(map(is_concrete, arrays)) and jax.sharding.get_abstract_mesh().empty:
         for mesh in (getattr(x.sharding, "mesh", None) for x in arrays):
             if jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ()):
-                with contextlib.suppress(ValueError):  # under jit there is no setting it
-                    return jax.set_mesh(mesh)
+                return _set_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+def _set_mesh(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which a mesh is JAX's; under ``jit``, where none can be set, none."""
+    with contextlib.suppress(ValueError):
+        return jax.set_mesh(mesh)
     return contextlib.nullcontext()
 
 
@@ -535,10 +541,11 @@ def is_spread(x: Any) -> bool:
     return isinstance(x.sharding, jax.sharding.NamedSharding) and len(x.sharding.device_set) > 1
 
 
-def in_layout(function: Callable[[Any], Any], x: Any, shape: tuple[int, ...]) -> Any:
-    """Returns ``function(x)``, of ``shape``, laid out over the same devices (:func:`layout_of`).
+def in_layout(function: Callable[..., Any], x: Any, shape: tuple[int, ...], *others: Any) -> Any:
+    """Returns ``function(x, *others)``, of ``shape``, laid out over the devices of ``x``.
 
-    The compiler divides the work, on meshes of explicit axes too.
+    See :func:`layout_of`. The compiler divides the work, on meshes of explicit axes too; it is
+    called once for all arrays of one shape and layout that are given to the same function.
     """
     sharding, mesh = x.sharding, x.sharding.mesh
     auto = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
@@ -550,8 +557,8 @@ def in_layout(function: Callable[[Any], Any], x: Any, shape: tuple[int, ...]) ->
 
     layout, _ = layout_of(sharding, shape)
     inside = jax.sharding.NamedSharding(auto, layout.spec)
-    with jax.set_mesh(auto):
-        found = jax.jit(function, out_shardings=inside)(seen(x, auto, sharding.spec))
+    with _set_mesh(auto):
+        found = jax.jit(function, out_shardings=inside)(seen(x, auto, sharding.spec), *others)
     return seen(found, mesh, layout.spec)
 
 

@@ -259,11 +259,13 @@ def shrunk(axes):
     params, x = {n: spread(v, mesh, SPECS[n]) for n, v in host.items()}, np.ones((4, D), np.float32)
     coupling = pp.couple(mlp, params, x)
     for n_removed, lost in ((8, ()), (9, ("bias axis 0", "down axis 0", "up axis 1"))):
-        masks = coupling.masks(list(range(1, 1 + n_removed)), host)
-        one = pp.shrink(
-            mlp, params, {n: spread(whole(m), mesh, P()) for n, m in masks.items()}, coupling, x
-        )
-        other = pp.shrink(mlp, host, masks, pp.couple(mlp, host, x), x)
+        masks = {n: whole(m) for n, m in coupling.masks(range(1, 1 + n_removed), host).items()}
+        if not lost:  # single weights too, as zeros in what stays
+            masks["down"] = masks["down"] & (host["down"] > -10)
+        over = {n: SPECS[n] if m.shape == host[n].shape else P() for n, m in masks.items()}
+        spread_masks = {n: spread(m, mesh, over[n]) for n, m in masks.items()}
+        one = pp.shrink(mlp, params, spread_masks, coupling, x)
+        other = pp.shrink(mlp, host, masks, coupling, x)
         same(one.params, other.params)
         assert one.params["up"].shape == (D, HIDDEN - n_removed)
         found = sorted(line.split(" of ")[0] for line in one.report.whole)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -294,8 +294,27 @@ def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
         return array.update(shape=tuple(shape))
     if cuts and is_spread(array):
-        return in_layout(functools.partial(_cut, cuts), array, tuple(shape))
+        cut = _cut_along(tuple((cut.axis, cut.by) for cut in cuts))
+        return in_layout(cut, array, tuple(shape), *(cut.positions for cut in cuts))
     return by_numpy(functools.partial(_cut, cuts), array) if cuts else array
+
+
+class _Along(NamedTuple):
+    """A cut whose positions may be traced."""
+
+    axis: int
+    by: int | None
+    positions: Any
+
+
+@functools.cache
+def _cut_along(axes: tuple[tuple[int, int | None], ...]) -> Callable[..., Any]:
+    """Returns ``(array, *positions) -> array``, the same function for all arrays cut alike."""
+
+    def cut(array: Any, *positions: Any) -> Any:
+        return _cut([_Along(*a, p) for a, p in zip(axes, positions, strict=True)], array)
+
+    return cut
 
 
 def _cut(cuts: Sequence[Any], array: Any) -> Any:

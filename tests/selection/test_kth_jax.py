@@ -25,7 +25,7 @@ def piece(scores):
 SIZES_OF_CHUNKS = {"CHUNK": 64, "SMALL_CHUNK": 64, "SAMPLE": 256}
 #: No chunks, or chunks of 64 over pieces that all are small, or two small and three large ones.
 HOWS = {
-    "whole": {"in_chunks": lambda: False},
+    "whole": {"in_chunks": lambda like: False},
     "small": {},
     "both": {"GROUP": 2},
 }
