@@ -490,12 +490,12 @@ def replicated(x: Any, axes: tuple[int, ...] | None = None) -> Any:
         return x
     sharding = getattr(jax.typeof(x), "sharding", None)
     old = tuple(sharding.spec) if sharding is not None else ()
-    return laid_out(
+    return laid_out_by(
         x, [None if axes is None or a in axes else names for a, names in enumerate(old)]
     )
 
 
-def laid_out(x: Any, spec: Sequence[Any], like: Any = None) -> Any:
+def laid_out_by(x: Any, spec: Sequence[Any], like: Any = None) -> Any:
     """Returns an array of JAX laid out by ``spec`` over the explicit mesh of ``like``, or its own.
 
     On a mesh without explicit axes all specs are empty.

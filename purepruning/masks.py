@@ -28,9 +28,9 @@ from purepruning.arrays import (
     is_concrete,
     is_on_this_process,
     is_torch,
+    laid_out_by,
     namespace,
 )
-from purepruning.arrays import laid_out as laid_out_by
 from purepruning.shards import box_of, is_sharded, laid_out, local, local_as, of_shard, reduced
 from purepruning.trees import flatten
 from purepruning.types import Masks, Params

@@ -14,7 +14,7 @@ from purepruning.arrays import (
     empty,
     int32,
     is_numpy,
-    laid_out,
+    laid_out_by,
     namespace,
     replicated,
     spans_devices,
@@ -106,7 +106,7 @@ def _in_place(keys: Any, count: Any, layer: Layer) -> Any:
     chosen = _one_more_rows(next_key, left, rest).reshape(sizes)
     order = [rows.index(a) for a in sorted(rows)]
     chosen = jnp.expand_dims(chosen.transpose(order), sorted(columns))
-    return ~(pruned | (one_more & laid_out(chosen, jax.typeof(none).sharding.spec, none)))
+    return ~(pruned | (one_more & laid_out_by(chosen, jax.typeof(none).sharding.spec, none)))
 
 
 def _one_more_rows(next_key: Any, left: Any, count: Any) -> Any:

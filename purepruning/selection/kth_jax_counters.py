@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from purepruning.arrays import laid_out, replicated
+from purepruning.arrays import laid_out_by, replicated
 from purepruning.selection.joined import in_chunks, is_small, joined, kind
 from purepruning.selection.keys import (
     HIGHEST,
@@ -191,7 +191,7 @@ def _over(piece: Piece, rows: Array) -> Array:
     stacked = rows.reshape([piece.shape[a] for a in piece.stack_axes])
     moved = stacked.transpose([order.index(a) for a in range(len(order))]).reshape(shape)
     spec = jax.typeof(piece.arrays[0]).sharding.spec
-    return laid_out(
+    return laid_out_by(
         moved, [spec[a] if n > 1 else None for a, n in enumerate(shape)], piece.arrays[0]
     )
 
