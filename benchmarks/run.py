@@ -27,6 +27,7 @@ import criteria
 import decoders
 import files
 import measure
+import processes_torch
 import memory
 import processes
 import quantizers
@@ -62,6 +63,7 @@ ROWS = {
     "global": Row(selection.global_masks, (12, 768, 20_000), (1, 64, 1000)),
     "layer": Row(selection.layer_masks, (12, 768, 20_000), (1, 64, 1000)),
     "first-shapes": Row(selection.first_shapes, 160, 4),
+    "processes-torch": Row(processes_torch.processes, (8, 2048), (2, 64)),
     "two-of-four": Row(selection.two_of_four, (4096, 4096), (64, 256)),
     "train-step": Row(training.train_step, (2048, (32, 256)), (32, (4,))),
     "torch-step": Row(training.torch_step, (1024, (32, 256)), (16, (4,))),
