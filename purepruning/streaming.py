@@ -27,6 +27,7 @@ import numpy as np
 
 from purepruning.arguments import function, instance, missing
 from purepruning.config.config import Config, Pool, check_config, check_count
+from purepruning.granularity import NM
 from purepruning.layers import Layer
 from purepruning.pruners.magnitude import level
 from purepruning.saving.files import checksum
@@ -125,6 +126,9 @@ def prune_files(
             "prune_files prunes no coupled channels, since those lie in many layers; resolve "
             "without coupling"
         )
+    if not isinstance(config.granularity, NM):
+        for pool in config.pools:
+            check_count("prune_files", pool, config.counts[pool.name])
     shards = read_shards(source)
     stored = {name: t for shard in shards for name, t in shard.tensors.items()}
     owners = _checked(config, stored)
@@ -447,7 +451,6 @@ def _global_cuts(run: _Run, pool: Pool, path: str) -> dict[str, tuple[int, int]]
     earlier layers go first. A layer that reaches its cap below the common threshold is cut there.
     """
     layers, caps = pool.layers, [int(cap) for cap in pool.caps]
-    check_count("prune_files", pool, run.config.counts[pool.name])
     budget = int(np.asarray(run.config.counts[pool.name]))
     tensors = [run.stored[layer.weight] for layer in layers]
     if not budget:

@@ -202,6 +202,8 @@ def _read_shard(path: Path) -> Shard:
             if length > min(size - 8, 10**8):
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(x, str) for pair in metadata.items() for x in pair):
             raise ValueError("its metadata are no text")
@@ -212,8 +214,9 @@ def _read_shard(path: Path) -> Shard:
             if not (8 + length <= t.start <= t.stop <= size and known):
                 raise ValueError(f"the bytes of {name!r} are not those of its shape")
     except BROKEN as error:
+        why = str(error) if type(error) is ValueError else "its header is not as the format says"
         raise ValueError(
-            f"{path} is no safetensors file, or is damaged ({error}); fetch or write it again"
+            f"{path} is no safetensors file, or is damaged ({why}); fetch or write it again"
         ) from error
     return Shard(path, tensors, metadata)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +122,7 @@ def _torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
     try:
         found = _load(torch, path)
     except Exception as error:  # of zipfile, pickle and torch, many kinds
-        why = str(error).strip().split("\n")[0]
+        why = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read by torch with weights_only=True ({why[:200]}); save the "
             "state_dict() of the model alone"
@@ -145,13 +145,16 @@ def _torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
 
 def _load(torch: Any, path: Path) -> Any:
     """Returns what a file holds; its tensors are mapped, but for files of torch before 1.6."""
-    mapped = zipfile.is_zipfile(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with path.open("rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"  # a zip archive, as torch knows one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an error says enough
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _as_numpy(torch: Any, name: str, x: Any) -> np.ndarray:
-    if x.layout != torch.strided or x.is_quantized:
-        raise ValueError(f"{name!r} is a sparse or quantised tensor; save it dense")
+    if x.layout != torch.strided or x.is_quantized or x.is_meta:
+        raise ValueError(f"{name!r} is a sparse, quantised or meta tensor; save it dense")
     x = x.detach().contiguous()
     bits = {torch.bfloat16: np.uint16, torch.float8_e4m3fn: np.uint8, torch.float8_e5m2: np.uint8}
     if x.dtype not in bits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ app.command("run")(run_command.run)
 app.command("study")(study.study)
 
 _options = {"traceback": False}
+_COMPLETES = "_PUREPRUNING_COMPLETE"
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer names none of its bases
 
 
@@ -66,6 +68,8 @@ def _main(
 ) -> None:
     """Prune neural networks: checkpoints without their code, models, recipes, whole studies."""
     _options["traceback"] = show_traceback
+    if show_traceback:
+        logging.disable(logging.NOTSET)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -74,15 +78,24 @@ def run(arguments: Sequence[str]) -> int:
     What the process does on SIGINT and SIGTERM is up to ``__main__``.
     """
     _options["traceback"] = False
-    with _short_warnings():
+    with _short_warnings(), _no_logs():
         try:
             status = typer.main.get_command(app).main(
                 list(arguments), prog_name="purepruning", standalone_mode=False
             )
             sys.stdout.flush()
+        except SystemExit as error:
+            if _COMPLETES in os.environ or _of_completion(arguments):
+                raise
+            return _failed(ValueError(f"what was called ended with exit status {error.code}"))
         except Exception as error:  # whatever it is, it becomes one line and a status
             return _failed(error)
     return status if isinstance(status, int) else 0
+
+
+def _of_completion(arguments: Sequence[str]) -> bool:
+    """Whether a shell's completion is asked for, after which typer ends the process."""
+    return any(x.startswith(("--show-completion", "--install-completion")) for x in arguments)
 
 
 def _failed(error: BaseException) -> int:
@@ -99,7 +112,8 @@ def _failed(error: BaseException) -> int:
 def _status(error: BaseException) -> tuple[int, str]:
     text = message_of(error)
     if isinstance(error, _UsageError):
-        return USAGE, f"error: {error.format_message()} See purepruning --help."  # type: ignore[attr-defined]
+        words = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return USAGE, f"error: {words}. See purepruning --help."
     if type(error).__name__ == "NotWritten":  # whose module loads NumPy
         return NOT_WRITTEN, f"error: {text}"
     if isinstance(error, (ValueError, TypeError, KeyError, OSError, RuntimeError)):
@@ -107,6 +121,17 @@ def _status(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return WRONG_INPUT, "error: not enough memory"
     return BUG, f"error: {type(error).__name__}: {text}; report it, with purepruning --traceback"
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    """Keeps off the terminal what frameworks log, such as tracebacks of errors that are handled."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -12,4 +12,8 @@ def message_of(error: BaseException) -> str:
         file = f": {error.filename!r}" if error.filename is not None else ""
         return f"{error.strerror}{file}"
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(str(text).split()) or type(error).__name__
+    words = " ".join(str(text).split()) or type(error).__name__
+    above = "as the error above says"
+    if above in words and error.__cause__ is not None:  # which is not shown here
+        words = words.replace(above, f"since {message_of(error.__cause__)}")
+    return words

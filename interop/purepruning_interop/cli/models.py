@@ -7,13 +7,13 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from purepruning.arguments import adapter_of, missing
+from purepruning.arguments import adapter_of, missing, shown
 from purepruning.trees import flatten
 from purepruning_interop.checkpoints import read_checkpoint
 
@@ -78,8 +78,8 @@ def make_model(source: str, inputs: list[str], weights: Path | None = None) -> G
     Raises:
         ValueError, TypeError, OSError: it is no such function, or what it made does not fit.
     """
-    made = _called(source)
-    first, *rest = made if isinstance(made, tuple) else (made,)
+    made = called(source, lambda found: adapter_of(found) is not None)
+    first, *rest = made if isinstance(made, tuple) and made else (made,)
     name = adapter_of(first)
     if name not in _ADAPTERS:
         raise TypeError(
@@ -104,8 +104,15 @@ def make_model(source: str, inputs: list[str], weights: Path | None = None) -> G
     return given if weights is None else _with_weights(given, weights)
 
 
-def _called(source: str) -> Any:
+def called(source: str, is_one: Callable[[Any], bool]) -> Any:
+    """Returns what ``package.module:function`` returns, or what it names, if that is one already.
+
+    Raises:
+        ValueError, TypeError: there is no such function, or what it raised.
+    """
     module_name, _, name = source.partition(":")
+    if not name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"{source!r} must be package.module:function; write both parts")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -116,23 +123,23 @@ def _called(source: str) -> Any:
         raise ValueError(
             f"{source}: there is no module {error.name!r}; run this where it can be imported"
         ) from None
-    except Exception as error:  # the user's own module, which may raise anything
+    except (Exception, SystemExit) as error:  # the user's own module, which may raise anything
         raise raised_by(source, error) from error
-    function = getattr(module, name, None)
-    if function is None:
-        known = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
+    found = getattr(module, name, None)
+    if found is None:
+        known = [n for n, x in vars(module).items() if x is not None and not n.startswith("_")]
         raise ValueError(missing(f"{source}: the module has no {name!r}", name, known))
-    if adapter_of(function) is not None and not isinstance(function, type):
-        return function
-    if not callable(function):
-        raise TypeError(f"{source} must be a function without arguments, got {function!r}")
+    if is_one(found) and not isinstance(found, type):
+        return found
+    if not callable(found):
+        raise TypeError(f"{source} must be a function without arguments, got {shown(found)}")
     try:
-        return function()
-    except Exception as error:  # the user's own function
+        return found()
+    except (Exception, SystemExit) as error:  # the user's own function
         raise raised_by(source, error) from error
 
 
-def raised_by(source: str, error: Exception) -> ValueError:
+def raised_by(source: str, error: BaseException) -> ValueError:
     """Returns the error for what a user's own code raised."""
     words = " ".join(str(error).split())
     return ValueError(

@@ -58,7 +58,7 @@ def prune(
     bias: Annotated[
         str, typer.Option(help="follow: biases go with their channel; keep: they stay.")
     ] = "follow",
-    seed: Annotated[int, typer.Option(help="Of --pruner random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of --pruner random.")] = 0,
     layout: Annotated[
         str,
         typer.Option(

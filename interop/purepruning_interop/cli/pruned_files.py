@@ -151,6 +151,8 @@ def _pack(found: Pruned, weights: list[Path], masks: Path, packed: list[str]) ->
     config = folder / "config.json"
     try:
         before: Mapping[str, Any] = json.loads(config.read_bytes()) if config.exists() else {}
+        if not isinstance(before, dict):
+            raise ValueError("it is no object")
     except ValueError as error:
         raise ValueError(
             f"{found.job.checkpoint.path / 'config.json'}: {error}; mend the JSON there"

@@ -8,12 +8,13 @@ from typing import Any
 
 from purepruning_interop.checkpoints import read_checkpoint
 from purepruning_interop.cli import output
-from purepruning_interop.cli.models import arrays_into, raised_by
+from purepruning_interop.cli.models import arrays_into
+from purepruning_interop.cli.tasks import task_of
 from purepruning_interop.recipes import read_recipe
 from purepruning_interop.report import write_report
 from purepruning_interop.runs import By, Outcome, Settings, report_of, run_recipe
 from purepruning_interop.runs.folder import writing
-from purepruning_interop.tasks import Task, find_task
+from purepruning_interop.tasks import Task
 
 
 def run_and_show(
@@ -37,7 +38,7 @@ def run_and_show(
         NotWritten: a file cannot be written.
     """
     found = read_recipe(recipe)
-    task = _task(task_name)
+    task = task_of(task_name)
     start = None if weights is None else _start(task, task_name, weights, seed)
     words = ["purepruning", "run", str(recipe), "--task", task_name, "--seed", str(seed)]
     words += [] if epochs is None else ["--epochs", str(epochs)]
@@ -73,17 +74,6 @@ def run_and_show(
         output.show_json(_as_json(outcome, task, out))
     else:
         _show(outcome, task, out)
-
-
-def _task(name: str) -> Task:
-    try:
-        return find_task(name)
-    except (ValueError, TypeError):
-        raise
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(str(error)) from error
-    except Exception as error:  # of the module that is named
-        raise raised_by(f"task {name!r}", error) from error
 
 
 def _start(task: Task, name: str, weights: Path, seed: int) -> Any:

@@ -57,3 +57,5 @@ def _load(path: Path) -> Any:
         ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: it is no UTF-8; save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply; write a list of rules") from None

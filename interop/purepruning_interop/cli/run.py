@@ -30,7 +30,9 @@ def run(
         Path,
         typer.Option("--out", "-o", help="The run folder; an unfinished run in it goes on."),
     ],
-    seed: Annotated[int, typer.Option(help="Of the network, its training, and searches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Of the network, its training, and searches.")
+    ] = 0,
     epochs: Annotated[
         int | None,
         typer.Option(min=0, help="Of each fine-tuning; the task's own unless given."),

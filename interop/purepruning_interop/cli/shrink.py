@@ -50,7 +50,7 @@ def shrink(
     round_to: Annotated[
         int, typer.Option(min=1, help="Channels that are kept are a multiple of this.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of --pruner random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of --pruner random.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

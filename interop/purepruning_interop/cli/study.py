@@ -64,11 +64,11 @@ def study(
     """
     from purepruning_interop.checkpoints import NotWritten
     from purepruning_interop.cli.output import progress, show_json
+    from purepruning_interop.cli.tasks import task_of
     from purepruning_interop.report import write_report
     from purepruning_interop.study import compared, report_of, run_study
-    from purepruning_interop.tasks import find_task
 
-    found = find_task(task)
+    found = task_of(task)
     folder = Path(f"study-{found.name}") if out is None else out
     try:
         with progress() as bar:

@@ -119,7 +119,12 @@ class RunFolder:
         if found["masks"]:
             tree = flatten(params)
             masks = tree.rebuild(by_path(found["masks"], tree.leaves))
-        rows = [json.loads(x) for x in (self.path / HISTORY).read_text().splitlines()[:n]]
+        try:
+            rows = [json.loads(x) for x in (self.path / HISTORY).read_bytes().splitlines()[:n]]
+        except ValueError:
+            raise ValueError(
+                f"{self.path / HISTORY} is damaged; name another folder, or give --overwrite"
+            ) from None
         if len(rows) < n:
             raise ValueError(f"{self.path / HISTORY} lost rows; name another folder")
         with writing(self.path):

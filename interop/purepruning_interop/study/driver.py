@@ -290,7 +290,14 @@ class _Files:
         file = self.folder / SETTINGS
         if not file.exists():
             write_whole(file, json.dumps(settings, indent=2).encode())
-        self._check(json.loads(file.read_text()), settings)
+        try:
+            before = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"run_study: {str(file)!r} is damaged; choose another folder, or remove it if the "
+                "study is the same"
+            ) from None
+        self._check(before, settings)
         return self._rows()
 
     def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
