@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from purepruning_interop.cli.app import run
 
 ROOT = Path(__file__).parents[2]
+#: The installed command.
+SCRIPT = Path(sys.executable).with_name("purepruning")
 
 
 class Called(NamedTuple):
@@ -47,11 +50,15 @@ def failed(capsys, status, *arguments, says=()) -> str:
 
 
 def start(*arguments, inside=(), **options) -> subprocess.Popen:
-    """Starts the command in a process of its own, maybe inside of another command."""
-    command = [*inside, sys.executable, "-m", "purepruning_interop.cli", *map(str, arguments)]
+    """Starts the installed command in a process of its own, maybe inside of another command."""
+    if not SCRIPT.exists():
+        pytest.skip(f"there is no {SCRIPT}: the package is not installed for this Python")
+    command = [*inside, SCRIPT, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}", **options.pop("env", {})}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **options)
+    return subprocess.Popen(
+        command, env=env, text=True, **{"stdout": pipe, "stderr": pipe, **options}
+    )
 
 
 def finished(process, timeout=120) -> Called:

@@ -20,7 +20,9 @@ import safetensors.numpy
 
 from purepruning_interop.checkpoints import NotWritten, write
 from purepruning_interop.cli.app import run
+from tests.cli import models_to_shrink as nets
 from tests.cli.calls import ROOT, call, failed, finished, save, start, tensors
+from tests.study import tiny
 
 
 def left(folder, *names):
@@ -324,3 +326,166 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait() != 0
+
+
+SIGNALLED = """
+import os, sys
+from purepruning_interop.cli.__main__ import main
+number, left, fsync = int(sys.argv[1]), [int(sys.argv[2])], os.fsync
+def signalled(file):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), number)
+    fsync(file)
+os.fsync = signalled
+sys.argv[1:] = sys.argv[3:]
+sys.exit(main())
+"""
+SHRINK = ("shrink", f"{nets.__name__}:torch_net", "--sparsity", "0.5")
+STUDY = ("study", f"{tiny.__name__}:loop", "--pruners", "level", "--sparsities", "0.5")
+STUDY += ("--seeds", "2", "--epochs", "0")
+
+
+def signalled(number, nth, *arguments):
+    """Runs the command, which is sent a signal when it writes for the n-th time."""
+    command = [sys.executable, "-c", SIGNALLED, str(int(number)), str(nth), *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'interop'}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def whole_shrunk(folder):
+    assert left(folder) == [
+        "masks.safetensors",
+        "plan.safetensors",
+        "report.json",
+        "weights.safetensors",
+    ]
+    assert len(safetensors.numpy.load_file(folder / "weights.safetensors")) == 9
+    json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("number", "nth"),
+    [(signal.SIGTERM, 2)]
+    + [
+        pytest.param(number, nth, marks=pytest.mark.full)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        for nth in range(1, 8)
+    ],
+)
+def test_shrink_that_is_interrupted_while_it_writes(tmp_path, number, nth):
+    out = tmp_path / "small"
+    done = signalled(number, nth, *SHRINK, "-o", out)
+    if out.exists():  # the signal came when all was written, or waited for the renames
+        whole_shrunk(out)
+        assert left(tmp_path) == ["small"]
+    else:
+        words = "interrupted" if number == signal.SIGINT else "terminated"
+        assert (done.returncode, done.stderr) == (128 + number, f"purepruning: {words}\n")
+        assert left(tmp_path) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seed", range(5))
+def test_shrink_that_is_interrupted_at_any_time(tmp_path, number, seed):
+    out = tmp_path / "small"
+    process = start(*SHRINK, "-o", out)
+    time.sleep(random.Random(seed).uniform(0.3, 6))
+    process.send_signal(number)
+    done = finished(process)
+    assert "Traceback" not in done.err
+    assert done.status in (0, -number, 128 + number)
+    assert left(tmp_path) == (["small"] if done.status == 0 else [])
+
+
+@pytest.mark.parametrize(
+    "nth", [0, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 3, 5))]
+)
+def test_write_errors_of_shrink(tmp_path, capsys, monkeypatch, nth):
+    calls = iter(range(100))
+
+    def full(number):
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    failed(capsys, 3, *SHRINK, "-o", tmp_path / "small", says="No space left on device")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.full
+def test_no_space_left_for_shrink(tmp_path):
+    limit = ["bash", "-c", 'ulimit -f 1 && exec "$@"', "bash"]  # in KiB
+    done = finished(start(*SHRINK, "-o", tmp_path / "small", inside=limit))
+    assert done.status == 3
+    assert (
+        done.err == f"purepruning: error: {tmp_path / 'small'} cannot be written: File too large\n"
+    )
+    assert left(tmp_path) == []
+
+
+def whole_study(folder):
+    """Makes sure that nothing is half written, but for a last line, which is known by that."""
+    if (folder / "study.json").exists():
+        json.loads((folder / "study.json").read_text())
+    if (folder / "results.jsonl").exists():
+        for line in (folder / "results.jsonl").read_text().split("\n")[:-1]:
+            json.loads(line)
+    for file in folder.glob("networks/*.safetensors"):
+        safetensors.numpy.load_file(file)
+    if (folder / "report.html").exists():
+        assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize(
+    ("number", "nth"),
+    [(signal.SIGTERM, 5)]
+    + [
+        pytest.param(number, nth, marks=pytest.mark.full)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        for nth in range(1, 11)
+    ],
+)
+def test_a_study_that_is_interrupted_while_it_writes_goes_on(
+    tmp_path, capsys, monkeypatch, number, nth
+):
+    out = tmp_path / "s"
+    done = signalled(number, nth, *STUDY, "-o", out)
+    words = "interrupted" if number == signal.SIGINT else "terminated"
+    assert done.returncode == 0 or done.stderr == f"purepruning: {words}\n"
+    whole_study(out)
+    found = call(capsys, *STUDY, "-o", out, "--json")
+    assert found.status == 0, found.err
+    whole_study(out)
+    assert len((out / "results.jsonl").read_text().splitlines()) == 6
+    hidden = [p.name for p in out.rglob(".*")]
+    assert hidden == []
+
+
+@pytest.mark.parametrize("nth", [3, *(pytest.param(n, marks=pytest.mark.full) for n in range(10))])
+def test_write_errors_of_a_study(tmp_path, capsys, monkeypatch, nth):
+    calls = iter(range(100))
+
+    def full(number):
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        failed(capsys, 3, *STUDY, "-o", tmp_path / "s", says="No space left on device")
+    whole_study(tmp_path / "s")
+    assert call(capsys, *STUDY, "-o", tmp_path / "s", "--json").status == 0
+    assert len((tmp_path / "s" / "results.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.full
+def test_no_space_left_for_a_study(tmp_path):
+    limit = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash"]  # in KiB: the page is larger
+    done = finished(start(*STUDY, "-o", tmp_path / "s", inside=limit))
+    assert done.status == 3
+    assert done.err == f"purepruning: error: {tmp_path / 's'}: File too large\n"
+    whole_study(tmp_path / "s")
+    assert not (tmp_path / "s" / "report.html").exists()
