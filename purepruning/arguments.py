@@ -210,7 +210,9 @@ def scalar(
     if not is_concrete(value):
         return value
     huge = isinstance(value, int) and value.bit_length() > 1000
-    fits = not huge and (value >= 0 if zero else value > 0) and value < below
+    # Under jit, what JAX compares is traced though it is known.
+    known: Any = np.asarray(value) if isinstance(value, jax.Array) else value
+    fits = not huge and (known >= 0 if zero else known > 0) and known < below
     if not fits:
         bounds = f"{'[' if zero else '('}0, {below:g})"
         got = shown(value) if real else float(value)

@@ -306,6 +306,12 @@ def _checked(config: Config, stored: Mapping[str, Stored]) -> dict[str, Layer]:
 def _begin(work: Path, shards: tuple[Shard, ...], config: Config, pruner: Any, stats: Any) -> None:
     """Writes down what this run is, or makes sure that it is the one that was begun."""
     parts = [(s.file.name, s.file.stat().st_size, s.file.stat().st_mtime_ns) for s in shards]
+    for name, count in config.counts.items():
+        if np.shape(count):
+            raise ValueError(
+                f"prune_files: the count of {name!r} has shape {np.shape(count)}; files are pruned "
+                "once, so give one number"
+            )
     counts = {name: int(np.asarray(count)) for name, count in config.counts.items()}
     static = dataclasses.replace(config, counts={}, masks={})
     arrays = [checksum(_numbers(x)) for x in jax.tree.leaves((dict(config.masks), stats))]

@@ -28,6 +28,7 @@ COMPILES = {
     "prune [jax]": "criteria of users are given arrays of the parameters' framework",
     "sparse_training": "Optax transforms hold arrays",
     "annealing": "steps are compiled, as they run by the thousand",
+    "quantize.": "quantizers are called inside of losses, which are compiled",
 }
 
 

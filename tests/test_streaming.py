@@ -378,6 +378,9 @@ def test_mistakes_are_named(tmp_path):
     with raises(FileNotFoundError, "has no .safetensors files"):
         (tmp_path / "empty").mkdir()
         pp.prune_files(pp.level, tmp_path / "empty", out, good)
+    with raises(ValueError, "prune_files: the count of", "has shape (2,)", "give one number"):
+        several = good.with_counts({pool.name: np.array([1, 2]) for pool in good.pools})
+        pp.prune_files(pp.level, source, out, several)
     shards[0]["a.weight"][3, 3] = np.nan
     source = written(tmp_path / "nan", shards)
     for scope in ("layer", "global"):

@@ -21,6 +21,8 @@ DATA = {"Activation", "Config", "Coupling", "Criterion", "Plan"}
 MODULES = [
     "admm",
     "movement",
+    *(f"quantize.{name}" for name in ("bnn", "dorefa", "integers", "lsq", "lsq_plus", "naive")),
+    *(f"quantize.{name}" for name in ("observers", "ptq", "qat")),
     "stats.accumulate",
     "stats.activations",
     "stats.blocks",
@@ -70,6 +72,9 @@ INNER = {
     "stats.fisher_blocks.shape",
     "stats.fisher_blocks.size_of",
     "stats.gradients.shape",
+    *(f"quantize.integers.{name}" for name in ("in_steps", "on_host", "unpack", "weight_levels")),
+    *(f"quantize.observers.{name}" for name in ("after", "bin_counts", "bounds", "merge_one")),
+    *(f"quantize.observers.{name}" for name in ("range_of", "whole_range")),
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import collection, floats, instance, missing, scalar
+from purepruning.arguments import collection, floats, instance, missing, scalar, whole_number
 from purepruning.arrays import by_numpy, namespace, sqrt
 from purepruning.layers import Layer
 from purepruning.trees import flatten
@@ -122,6 +122,11 @@ def _leaf(norm: BatchNorm, what: str, path: str, leaves: Mapping[str, Any], of: 
         message = f"fold_batch_norms: {of} have no {what} {path!r} of the norm {norm.name!r}"
         raise KeyError(missing(message, path, leaves))
     floats(leaves[path], f"fold_batch_norms: the {what} {path!r} of the norm {norm.name!r}")
+    if what == "weight" and tuple(leaves[path].shape) != norm.layer.shape:
+        raise ValueError(
+            f"fold_batch_norms: the weight {path!r} has shape {tuple(leaves[path].shape)}, but by "
+            f"the layer's row {norm.layer.shape}; give the parameters of the same model"
+        )
     return leaves[path]
 
 
@@ -196,8 +201,8 @@ def fold_batch_norm(
     given |= {} if bias is None else {"bias": bias}
     for name, x in {"weight": weight, **given}.items():
         floats(x, f"fold_batch_norm: {name}")
-    scalar(epsilon, "fold_batch_norm: epsilon", zero=True)
-    instance(out_axis, int, "fold_batch_norm: out_axis", "the number of an axis")
+    epsilon = scalar(epsilon, "fold_batch_norm: epsilon", zero=True, like=mean)
+    whole_number(out_axis, "fold_batch_norm: out_axis", -(2**31))
     if not -weight.ndim <= out_axis < weight.ndim:
         raise ValueError(
             f"fold_batch_norm: out_axis={out_axis} has no place in the weight's shape "

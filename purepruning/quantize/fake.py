@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from purepruning.arguments import floats, is_number, scalar, whole_number
-from purepruning.arrays import namespace, stop_gradient
+import jax
+
+from purepruning.arguments import floats, is_number, scalar, shown, whole_number
+from purepruning.arrays import is_torch, namespace, stop_gradient
 from purepruning.types import Array
 
 #: A smaller scale, as of a channel that is pruned, is 1: its reciprocal would be infinite.
@@ -98,8 +100,7 @@ def fake_quantize(x: Array, scale: Any, zero_point: Any, low: int, high: int) ->
     """
     floats(x, "fake_quantize: x")
     _check_levels("fake_quantize", low, high)
-    if is_number(scale):
-        scalar(scale, "fake_quantize: scale")
+    scale = checked_scale(scale, "fake_quantize: scale", x)
     xp = namespace(x)
     wide = xp.astype(x, xp.float32)
     constant = stop_gradient(wide)
@@ -138,8 +139,33 @@ def _check_range(where: str, smallest: Any, largest: Any, low: Any, high: Any) -
     _check_levels(where, low, high)
 
 
+def checked_scale(scale: Any, where: str, x: Any) -> Any:
+    """Returns a scale of ``x``: a positive number, or an array of floats of its framework."""
+    if is_number(scale):
+        scale = scalar(scale, where)
+    if isinstance(scale, float):
+        return scale
+    check_fits(scale, where, x)
+    return scale
+
+
+def check_fits(value: Any, where: str, x: Any) -> None:
+    """Raises for what is no array of floats, of the framework of ``x``, that broadcasts to it."""
+    floats(value, where)
+    if is_torch(value) != is_torch(x) and (is_torch(value) or isinstance(value, jax.Array)):
+        raise TypeError(f"{where} is of another framework than x, got {shown(value)}")
+    shape = tuple(value.shape)
+    fits = len(shape) == x.ndim and all(a in (1, b) for a, b in zip(shape, x.shape, strict=True))
+    if shape and not fits:
+        raise ValueError(
+            f"{where} has shape {shape}, which does not broadcast to that of x, {tuple(x.shape)}; "
+            "give a scalar, or as many axes as x has, of size 1 or its own"
+        )
+
+
 def _check_levels(where: str, low: Any, high: Any) -> None:
-    whole_number(high, f"{where}: high", whole_number(low, f"{where}: low", -(2**31)) + 1)
+    smallest = whole_number(low, f"{where}: low", -(2**31), 2**31 - 2)
+    whole_number(high, f"{where}: high", smallest + 1, 2**31 - 1)
 
 
 def _or_one(scale: Any) -> Any:

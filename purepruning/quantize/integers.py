@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import instance
+from purepruning.arguments import instance, whole_number
 from purepruning.arrays import as_numpy, by_numpy, is_concrete, is_torch, namespace
 from purepruning.quantize.config import QuantizationConfig, Target, grouped
 from purepruning.quantize.targets import check_sites, weights_of
@@ -91,6 +91,8 @@ def of(
     for target in config.weights:
         where = f"integers.of: levels[{target.site!r}]"
         instance(levels[target.site], Levels, where, "what levels of the quantizer returned")
+        for end in ("low", "high"):
+            whole_number(getattr(levels[target.site], end), f"{where}.{end}", -(2**31))
         weight = on_host(found[target.owner.weight])
         result[target.site] = _integers(weight, levels[target.site], target)
     return result
@@ -130,6 +132,7 @@ def pack(weight: IntegerWeight) -> np.ndarray:
     ['00011000']
     """
     instance(weight, IntegerWeight, "integers.pack: weight", "what integers.of returned")
+    instance(weight.integers, np.ndarray, "integers.pack: weight.integers", "NumPy's, known ones")
     unsigned = (weight.integers.astype(np.int64) - weight.low).reshape(-1, 1)
     return np.packbits((unsigned >> np.arange(weight.bits - 1, -1, -1)) & 1)
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.arguments import floats, whole_number
+from purepruning.arguments import floats
 from purepruning.arrays import by_numpy, namespace, stop_gradient
 from purepruning.quantize.config import (
     QuantizationConfig,
@@ -34,12 +34,19 @@ from purepruning.quantize.targets import (
     refuse_start,
     weights_of,
 )
-from purepruning.quantize.trained import or_one, quantized_weights, stepped, symmetric_range
+from purepruning.quantize.trained import (
+    checked,
+    or_one,
+    quantized_weights,
+    stepped,
+    symmetric_range,
+)
 from purepruning.types import Array, Params
 
 
 def watch(config: QuantizationConfig) -> dict[str, AtSite]:
     """Returns functions for ``replace`` that change nothing and find what :func:`init` needs."""
+    check_quantization("lsq.watch", config)
 
     def at(target: Target) -> AtSite:
         def look(value: Any) -> tuple[Any, Any]:
@@ -117,14 +124,14 @@ def weights(params: Params, scales: Mapping[str, Any], config: QuantizationConfi
 def levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for quantised weights, for :mod:`integers`."""
     check_quantization("lsq.levels", config)
-    check_sites("lsq.levels: scales", scales, config.weights, "lsq.init")
+    _check_scales("lsq.levels", scales, config.weights)
     return {t.site: _levels(t, scales) for t in config.weights}
 
 
 def activation_levels(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[str, Levels]:
     """Returns by site how integers stand for inputs and outputs."""
     check_quantization("lsq.activation_levels", config)
-    check_sites("lsq.activation_levels: scales", scales, config.activations, "lsq.init")
+    _check_scales("lsq.activation_levels", scales, config.activations)
     return {t.site: _levels(t, scales) for t in config.activations}
 
 
@@ -135,7 +142,7 @@ def activations(scales: Mapping[str, Any], config: QuantizationConfig) -> dict[s
         KeyError: there is no scale of a site.
     """
     refuse_start("lsq.activations", config)
-    check_sites("lsq.activations: scales", scales, config.activations, "lsq.init")
+    _check_scales("lsq.activations", scales, config.activations)
 
     def at(target: Target) -> AtSite:
         def quantized(x: Any) -> Any:
@@ -169,12 +176,15 @@ def quantize(x: Array, scale: Array, low: int, high: int, size: int) -> Any:
     >>> float(dx), float(ds)
     (1.0, 0.1133893)
     """
-    floats(x, "lsq.quantize: x")
-    whole_number(size, "lsq.quantize: size", 1)
-    whole_number(low, "lsq.quantize: low", -(2**31), 0)
-    whole_number(high, "lsq.quantize: high", 1)
+    scale = checked("lsq.quantize", x, scale, low, high, size)
     xp = namespace(x)
     return xp.astype(stepped(xp.astype(x, xp.float32), scale, low, high, size), x.dtype)
+
+
+def _check_scales(where: str, scales: Any, targets: tuple[Target, ...]) -> None:
+    check_sites(f"{where}: scales", scales, targets, "lsq.init")
+    for target in targets:
+        floats(scales[target.site], f"{where}: scales[{target.site!r}]")
 
 
 def _levels(target: Target, scales: Mapping[str, Any]) -> Levels:

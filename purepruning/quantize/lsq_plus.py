@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purepruning.arguments import floats, instance, whole_number
+from purepruning.arguments import floats, instance
 from purepruning.arrays import by_numpy, namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization, grouped
+from purepruning.quantize.fake import check_fits
 from purepruning.quantize.integers import Levels, on_host
 from purepruning.quantize.observers import Range
 from purepruning.quantize.targets import (
@@ -39,6 +40,7 @@ from purepruning.quantize.targets import (
     weights_of,
 )
 from purepruning.quantize.trained import (
+    checked,
     gradient_scale,
     integer_range,
     or_one,
@@ -234,15 +236,12 @@ def quantize(x: Array, scale: Array, offset: Array | None, low: int, high: int, 
     >>> [float(g) for g in by(x, s, beta, 0, 3, 1)]
     [0.0, 1.7320508, 0.5773503]
     """
-    floats(x, "lsq_plus.quantize: x")
-    whole_number(size, "lsq_plus.quantize: size", 1)
-    whole_number(low, "lsq_plus.quantize: low", -(2**31), 0)
-    whole_number(high, "lsq_plus.quantize: high", 1)
+    scale = checked("lsq_plus.quantize", x, scale, low, high, size)
     xp = namespace(x)
     wide = xp.astype(x, xp.float32)
     if offset is None:
         return xp.astype(stepped(wide, scale, low, high, size), x.dtype)
-    floats(offset, "lsq_plus.quantize: offset")
+    check_fits(offset, "lsq_plus.quantize: offset", x)
     constant = stop_gradient(offset)
     slow = constant + (offset - constant) * gradient_scale(high, size)
     return xp.astype(stepped(wide - slow, scale, low, high, size) + slow, x.dtype)

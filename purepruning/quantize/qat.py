@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from purepruning.arguments import flag, instance
+from purepruning.arguments import flag, instance, shown
 from purepruning.arrays import namespace, zeros
 from purepruning.quantize import observers
 from purepruning.quantize.config import QuantizationConfig, Target, check_quantization
@@ -145,3 +145,8 @@ def _from_start(step: Any, target: Target, quantized: Any, x: Any) -> Any:
 
 def _check_state(where: str, state: Any) -> None:
     instance(state, State, f"{where}: state", "what qat.init returned")
+    if "int" not in str(getattr(state.step, "dtype", "")) or state.step.shape:
+        raise TypeError(
+            f"{where}: state.step must be a number of steps, as qat.init makes it, got "
+            f"{shown(state.step)}"
+        )

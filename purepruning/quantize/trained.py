@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from purepruning.arguments import floats
+from purepruning.arguments import floats, whole_number
 from purepruning.arrays import namespace, stop_gradient
 from purepruning.quantize.config import QuantizationConfig, Target, group_size, grouped
+from purepruning.quantize.fake import checked_scale
 from purepruning.quantize.targets import each_weight
 from purepruning.types import Params
 
@@ -25,6 +26,15 @@ def stepped(x: Any, scale: Any, low: int, high: int, size: int) -> Any:
     of_x = xp.where(inside, x - constant, 0.0)
     value = whole * step + of_x + slope * (scale - step)
     return xp.where(constant == constant, value, x)
+
+
+def checked(where: str, x: Any, scale: Any, low: Any, high: Any, size: Any) -> Any:
+    """Returns the scale that ``quantize`` of a module is given, its arguments looked at."""
+    floats(x, f"{where}: x")
+    whole_number(size, f"{where}: size", 1, 2**63 - 1)
+    whole_number(low, f"{where}: low", -(2**31), 0)
+    whole_number(high, f"{where}: high", 1, 2**31 - 1)
+    return checked_scale(scale, f"{where}: scale", x)
 
 
 def gradient_scale(high: int, size: int) -> float:

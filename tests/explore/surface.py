@@ -135,7 +135,7 @@ def called(name: str, *good: Any) -> Any:
 def surface(*, slow: bool = True) -> tuple[Call, ...]:
     """Returns the whole table; ``slow`` says whether what traces models is part of it."""
     parts = [_pruners, _sparse, _statistics, _of_masks, _schedules, _lottery, _admm, _movement]
-    parts.append(_files)
+    parts += [_files, _quantizers]
     found = [call for part in [*parts, _layers] for side in sides() for call in part(side)]
     some = [_numbers, _rules, _search, _counts, _transforms, _plans]
     some += [structure_calls, _torch, _jax] if slow else []
@@ -724,6 +724,164 @@ def _files(s: Side) -> Iterator[Call]:
 
 
 _PTQ = ((pp.quantize.ptq.weights, None), (pp.quantize.ptq.levels,))
+
+
+def _quantizers(s: Side) -> Iterator[Call]:
+    """Quantizers, their scales and states, and what they are made of."""
+    at, q = f" [{s.name}]", pp.quantize
+    rule = {"quant_types": ["weight", "input"], "quant_bits": 4, "op_types": ["Linear"]}
+    config, signs = (pp.resolve_quantization(rule | {"quant_bits": n}, s.layers) for n in (4, 1))
+    other = pp.resolve_quantization(rule, [pp.Layer("z", "Linear", "z.w", (4, 6), (1,), (0,))])
+    sites = [t.site for t in config.activations]
+    x = s.array(np.arange(6.0).reshape(2, 3) - 2)
+    more = [Wrong("of another model", other, "refuse"), Wrong("rules", [rule], "refuse")]
+    of_config = kinds.of_type(q.QuantizationConfig, words=("config", "layer", "rule"), more=more)
+    # NaN stays NaN, and a list is a node of a tree.
+    weights = kinds.arrays("a.w", refuse=tuple(v for v in kinds.VALUES if v not in ("nan", "none")))
+    of = _kinds(s, config=of_config, params=weights, quantised=weights, x=_floats(), g=_floats())
+    of |= {"scale": _scale_of(), "offset": _scale_of(optional=True), "zero_point": _GOOD}
+    of |= {"low": integer(-(2**31), 0), "high": integer(1, 2**31 - 1), "size": integer(1, 10**500)}
+    of |= {"smallest": _GOOD, "largest": _GOOD, "rounding": choice("nearest", "truncate")}
+    of |= {"bits": integer(1, 24), "training": flag(), "name": _GOOD, "coverage": real(0, 1)}
+    of |= {"kind": choice("min_max", "moving_average", "histogram")}
+    of |= {"gradient_bits": integer(1, 24), "key": kinds.random_key()}
+    own = of | {"key": _optional(kinds.random_key())}
+    whole = of | {"low": integer(-(2**31), 6), "high": integer(-(2**31) + 1)}
+    one = s.array(np.float32(0.5))
+    yield row("quantize.fake_quantize", x, one, one * 0, -8, 7, of=whole, label=at)
+    for name in ("affine", "symmetric"):
+        yield row(f"quantize.{name}", -one, one, -8, 7, of=whole, label=at)
+    yield row("quantize.dorefa.activation", x, 2, of=of, label=at)
+    yield row("quantize.dorefa.gradient", x, 5, 2, of=of, label=at)
+    yield row("quantize.bnn.activation", x, 5, of=own, label=at)
+    yield row("quantize.lsq.quantize", x, one, -8, 7, 6, of=of, label=at)
+    yield row("quantize.lsq_plus.quantize", x, one, -one, -8, 7, 6, of=of, label=at)
+    plain = of | {"state": _GOOD}
+    for name, some in (("naive", config), ("ptq", config), ("dorefa", config), ("bnn", signs)):
+        yield row(f"quantize.{name}.weights", s.params, None, some, of=plain, label=at)
+    yield row("quantize.bnn.clip", s.params, signs, of=of, label=at)
+    free = of | {"config": kinds.of_type(q.QuantizationConfig, words=("config",))}
+    yield row("quantize.bnn.levels", signs, of=free, label=at)
+    yield row("quantize.bnn.activations", signs, 5, of=free | own, label=at)
+    yield row("quantize.dorefa.levels", config, of=free, label=at)
+    yield row("quantize.dorefa.activations", config, 5, 2, of=free, label=at)
+    for name in ("naive", "ptq", "qat"):
+        yield row(f"quantize.{name}.levels", s.params, config, of=of, label=at)
+    seen = {site: q.observers.Range(one * 0, one) for site in sites}
+    state = q.qat.update(q.qat.init(s.params, config), seen, config)
+    of |= {"state": kinds.structure(type(state), words=("state", "average"), nested=True)}
+    of |= {"ranges": _by_site(), "seen": _by_site(), "scales": _by_site()}
+    of |= {"levels": _by_site(site="a:weight")}
+    weight_scales = of | {"scales": _by_site(site="a:weight")}
+    any_params = of | {"params": Kind(("param",), lambda x: "either" if _has_leaf(x) else "refuse")}
+    any_params |= {"config": free["config"]}
+    yield row("quantize.qat.init", s.params, config, of=any_params, label=at)
+    stepped = kinds.structure(type(state), words=("state",), fields=("step",))
+    yield row("quantize.qat.weights", s.params, state, config, of=of | {"state": stepped}, label=at)
+    yield row("quantize.qat.activations", state, config, True, of=of, label=at)
+    yield row("quantize.qat.update", state, seen, config, of=of, label=at)
+    ranges = q.observers.ranges(state.averages)
+    for name in ("activations", "activation_levels"):
+        yield row(f"quantize.ptq.{name}", ranges, config, of=of, label=at)
+    yield from _observers(s, at, any_params, config, seen)
+    yield row("quantize.lsq.watch", config, of=free, label=at)
+    for name, found in (("lsq", dict.fromkeys(sites, one)), ("lsq_plus", ranges)):
+        scales = getattr(q, name).init(s.params, config, found)
+        yield row(f"quantize.{name}.init", s.params, config, found, of=of, label=at)
+        given = (s.params, scales, config)
+        yield row(f"quantize.{name}.weights", *given, of=weight_scales, label=at)
+        yield row(f"quantize.{name}.levels", scales, config, of=weight_scales, label=at)
+        for function in ("activations", "activation_levels"):
+            yield row(f"quantize.{name}.{function}", scales, config, of=of, label=at)
+    yield row("quantize.lsq_plus.round_offsets", scales, config, of=of, label=at)
+    quantised, levels = q.ptq.weights(s.params, None, config), q.ptq.levels(s.params, config)
+    yield row("quantize.integers.of", quantised, levels, config, of=of, label=at)
+    weight = q.integers.of(quantised, levels, config)["a:weight"]
+    of |= {"weight": kinds.of_type(q.integers.IntegerWeight, words=("weight",))}
+    yield row("quantize.integers.pack", weight, of=of, label=at)
+    yield from _folding(s, at)
+
+
+def _observers(
+    s: Side, at: str, of: dict[str, Kind], config: Any, seen: dict[str, Any]
+) -> Iterator[Call]:
+    module = find("quantize.observers")
+    state = module.update(module.init(s.params, config), seen, config)
+    of = of | {name: _by_site() for name in ("state", "a", "b")}
+    yield row("quantize.observers.init", s.params, config, "min_max", of=of, label=at)
+    yield row("quantize.observers.watch", state, config, of=of, label=at)
+    yield row("quantize.observers.update", state, seen, config, of=of, label=at)
+    yield row("quantize.observers.merge", state, state, of=of, label=at)
+    loose = of | {"state": _by_site(missing="either")}
+    yield row("quantize.observers.ranges", state, 1.0, of=loose, label=at)
+
+
+def _folding(s: Side, at: str) -> Iterator[Call]:
+    arrays = {n: s.array(np.ones(6, np.float32)) for n in ("scale", "offset", "mean", "variance")}
+    weight = s.array(np.ones((4, 6), np.float32))
+    of = {n: _floats() for n in ("weight", *arrays)} | {"bias": _floats(optional=True)}
+    of |= {"out_axis": integer(-2, 1), "epsilon": real(0, np.inf, high_in=False)}
+    given = (weight, None, *arrays.values(), 1, 1e-5)
+    yield row("quantize.fold_batch_norm", *given, of=of, label=at)
+    statistics = s.of({"n.mean": np.zeros(6), "n.var": np.ones(6)})
+    norm = pp.quantize.BatchNorm("n", s.layers[0], "n.w", "n.b", "n.mean", "n.var", 1e-5)
+    refuse = tuple(v for v in kinds.VALUES if v not in ("nan", "none", "shape"))
+    of = {"params": kinds.arrays("a.w", refuse=refuse, words=("norm",))}
+    of |= {"statistics": kinds.arrays("n.mean", refuse=refuse, words=("statistic", "norm"))}
+    rows = [Wrong("a name", ["n"], "refuse"), Wrong("alone", norm, "refuse")]
+    of |= {
+        "norms": Kind(("norm",), lambda x: "either" if _no_rows(x) else "refuse", lambda x: rows)
+    }
+    yield row("quantize.fold_batch_norms", s.params, statistics, [norm], of=of, label=at)
+
+
+def _no_rows(x: Any) -> bool:
+    return (_is_empty(x) and x is not None) or getattr(x, "shape", None) == (0,)
+
+
+def _has_leaf(x: Any) -> bool:
+    return inspect.isgenerator(x) or bool(jax.tree.leaves(x))
+
+
+def _floats(*, optional: bool = False) -> Kind:
+    """An array of floats, of any shape."""
+
+    def judge(x: Any) -> kinds.Fate:
+        if x is None:
+            return "either" if optional else "refuse"
+        return "either" if "float" in str(getattr(x, "dtype", "")) else "refuse"
+
+    return Kind(("array", "float", "shape"), judge)
+
+
+def _scale_of(*, optional: bool = False) -> Kind:
+    """A scale: a number or an array of them."""
+    arrays = _floats(optional=optional)
+
+    def judge(x: Any) -> kinds.Fate:
+        return "either" if _is_number(x) else arrays.judge(x)
+
+    return Kind(("scale", "offset"), judge)
+
+
+def _is_number(x: Any) -> bool:
+    kinds = ("int", "float")
+    known = isinstance(x, int | float) or any(k in str(getattr(x, "dtype", "")) for k in kinds)
+    return known and not isinstance(x, bool)
+
+
+def _by_site(*, missing: kinds.Fate = "refuse", site: str = "a:input") -> Kind:
+    """A mapping by site, of which what is at ``site`` is used."""
+
+    def more(good: Any) -> Iterator[Wrong]:
+        yield Wrong("missing", {k: v for k, v in good.items() if k != site}, missing)
+        for label, value in {"None": None, "text": "text", "5": 5, "{}": {}}.items():
+            yield Wrong(f"{site}: {label}", {**good, site: value}, "refuse")
+
+    def judge(x: Any) -> kinds.Fate:
+        return missing if isinstance(x, dict) and not x else "refuse"
+
+    return Kind(("site", "range", "scale", "state", "level", "seen", "observer"), judge, more)
 
 
 def _optional(kind: Kind) -> Kind:

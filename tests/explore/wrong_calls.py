@@ -22,6 +22,7 @@ import numpy as np
 if __name__ == "__main__":
     import sys
 
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     sys.path[:0] = [str(Path(__file__).parents[2])]
 
 from tests.explore import surface as table
@@ -117,6 +118,8 @@ def run(case: Case) -> Result:
         for word in (name, *call.args[name].kind.words, *(("jit", "traces") if case.traced else ()))
         if len(word) > 1 or len(call.args) == 1
     )
+    # Of an argument of one letter a message may say that it "must be" something.
+    words += tuple(f": {name} must" for name in case.wrong if len(name) == 1)
     watched = {} if call.changes else case.values
     outcome = outcome_of(
         lambda: _traced(case) if case.traced else call(case.values), words, watched

@@ -275,5 +275,8 @@ def test_mistakes_are_named():
     wrong = [norms[0]._replace(variance="bn5.var")]
     with raises(ValueError, "norm 'bn1' behind layer 'conv1'", "variance has shape (5,)"):
         fold_batch_norms(params, statistics, wrong)
+    more = {**params, "conv1": {"kernel": params["conv1"]["kernel"][..., None]}}
+    with raises(ValueError, "weight 'conv1.kernel' has shape (3, 3, 3, 8, 1)", "(3, 3, 3, 8)"):
+        fold_batch_norms(more, statistics, norms)
     assert isinstance(params, Mapping)
     assert all(isinstance(norm, BatchNorm) for norm in norms)

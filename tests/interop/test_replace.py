@@ -398,6 +398,13 @@ def test_what_is_wrong_is_named(adapter):
         call(params, X, {"last:output": lambda x: x})
 
 
+def test_variables_of_another_function_of_haiku():
+    model = hk.transform(lambda x: hk.Linear(2, name="first")(x))
+    with raises(ValueError, "replace(model", "variables are not those of this function", "'w'"):
+        at = {"first:input": lambda x: (x, x)}
+        haiku.replace(model, {"first": {"b": jnp.zeros(2)}}, X, at=at)
+
+
 @jax_adapters
 def test_other_shapes_and_activations_that_are_not_called(adapter):
     params, call = MAKERS[adapter](False)

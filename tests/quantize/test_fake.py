@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from purepruning.quantize import (
+    QuantizationConfig,
     Scale,
     affine,
     bnn,
@@ -17,6 +18,7 @@ from purepruning.quantize import (
     fold_batch_norm,
     integers,
     lsq,
+    qat,
     symmetric,
 )
 from purepruning.quantize.fake import round_through, to_integers
@@ -156,7 +158,8 @@ def test_round_through():
 
 
 X = jnp.ones((2, 3))
-ONE = jnp.float32(1)
+ONE, THREE = jnp.float32(1), jnp.ones(3)
+EMPTY = QuantizationConfig()
 MISTAKES = [
     (
         TypeError,
@@ -177,6 +180,14 @@ MISTAKES = [
     (TypeError, "bnn.activation: x", lambda: bnn.activation(jnp.arange(3))),
     (TypeError, "lsq.quantize: x", lambda: lsq.quantize(None, ONE, -8, 7, 1)),
     (ValueError, "lsq.quantize: size", lambda: lsq.quantize(X, ONE, -8, 7, 0)),
+    (ValueError, "lsq.quantize: scale has shape (3,)", lambda: lsq.quantize(X, THREE, -8, 7, 1)),
+    (TypeError, "lsq.watch: config", lambda: lsq.watch(None)),
+    (TypeError, "fake_quantize: scale", lambda: fake_quantize(X, True, 0, 0, 7)),
+    (ValueError, "fake_quantize: scale has shape", lambda: fake_quantize(X, THREE, 0, 0, 7)),
+    (TypeError, "another framework", lambda: fake_quantize(X, torch.tensor(1.0), 0, 0, 7)),
+    (ValueError, "affine: high", lambda: affine(ONE, ONE, 0, 2**31)),
+    (TypeError, "qat.update: state.step", lambda: qat.update(qat.State(5, {}), {}, EMPTY)),
+    (TypeError, "fold_batch_norm: out_axis must be", lambda: folded(out_axis=True)),
     (ValueError, "lsq.quantize: high", lambda: lsq.quantize(X, ONE, -8, 0, 1)),
     (TypeError, "integers.pack: weight", lambda: integers.pack(3)),
     (TypeError, "fold_batch_norm: weight", lambda: folded(weight=[[1.0]])),
@@ -184,6 +195,16 @@ MISTAKES = [
     (ValueError, "fold_batch_norm: epsilon", lambda: folded(epsilon=-1.0)),
     (TypeError, "fold_batch_norm: out_axis", lambda: folded(out_axis="a")),
 ]
+
+
+def test_scales_that_are_known_where_numbers_are_traced():
+    """What JAX compares inside of jit is traced, though both are known."""
+    scale = jnp.float32(0.5)
+    found = jax.jit(lambda x: fake_quantize(x, scale, 0, -8, 7))(jnp.array([0.3, 9.0]))
+    assert found.tolist() == [0.5, 3.5]
+    minus = -scale
+    with raises(ValueError, "fake_quantize: scale"):
+        jax.jit(lambda x: fake_quantize(x, minus, 0, -8, 7))(jnp.ones(2))
 
 
 def folded(*, weight=X, out_axis=0, epsilon=1e-5):

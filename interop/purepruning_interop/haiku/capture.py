@@ -166,7 +166,7 @@ def _replace(
                 return model.apply(boxed, *leading, *inputs, **kwargs)
 
         # A getter stands inside a transformed function only, and must come before the model's own.
-        return hk.transform(inside).apply({}, None)
+        return applied(where, hk.transform(inside), {}, None)
 
     program = trace(tuple(sides.items()), apply, params, leading, inputs, kwargs)
     functions = _capture.joined(at, modules)
