@@ -137,6 +137,18 @@ MODELS = {
         ),
         (5, 3),
     ),
+    "cells": (
+        lambda: chain(
+            (5, 3),
+            kl.RNN([kl.LSTMCell(6, name="a"), kl.GRUCell(4, name="b")], name="rnn"),
+            kl.Dense(2, name="d"),
+        ),
+        (5, 3),
+    ),
+    "one cell": (
+        lambda: chain((5, 3), kl.RNN(kl.LSTMCell(6, name="a"), name="r"), kl.Dense(2, name="d")),
+        (5, 3),
+    ),
     "each step twice": (
         lambda: chain(
             (5, 3),
@@ -186,7 +198,7 @@ def shrunk(model, shape, pruned=None):
 
 
 #: What others cover: the rest of layers and of data formats.
-FULL = ("channels first", "gru", "rnn", "each step", "grouped")
+FULL = ("one cell", "each step twice", "channels first", "gru", "rnn", "each step", "grouped")
 
 
 @pytest.mark.parametrize(

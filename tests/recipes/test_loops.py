@@ -15,7 +15,14 @@ aup = types.SimpleNamespace(compression=recipes, create_compressor=recipes.creat
 args = types.SimpleNamespace(epochs=10)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    # Couplings and searches are compiled.
+    [
+        pytest.param(n, marks=[pytest.mark.full] * (n in ("amc", "auto_compress", "net_adapt")))
+        for n in CALLS
+    ],
+)
 def test_every_example_of_a_creation(name):
     x = torch.from_numpy(nets.digits()[0][0][:1])
     model = nets.torch_net()

@@ -168,7 +168,7 @@ METHODS = [
 ]
 
 
-QUICK = [("linen", step), ("linen", export_model), ("tensorflow", update_epoch)]
+QUICK = [("linen", step), ("linen", export_model)]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ PRUNED = {
         CHANNELS,
     ),
 }
-QUICK = {("flax", "qat"), ("flax", "admm"), ("torch", "l1_filter"), ("torch", "qat")}
+QUICK = {("torch", "l1_filter"), ("torch", "taylor_fo_weight_filter")}
 
 
 def test_the_table_is_the_whole_document():

@@ -69,11 +69,22 @@ def _config(layer: Any, name: str, plan: pp.Plan) -> dict[str, Any]:
     inside: dict[str, Any] = {"layer": getattr(layer, "layer", None)}
     if isinstance(layer, keras.layers.Bidirectional):
         inside = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
-    for key, inner in inside.items():  # configurations that this one holds
+    elif type(layer) is keras.layers.RNN:
+        inside = {"cell": layer.cell}
+    for key, inner in inside.items():
         if isinstance(config.get(key), dict):
-            config[key].pop("build_config", None)  # sizes of inputs as they were
-            config[key]["config"] |= _sizes(inner, f"{name}/{inner.name}", plan)
+            _into(config[key], inner, f"{name}/{inner.name}", plan)
     return config | _sizes(layer, name, plan)
+
+
+def _into(held: dict[str, Any], layer: Any, name: str, plan: pp.Plan) -> None:
+    """Writes sizes into the configuration of a layer that another's holds."""
+    held.pop("build_config", None)  # sizes of inputs as they were
+    for inner, cell in zip(
+        getattr(layer, "cells", ()), held["config"].get("cells", ()), strict=True
+    ):
+        _into(cell, inner, f"{name}/{inner.name}", plan)
+    held["config"] |= _sizes(layer, name, plan)
 
 
 def _sizes(layer: Any, name: str, plan: pp.Plan) -> dict[str, Any]:
