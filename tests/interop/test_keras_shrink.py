@@ -149,6 +149,15 @@ MODELS = {
         lambda: chain((5, 3), kl.RNN(kl.LSTMCell(6, name="a"), name="r"), kl.Dense(2, name="d")),
         (5, 3),
     ),
+    "function": (
+        lambda: chain(
+            (6,),
+            kl.Dense(8, name="a"),
+            kl.Lambda(lambda x: x * keras.ops.sigmoid(x), name="f"),
+            kl.Dense(2, name="d"),
+        ),
+        (6,),
+    ),
     "each step twice": (
         lambda: chain(
             (5, 3),

@@ -30,6 +30,8 @@ def smaller(model: Any, plan: pp.Plan) -> Any:
     def made(layer: Any) -> Any:
         if id(layer) not in names:  # an operation such as x + y, which has no weights
             return layer.from_config(layer.get_config())
+        if isinstance(layer, keras.layers.Lambda):  # a function, which no configuration holds
+            return layer
         return type(layer).from_config(_config(layer, names[id(layer)], plan))
 
     if not isinstance(model, keras.Sequential | keras.Model) or not _is_graph(model):
