@@ -27,9 +27,9 @@ import criteria
 import decoders
 import files
 import measure
-import processes_torch
 import memory
 import processes
+import processes_torch
 import quantizers
 import schedules
 import searches
