@@ -163,7 +163,8 @@ def semi_structured(tiny: bool) -> Iterator[Row]:
 
     from purepruning_interop.torch import to_semi_structured
 
-    size, rows, device = 64 if tiny else 8192, 64 if tiny else 4096, _torch_device()
+    device = _torch_device()
+    size, rows = (64, 64) if tiny or device == "cpu" else (8192, 4096)
     weight = torch.from_numpy(normal((size, size))).to(device, torch.bfloat16)
     layer = pp.Layer("fc", "Linear", "w", (size, size), out_axes=(0,), in_axes=(1,))
     config = pp.resolve(0.5, [layer], granularity=pp.NM(keep=2, of=4))
