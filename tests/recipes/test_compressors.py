@@ -258,3 +258,17 @@ def test_statistics_of_given_data():
         create_compressor(model, recipe, statistics_batch_num=3, data=data, loss=loss).compress()
     with raises(TypeError, "data="):
         create_compressor(model, recipe).compress()
+
+
+def test_a_step_that_shrinks_what_the_step_before_pruned():
+    rule = {"sparsity": 0.5, "op_types": ["Conv2d"]}
+    steps = {"purepruning": 1, "steps": [{"use": "l1_filter", "rules": [rule]}, {"use": "shrink"}]}
+    model = create_compressor(nets.torch_net().eval(), steps, step=0).compress()
+    small = create_compressor(model, steps, step=1, inputs=(X,)).compress()
+    assert small.conv2.weight.shape == (8, 4, 3, 3)
+    torch.testing.assert_close(small(X), model(X))
+    steps["steps"][1]["rules"] = [rule]
+    with raises(ValueError, "step 1 (shrink)", "leave them out"):
+        read_recipe(steps)
+    with raises(ValueError, "there is no 'shrink'"):
+        read_recipe({"type": "pruning", "compressor": "shrink", "config_list": [rule]})
