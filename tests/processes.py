@@ -201,10 +201,16 @@ def steps(params, state, update, n):
     return params, state
 
 
+def begun(params):
+    """Returns a state of which every array lies over all processes, counters too."""
+    with jax.set_mesh(params["up"].sharding.mesh):
+        return jax.jit(TX.init)(params)
+
+
 def training(axes):
     """A scheduled run, written by Orbax in the middle; the test reads it in another number."""
     params = placed(mesh_of(axes), few())
-    state = jax.jit(TX.init)(params)
+    state = begun(params)
     params, state = steps(params, state, jax.jit(TX.update), 2)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(os.environ["FOLDER"]) / "middle", {"params": params, "state": state})
@@ -224,7 +230,7 @@ def unbroken():
 def resumed(axes):
     """The run goes on that another number of processes has written."""
     params = placed(mesh_of(axes), few())
-    fresh = {"params": params, "state": jax.jit(TX.init)(params)}
+    fresh = {"params": params, "state": begun(params)}
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(Path(os.environ["FOLDER"]) / "middle", fresh)
     pp.check_resumed(restored["state"], fresh["state"])
