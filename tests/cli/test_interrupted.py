@@ -402,7 +402,7 @@ def test_shrink_that_is_interrupted_at_any_time(tmp_path, number, seed):
 
 
 @pytest.mark.parametrize(
-    "nth", [0, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 3, 5))]
+    "nth", [0, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 3, 4))]
 )
 def test_write_errors_of_shrink(tmp_path, capsys, monkeypatch, nth):
     calls = iter(range(100))
