@@ -8,6 +8,7 @@ from purepruning.arrays import by_numpy, is_concrete, namespace, sqrt
 from purepruning.config.config import Config
 from purepruning.pruners.calibrated import Columns, of_columns, totals_of
 from purepruning.selection.criterion import Criterion, summed
+from purepruning.selection.keys import Piece
 from purepruning.selection.prune import check_values, prune, weights_of
 from purepruning.stats.accumulate import value
 from purepruning.stats.inputs import InputStats
@@ -83,12 +84,26 @@ def _checked_scores(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _element(weight: Any, layer_stats: Columns) -> Any:
+    return _product((weight, _norms(layer_stats)), None, ())
+
+
+def _piece(weight: Any, layer_stats: Columns) -> Piece:
+    """Returns single weights, which score part by part: no array of all scores is made."""
+    return Piece((weight, _norms(layer_stats)), _product, indexed=False)
+
+
+def _product(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
+    weight, norms = arrays
     xp = namespace(weight)
-    norms = sqrt(value(layer_stats.total))
-    return xp.abs(xp.astype(weight, xp.float32)) * layer_stats.spread(norms)
+    return xp.abs(xp.astype(weight, xp.float32, copy=False)) * norms
+
+
+def _norms(layer_stats: Columns) -> Any:
+    """Returns the norm of every weight's input, in the weight's shape."""
+    return layer_stats.spread(sqrt(value(layer_stats.total)))
 
 
 _unit = summed(_element)
 
 
-_WANDA = Criterion("wanda", element=_element, channel=_unit, block=_unit, of=of_columns, rows=True)
+_WANDA = Criterion("wanda", element=_piece, channel=_unit, block=_unit, of=of_columns, rows=True)

@@ -134,10 +134,9 @@ def _on_host(piece: Piece, count: int, layer: Layer) -> tuple[np.ndarray, bool]:
     for some, keys in kth_host.keys_of_rows(piece, as_rows):
         if keys is None:
             return keep, True
-        pruned = _lowest(keys, each)
-        np.logical_not(pruned, out=keep[some])
+        _all_but_lowest(keys, each, keep[some])
         if rest:
-            behind = np.where(pruned, HIGHEST, keys)
+            behind = np.where(keep[some], keys, HIGHEST)
             next_place[some] = behind.argmin(axis=1)
             next_key[some] = behind.min(axis=1)
     if rest:
@@ -147,13 +146,13 @@ def _on_host(piece: Piece, count: int, layer: Layer) -> tuple[np.ndarray, bool]:
     return keep, False
 
 
-def _lowest(rows: np.ndarray, n: int) -> np.ndarray:
-    """Returns which keys of each row are the ``n`` lowest, of equal ones the first."""
+def _all_but_lowest(rows: np.ndarray, n: int, keep: np.ndarray) -> None:
+    """Writes into ``keep`` all keys of each row but the ``n`` lowest, of equal ones the first."""
     if n in (0, rows.shape[1]):
-        return np.full(rows.shape, n > 0)
+        keep[...] = n == 0
+        return
     last = np.partition(rows, n - 1, axis=1)[:, n - 1 : n]
-    below, equal = rows < last, rows == last
-    missing = n - np.count_nonzero(below, axis=1)
-    tied = np.flatnonzero(np.count_nonzero(equal, axis=1) > missing)
-    equal[tied] &= np.cumsum(equal[tied], axis=1) <= missing[tied, None]
-    return below | equal
+    np.greater(rows, last, out=keep)
+    more = rows.shape[1] - n - np.count_nonzero(keep, axis=1)
+    for i in np.flatnonzero(more):  # the last of those that are tied stay
+        keep[i, np.flatnonzero(rows[i] == last[i])[-more[i] :]] = True

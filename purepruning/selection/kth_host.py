@@ -146,8 +146,13 @@ def keys_of_rows(
     step = max(CHUNK // columns, 16)
     for start in range(0, n, step):
         some = slice(start, start + step)
-        parts = tuple(np.ascontiguousarray(a[some]) for a in arrays)
+        parts = tuple(_dense(a[some]) for a in arrays)
         yield some, ordered(piece.scores(parts, None if index is None else index[some]))
+
+
+def _dense(rows: np.ndarray) -> np.ndarray:
+    """Returns rows that are dense in memory each, however they lie to each other."""
+    return rows if rows.strides[1] == rows.itemsize else np.ascontiguousarray(rows)
 
 
 def _blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
