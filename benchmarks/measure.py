@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 MIB = 2**20
 PAUSE = 0.03  # seconds before each timed call, in which thread pools stop waiting busily for more
@@ -138,10 +140,14 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns ``function(*arguments)`` from a new Python process; both must be importable there."""
+def fresh(function: Callable[..., Any], *arguments: Any, one_thread: bool = False) -> Any:
+    """Returns ``function(*arguments)`` from a new Python process; both must be importable there.
+
+    NumPy reads at import how many threads its products of matrices run in.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    threads = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
+    with patch.dict(os.environ, threads), ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_carefully, function, arguments).result()
 
 

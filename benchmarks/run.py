@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -51,11 +52,16 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
 class Row(NamedTuple):
-    """A comparison: ``measure(size, run)``, where ``run`` calls a function in a fresh process."""
+    """A comparison: ``measure(size, run)``, where ``run`` calls a function in a fresh process.
+
+    With ``one_thread``, NumPy multiplies matrices in the calling thread alone there, as torch does
+    (:func:`measure.one_torch_thread`).
+    """
 
     measure: Callable[[Any, Callable[..., Any]], dict[str, Any]]
     size: Any
     smoke_size: Any
+    one_thread: bool = False
 
 
 ROWS = {
@@ -92,8 +98,8 @@ ROWS = {
         criteria.statistics_memory, (16, 32, 32, 64, 64, 128), (2, 2, 6, 4, 8)
     ),
     "criteria": Row(criteria.criteria, ((3, 4, 6, 3), 64), ((1, 1), 4)),
-    "sparse-gpt": Row(calibration.sparse_gpt, 4096, 48),
-    "gram": Row(calibration.gram, (8192, 4096), (64, 16)),
+    "sparse-gpt": Row(calibration.sparse_gpt, 4096, 48, one_thread=True),
+    "gram": Row(calibration.gram, (8192, 4096), (64, 16), one_thread=True),
     "wanda": Row(calibration.wanda, (4096, 11008), (16, 32)),
     "rigl": Row(calibration.rigl, (2048, 4096), (16, 32)),
     "transposable": Row(calibration.transposable, (4096, 4096), (8, 16)),
@@ -165,7 +171,8 @@ def _measured(name: str, smoke: bool) -> dict[str, Any]:
     if smoke:
         result = row.measure(row.smoke_size, measure.here)
     else:
-        result = row.measure(row.size, measure.fresh)
+        run = functools.partial(measure.fresh, one_thread=row.one_thread)
+        result = row.measure(row.size, run)
     seconds = time.perf_counter() - start
     print(f"{seconds:.0f} s")
     for check in [] if smoke else result["checks"]:
