@@ -102,15 +102,7 @@ def prune_model(
 
 def layers(block: nn.Module) -> list[pp.Layer]:
     """Returns the matrices of a block; those of all experts are stacked in one parameter."""
-    table = [row for row in interop.layers(block) if row.type == "Linear"]
-    for name, x in block.named_parameters():
-        if name.startswith("mlp.experts."):
-            shape = tuple(x.shape)
-            row = pp.Layer(
-                name, "Linear", name, shape, out_axes=(1,), in_axes=(2,), stack_axes=(0,)
-            )
-            table.append(row)
-    return table
+    return [row for row in interop.layers(block) if row.type == "Linear"]
 
 
 @torch.no_grad()

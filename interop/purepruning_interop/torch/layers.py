@@ -30,6 +30,9 @@ def layers(model: torch.nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Laye
     ``conv.weight_orig``), with the axes of the weight. Where there are several (``weight_norm``),
     each is a parameter without known axes.
 
+    Experts that ``transformers`` stacks in one parameter are a row for each of its matrices
+    (``mlp.experts.down_proj``), of stacked layers: each expert is pruned as a layer of its own.
+
     A floating-point parameter of two axes or more in a module of another class is a row without
     output and input axes, of the class's name as type, under its own dotted name with the module's
     as alias. What a known class holds besides its weight and bias is such a row with an empty type
@@ -166,9 +169,25 @@ def _weights(module: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[str, ..
             return (whole, *parts), ("in_proj_bias", "bias_k", "bias_v")
         case nn.RNNBase() | nn.RNNCellBase():
             return _recurrent(module), ()
+        case _ if isinstance(getattr(module, "is_transposed", None), bool):
+            return _experts(module), ()
         case _:
             return (), ()
     return (weight,), ("bias",)
+
+
+def _experts(module: Any) -> tuple[Weight, ...]:
+    """Returns the matrices of experts that are stacked in one parameter each, expert by expert.
+
+    As the experts of ``transformers`` are since version 5, which say of themselves whether they
+    are stored ``(experts, out, in)`` or, transposed, ``(experts, in, out)``.
+    """
+    out, in_ = ((2,), (1,)) if module.is_transposed else ((1,), (2,))
+    stacked = (name for name, x in module.named_parameters(recurse=False) if name.endswith("proj"))
+    return tuple(
+        Weight(name, "Linear", (None,) * 3, out, in_, batch_axes=(0,), bias=f"{name}_bias")
+        for name in stacked
+    )
 
 
 def _window(module: Any) -> Window | None:
