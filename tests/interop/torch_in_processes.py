@@ -343,6 +343,26 @@ def training():
             torch.testing.assert_close(weight, dict(alone.named_parameters())[short].detach())
 
 
+def captured():
+    """Statistics of what layers of a sharded model put out, each process its own examples."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    x = torch.linspace(-1, 1, 80).reshape(16, 5)
+
+    def seen(model, x):
+        table = interop.layers(model)
+        config = pp.resolve([{"op_types": ["Linear"]}], table, granularity="output_channel")
+        _, outputs = interop.capture(model, x, layers=table)
+        stats = activations.init(dict(model.named_parameters()), config)
+        return activations.update(stats, outputs, config, activation="relu")
+
+    alone = seen(net(), x)
+    together = seen(spread_net("fsdp"), x[rank::n])
+    for total in jax.tree.leaves(together):
+        dist.all_reduce(total)
+    for name, zeros in alone.zeros.items():
+        assert torch.equal(together.zeros[name].low, zeros.low), name
+
+
 def structure():
     alone = net()
     x = torch.ones(2, 5)
@@ -383,6 +403,11 @@ def refusals():
     refused(["count", *whole_first], lambda: interop.count(model, x))
     refused(["shrink", *whole_first], lambda: interop.shrink(model, masks, coupling, x))
     refused(["full_tensor"], lambda: interop.shrink(net(), masks, coupling, x), TypeError)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    refused(
+        ["sparse_training", *whole_first],
+        lambda: interop.sparse_training(model, config, sgd, masks=masks, end_step=4),
+    )
     refused(["keep_pruned"], lambda: interop.masked_call(model, masks, x))
     file = Path(sys.argv[4]) / "masks"
     refused(["torch.distributed.checkpoint"], lambda: pp.save_masks(file, masks, params))
@@ -428,6 +453,7 @@ CHECKS = [
     movement_scores,
     masks_are_masks,
     training,
+    captured,
     structure,
     refusals,
     checkpoints,

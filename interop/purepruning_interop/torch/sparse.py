@@ -12,6 +12,7 @@ from purepruning.arrays import is_concrete
 from purepruning.config.config import Config
 from purepruning.masks import by_path, expand
 from purepruning.random_bits import key_words
+from purepruning.shards import refuse_sharded
 from purepruning.training.sparse import (
     check_masks,
     check_rewired,
@@ -78,6 +79,7 @@ def sparse_training(
         check(where, model)
     elif not model or not all(isinstance(x, torch.Tensor) for x in model.values()):
         raise TypeError(f"{where}: model must be a module, or a dict of tensors by name")
+    refuse_sharded(where, _named(model))
     check_rewired(where, config)
     tables = checked_moves(where, config, grow, begin_step, end_step, every, drop_fraction, decay)
     times = begin_step, end_step, every
