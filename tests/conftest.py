@@ -4,6 +4,7 @@ The number of devices is left alone: a test that needs several starts a subproce
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``, so that the rest run as in a user's program.
 """
 
+import gc
 import os
 import tempfile
 
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish(session):
+    """Keeps the collector of garbage from going through all that imports have made, every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

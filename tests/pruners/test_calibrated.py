@@ -13,6 +13,8 @@ from tests import oracle
 from tests.messages import raises
 from tests.modes import MODES, as_jax, as_torch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 #: The first layer of network G: its weight as (out, in), and its inputs.
 WEIGHT = np.random.RandomState(1).standard_normal((6, 5)).T.astype(np.float32)
 INPUTS = np.random.RandomState(10).standard_normal((8, 6)).astype(np.float32)

@@ -22,6 +22,8 @@ from tests.messages import raises
 from tests.modes import as_jax, as_torch, moved, off_host, stacked
 from tests.statistics import fed
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # Compiled, every one takes a second or more.
 full = pytest.mark.full
 

@@ -14,6 +14,8 @@ from purepruning.selection import joined, kth_jax, kth_jax_counters
 from purepruning.selection.keys import HIGHEST, LOWEST, Piece, ordered_bits
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SIZES = (1, 64, 65, 130, 500)
 INF, NAN = np.inf, np.nan
 

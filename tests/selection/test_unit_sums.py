@@ -99,6 +99,7 @@ def test_layers_that_are_summed_for_themselves(layer):
 
 
 @pytest.mark.parametrize(("dtype", "scope"), [("float32", "layer"), ("bfloat16", "global")])
+@pytest.mark.usefixtures("unoptimized")
 def test_masks_are_those_of_every_layer_for_itself(monkeypatch, dtype, scope):
     """Between layers that are summed together are some that are not, by shape and by dtype."""
     monkeypatch.setattr(ranked, "FEW", 2)

@@ -15,6 +15,8 @@ from tests import oracle
 from tests.messages import raises
 from tests.modes import as_jax, as_torch, off_host
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LAYERS = (
     Layer("a", "Linear", "a", (6, 10), (1,), (0,)),
     Layer("s", "Linear", "s", (5, 2, 7), (2,), (0,), stack_axes=(1,)),

@@ -21,6 +21,8 @@ from purepruning.trees import flatten
 from tests.fast import jit_once, some_key
 from tests.messages import raises
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 T, F = True, False
 rng = np.random.default_rng(0)
 W = rng.random((4, 6)) < 0.5
