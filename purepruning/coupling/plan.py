@@ -288,15 +288,17 @@ def cut_array(array: Any, cuts: Sequence[Any]) -> Any:
     One that is laid out over the devices of a mesh stays so, but along axes that they do not divide
     any more.
     """
+    if not cuts:
+        return array
     shape = list(array.shape)
     for cut in cuts:
         shape[cut.axis] = cut.positions.shape[-1]
     if isinstance(array, jax.ShapeDtypeStruct):
         return array.update(shape=tuple(shape))
-    if cuts and is_spread(array):
+    if is_spread(array):
         cut = _cut_along(tuple((cut.axis, cut.by) for cut in cuts))
         return in_layout(cut, array, tuple(shape), *(cut.positions for cut in cuts))
-    return by_numpy(functools.partial(_cut, cuts), array) if cuts else array
+    return by_numpy(functools.partial(_cut, cuts), array)
 
 
 class _Along(NamedTuple):
