@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from purepruning.arguments import ordered, shown, whole_number
-from purepruning.arrays import namespace, replicated
+from purepruning.arrays import NUMPY, namespace, replicated
 from purepruning.layers import Layer
 
 
@@ -209,10 +209,17 @@ def _block(layer: Layer, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(tiles), tuple(sizes)
 
 
-def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[..., Any]) -> Any:
+def fold(
+    xp: Any,
+    weight: Any,
+    g: Grid,
+    reduce: Callable[..., Any],
+    single: Callable[[Any], Any] | None = None,
+) -> Any:
     """Returns ``(stacked, units)`` from ``reduce(array, axes)`` over what lies inside each unit.
 
     ``reduce`` drops the axes it is given; edges of the weight are filled up with zeros (False).
+    Units of one weight each are not reduced: they are ``single(weight)``, or the weight itself.
     Of a shard, ``g.across`` says what the whole is; ``reduce`` is then given it, and what every
     process gets is of all units.
     """
@@ -222,6 +229,8 @@ def fold(xp: Any, weight: Any, g: Grid, reduce: Callable[..., Any]) -> Any:
     else:
         order, inside = tuple(a // 2 for a in order), tuple(a // 2 for a in inside if a % 2 == 0)
     left = sorted(order)
+    if single is not None and not inside:
+        weight = single(weight)
     if g.across is not None:
         folded = reduce(weight, inside, across=g.across) if inside else weight
         folded = xp.reshape(g.across.everywhere(folded), tuple(g.shape[a] for a in left))
@@ -266,6 +275,8 @@ def any_of(mask: Any, axes: tuple[int, ...], across: Any = None) -> Any:
 
 
 def _pad(xp: Any, weight: Any, g: Grid) -> Any:
+    if xp is np or xp is NUMPY:
+        return _padded(weight, g) if g.is_padded else weight
     for axis, (tiles, size, n) in enumerate(zip(g.tiles, g.sizes, g.shape, strict=True)):
         if tiles * size > n:
             fill = list(weight.shape)
@@ -274,3 +285,10 @@ def _pad(xp: Any, weight: Any, g: Grid) -> Any:
                 [weight, xp.zeros_like(weight[tuple(slice(0, f) for f in fill)])], axis=axis
             )
     return weight
+
+
+def _padded(weight: np.ndarray, g: Grid) -> np.ndarray:
+    """Returns what :func:`_pad` does, by one copy."""
+    result = np.zeros([t * s for t, s in zip(g.tiles, g.sizes, strict=True)], weight.dtype)
+    result[tuple(slice(0, n) for n in weight.shape)] = weight
+    return result

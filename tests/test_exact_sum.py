@@ -21,6 +21,8 @@ def sums(values, axes=(-1,)):
         np.asarray(jax.jit(exact_sum, static_argnums=1)(jnp.asarray(values), axes)),
         exact_sum(torch.from_numpy(values.copy()), axes).numpy(),
     ]
+    with np.errstate(invalid="ignore", over="ignore"):
+        results.append(np.asarray(exact_sum(values, axes)))
     for other in results[1:]:
         np.testing.assert_array_equal(other.view(np.int32), results[0].view(np.int32))
     return results[0]
@@ -52,6 +54,34 @@ def test_no_order_of_the_terms_changes_a_bit(seed, n):
     rng = np.random.default_rng(seed)
     values = (rng.normal(size=n) * np.exp(5 * rng.normal(size=n))).astype(np.float32)
     assert sums(values) == sums(values[rng.permutation(n)]) == sums(values[::-1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((3, 300_000), (1,)),  # parts of one sum
+        ((300_000, 3), (0,)),
+        ((300_000, 3), (1,)),  # parts of the sums
+        ((150, 4, 250, 4), (1, 3)),
+        ((2, 150_001, 1, 3), (0, 2)),
+        ((150_001, 2, 3), (0, 1, 2)),
+    ],
+)
+def test_numpy_adds_large_arrays_in_parts(shape, axes):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=shape).astype(np.float32) * np.exp2(rng.integers(-9, 9, shape[-1:]))
+    values = values.astype(np.float32)
+    expected = np.asarray(exact_sum(jnp.asarray(values), axes))
+    np.testing.assert_array_equal(exact_sum(values, axes), expected, strict=True)
+
+
+def test_numpy_counts_terms_of_large_arrays_often_in_parts():
+    values = np.arange(400_000, dtype=np.float32).reshape(100_000, 4) % 1000
+    times = 1 + np.arange(100_000).reshape(-1, 1) % 2
+    expected = (values.sum(1) * times[:, 0]).astype(np.float32)
+    np.testing.assert_array_equal(exact_sum(values, (1,), times), expected, strict=True)
+    shuffled = np.asfortranarray(values.T)
+    np.testing.assert_array_equal(exact_sum(shuffled, (0,), times.T), expected, strict=True)
 
 
 def test_naive_sums_do_depend_on_the_order():

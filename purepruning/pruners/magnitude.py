@@ -10,7 +10,7 @@ import numpy as np
 
 from purepruning.arrays import array_like, bits_float, float_bits, namespace, sqrt
 from purepruning.config.config import Config
-from purepruning.exact_sum import exact_sum, largest_magnitude, power_of_two_scale
+from purepruning.exact_sum import by_sums, largest_magnitude, power_of_two_scale, sum_of_terms
 from purepruning.granularity import Grid, fold
 from purepruning.selection.criterion import Criterion
 from purepruning.selection.keys import Piece
@@ -73,19 +73,22 @@ def element(weight: Any, layer_stats: None) -> Piece:
 
 
 def _magnitude(arrays: tuple[Any, ...], index: Any, layer_stats: tuple[()]) -> Any:
-    xp = namespace(arrays[0])
-    return xp.abs(xp.astype(arrays[0], xp.float32))
+    return _size(arrays[0])
+
+
+def _size(weight: Any) -> Any:
+    xp = namespace(weight)
+    return xp.abs(xp.astype(weight, xp.float32))
 
 
 def l1(weight: Any, layer_stats: None, g: Grid) -> Any:
     """Returns the sums of magnitudes of all units, ``(stacked, units)``."""
-    xp = namespace(weight)
     times, share = _edges(g, weight)
 
-    def total(magnitude: Any, axes: tuple[int, ...], across: Any = None) -> Any:
-        return exact_sum(magnitude, axes, times, across) * share
+    def total(weight: Any, axes: tuple[int, ...], across: Any = None) -> Any:
+        return _shared(sum_of_terms(_size, (weight,), axes, times, across), share)
 
-    return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
+    return fold(namespace(weight), weight, g, total, _size)
 
 
 def _l2(weight: Any, layer_stats: None, g: Grid) -> Any:
@@ -107,18 +110,21 @@ def _of_squares(weight: Any, g: Grid, finish: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(weight)
     times, share = _edges(g, weight)
 
-    def total(magnitude: Any, axes: tuple[int, ...], across: Any = None) -> Any:
+    def total(weight: Any, axes: tuple[int, ...], across: Any = None) -> Any:
         # Squares are taken of numbers near 1: the largest of them neither overflow nor vanish.
-        if across is not None:
-            top = largest_magnitude(magnitude, axes, across)
-        else:
-            top = xp.max(magnitude, axis=axes, keepdims=True) if axes else magnitude
-        scale, unscale = power_of_two_scale(top, 0, 63)
-        scaled = magnitude * scale
-        squares = exact_sum(scaled * scaled, axes, times, across) * share
-        return finish(squares, xp.reshape(unscale, squares.shape))
+        scale, unscale = power_of_two_scale(
+            largest_magnitude(_size, (weight,), axes, across), 0, 63
+        )
+        squares = sum_of_terms(_scaled_square, (weight, scale), axes, times, across)
+        squares = _shared(squares, share)
+        return by_sums(finish, (squares, xp.reshape(unscale, squares.shape)), ())
 
-    return fold(xp, xp.abs(xp.astype(weight, xp.float32)), g, total)
+    return fold(xp, weight, g, total, _size)
+
+
+def _scaled_square(weight: Any, scale: Any) -> Any:
+    scaled = _size(weight) * scale
+    return scaled * scaled
 
 
 def ordered_squares(squares: Any, unscale: Any) -> Any:
@@ -144,11 +150,15 @@ _MOST_TERMS = 2**22
 def _edges(g: Grid, like: Any) -> tuple[np.ndarray | None, Any]:
     """Returns how often weights are to count, and a factor for the sums: as of whole blocks."""
     if not g.is_padded:
-        return None, 1.0
+        return None, None
     repeats, least = g.repeats, int(g.repeats.min())
     if int(repeats.max()) * math.prod(g.split[a] for a in g.inside) <= _MOST_TERMS:
         return repeats, float(np.float32(1 / least))
     return None, array_like(like, np.squeeze(repeats / least, g.inside).astype(np.float32))
+
+
+def _shared(sums: Any, share: Any) -> Any:
+    return sums if share is None else sums * share
 
 
 _LEVEL = Criterion("level", element=element, on_shards=True)

@@ -11,12 +11,18 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from purepruning.arrays import float_bits, iota
+import numpy as np
+
+from purepruning.arrays import NUMPY, float_bits, iota
 
 LOWEST = -(2**31)  # below every key
 
 
 HIGHEST = 2**31 - 1  # the key of NaN
+
+
+#: The key of infinity. As unsigned numbers, NaN and all that is negative lie beyond it.
+INFINITY = 0x7F800000
 
 
 class Piece(NamedTuple):
@@ -79,6 +85,8 @@ class Threshold(NamedTuple):
 def ordered_bits(xp: Any, score: Any) -> Any:
     """Returns int32 in the order of float32 ``score``: both zeros are 0, all NaNs the highest."""
     bits = float_bits(xp, score)
+    if xp is NUMPY and bits.view(np.uint32).max(initial=0) <= INFINITY:
+        return bits
     return xp.where(score != score, HIGHEST, xp.where(bits < 0, LOWEST - bits, bits))
 
 

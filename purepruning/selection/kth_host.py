@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purepruning.arrays import NUMPY, empty
-from purepruning.selection.keys import HIGHEST, LOWEST, Piece, flat_index
+from purepruning.selection.keys import HIGHEST, INFINITY, LOWEST, Piece, flat_index
 
 CHUNK = 131_072  # elements read at a time: 512 KiB of float32
 SAMPLE = 65_536  # at most so many elements bracket the cut, of all pieces together
 SMALL = 32_768  # up to so many elements are ranked as they are
-
-INFINITY = 0x7F800000  # the key of infinity; only those of NaN lie beyond it or below its negative
 
 
 class HostThreshold(NamedTuple):
@@ -322,7 +320,6 @@ def _chunks(piece: Piece) -> Iterator[tuple[int, np.ndarray | None]]:
 def ordered(scores: np.ndarray) -> np.ndarray | None:
     """Returns int32 in the order of float32 ``scores``, both zeros as 0; None if one is NaN."""
     bits = scores.view(np.int32)
-    # As unsigned numbers, NaN and all that is negative lie beyond infinity.
     if bits.view(np.uint32).max(initial=0) <= INFINITY:
         return bits
     if np.isnan(scores).any():

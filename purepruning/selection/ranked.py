@@ -77,7 +77,7 @@ def _unit_keys(sources: dict[str, Source], score: Score, grids: dict[str, Grid])
         if name not in order:
             scores.append(xp.reshape(score.units(sources[name], grids[name]), (-1,)))
             order.append(name)
-    keys = ordered_bits(xp, xp.concat(scores))
+    keys = ordered_bits(xp, xp.concat(scores) if len(scores) > 1 else scores[0])
     if order == list(grids):
         return keys
     sizes = {name: grids[name].n_stacked * grids[name].n_units for name in order}

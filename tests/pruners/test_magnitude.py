@@ -1,6 +1,7 @@
 """Norms of channels and blocks: ranked without rounding, ties by position, in every run mode."""
 
 import itertools
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +135,21 @@ def test_roots_of_torch_are_rounded_as_those_of_numpy():
     squares = np.arange(1, 2**20, dtype=np.float32)
     got = arrays.sqrt(torch.from_numpy(squares)).numpy()
     np.testing.assert_array_equal(got, np.sqrt(squares), strict=True)
+
+
+@norms
+@pytest.mark.parametrize(
+    ("granularity", "most"),
+    [("output_channel", 0.3), ("input_channel", 0.3), (Block((4, 4)), 0.8), (Block((3, 3)), 2.3)],
+    ids=str,
+)
+def test_norms_of_large_weights_are_taken_without_a_copy(pruner, granularity, most):
+    """Memory by that of the weight; masks of blocks take a quarter, their padding all of it."""
+    weight = np.random.default_rng(0).normal(size=(2**11, 2**10)).astype(np.float32)
+    layer = Layer("fc", "Linear", "w", weight.shape, (0,), (1,))
+    config = pp.resolve(0.5, [layer], granularity=granularity)
+    tracemalloc.start()
+    pruner({"w": weight}, None, config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most * weight.nbytes
