@@ -175,6 +175,27 @@ def test_tasks(tmp_path, capsys, recipe, name):
     assert not (tmp_path / "r" / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tune_alive", "tune must leave pruned weights at zero, and 16 of 'w' are not"),
+        ("evaluate_nan", "the score after train is NaN"),
+    ],
+)
+def test_tasks_whose_results_cannot_be_used(tmp_path, capsys, recipe, name, says):
+    arguments = ("run", recipe, "--task", f"{BROKEN}{name}", "-o", tmp_path / "r")
+    failed(capsys, 1, *arguments, says=("task 'small'", says))
+    assert not (tmp_path / "r" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("depth", [980, 100_000])  # JSON reads the first, and what checks it not
+def test_recipes_that_are_nested_too_deeply(tmp_path, capsys, recipe, depth):
+    rule = "[" * depth + "]" * depth
+    recipe.write_text(f'{{"purepruning": 1, "steps": [{{"use": "level", "rules": {rule}}}]}}')
+    arguments = ("run", recipe, "--task", f"{tasks.__name__}:small", "-o", tmp_path / "r")
+    failed(capsys, 1, *arguments, says=str(recipe))
+
+
 @pytest.mark.parametrize("name", ["a:b:c", ".a:b", "..:x", "1a:b", "a:", ":a", "a b:c"])
 def test_names_of_tasks(tmp_path, capsys, recipe, name):
     failed(capsys, 1, "run", recipe, "--task", name, "-o", tmp_path / "r", says=name)

@@ -158,6 +158,9 @@ def test_files_that_are_none(tmp_path):
         read_recipe(written(tmp_path, '{"purepruning": 1, "steps": [{"use": "level", "use": 1}]}'))
     with raises(ValueError, "NaN"):
         read_recipe(written(tmp_path, '{"purepruning": NaN}'))
+    for name in ("deep.json", "deep.yaml"):
+        with raises(ValueError, name, "nested too deeply"):
+            read_recipe(written(tmp_path, "[" * 10_000 + "]" * 10_000, name))
     with raises(ValueError, "'.pkl'", "unpickled"):
         read_recipe(written(tmp_path, "", "recipe.pkl"))
     with pytest.raises(FileNotFoundError):

@@ -1,5 +1,6 @@
 """Recipes done to small tasks in a folder: beside NumPy, and killed and resumed."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ import purepruning as pp
 from purepruning_interop.checkpoints import NotWritten
 from purepruning_interop.recipes import read_recipe
 from purepruning_interop.runs import RunFolder, Settings, run_recipe, stages_of
+from purepruning_interop.runs.work import State, Work
 from tests.runs import tasks
 
 pytestmark = pytest.mark.usefixtures("unoptimized", "standard_promotion")
@@ -386,6 +388,32 @@ def test_steps_in_an_order_that_makes_no_sense(tmp_path, steps, says):
     with pytest.raises(ValueError, match=says):
         run_recipe(recipe(*steps), tasks.small(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tuning_that_revives_pruned_weights_is_the_tasks_mistake(tmp_path):
+    """Stages before it are kept; weights that are kept may be NaN."""
+    grown = dataclasses.replace(
+        tasks.of_torch(),
+        tune=lambda params, masks, seed, epochs: {
+            n: x.to(torch.bfloat16) + (n == "weight") for n, x in params.items()
+        },
+    )
+    of = recipe({"use": "level", "rules": [{"sparsity": 0.5, "op_names": ["fc"]}]})
+    with pytest.raises(ValueError, match=r"'of torch': tune must leave .* 4 of 'weight' are not"):
+        run_recipe(of, grown, tmp_path / "grown", Settings(epochs=1))
+    rows = (tmp_path / "grown" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["what"] for row in rows] == ["train", "prune"]
+    state = State({"w": jnp.asarray([jnp.nan, 0.0])}, {"w": jnp.asarray([True, False])})
+    work = Work(0, of.steps[0], tasks.deep(), Settings(), state.params, None)
+    assert work.tune(state, 0, 1).params is state.params
+
+
+def test_a_score_that_is_no_number_ends_a_run(tmp_path):
+    scores = iter([1.0, float("nan")])
+    task = dataclasses.replace(tasks.small(), evaluate=lambda params: next(scores))
+    with pytest.raises(ValueError, match="'small': the score after 'prune' of step 0 is NaN"):
+        run_recipe(recipe(LEVEL), task, tmp_path, Settings(epochs=0))
+    assert not (tmp_path / "weights.safetensors").exists()
 
 
 def test_frameworks_must_agree(tmp_path):

@@ -143,10 +143,18 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     'level'
     """
     if isinstance(source, Mapping):
-        where, content = "recipe", source
+        where, path = "recipe", None
     else:
-        path = file_path(source, "read_recipe")
-        where, content = str(source), _load(path)
+        where, path = str(source), file_path(source, "read_recipe")
+    try:
+        return _read(source if path is None else _load(path), where)
+    except RecursionError:
+        raise ValueError(
+            f"{where}: it is nested too deeply; write steps, each with a list of rules"
+        ) from None
+
+
+def _read(content: Any, where: str) -> Recipe:
     with within(where):
         if not isinstance(content, Mapping):
             raise TypeError(
@@ -217,7 +225,7 @@ def _yaml(path: Path) -> Any:
         )  # what JSON does not know is no recipe
     except yaml.YAMLError as error:
         raise ValueError(f"{' '.join(str(error).split())}; mend the YAML there") from None
-    except (TypeError, RecursionError):
+    except TypeError:
         raise ValueError(
             "it holds what JSON does not know, such as a date; put it in quotes"
         ) from None

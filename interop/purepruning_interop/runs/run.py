@@ -74,7 +74,7 @@ def run_recipe(
 
     Raises:
         ValueError, TypeError, KeyError: recipe and task do not fit, or the folder is of another
-            run.
+            run; a score is NaN, or the task's ``tune`` leaves pruned weights that are not zero.
         NotWritten: the system would not take a file; the run can be called again.
         RuntimeError: all evaluations of a search failed.
     """
@@ -105,6 +105,11 @@ def _done(stage: Stage, number: int, state: State, task: Task) -> tuple[State, d
     state = stage.do(state)
     state = state if stage.extra is not None else state._replace(extra=None)
     score = _score(stage, state, task)
+    if math.isnan(score):
+        raise ValueError(
+            f"task {task.name!r}: the score after {_place(stage)} is NaN; return a number from "
+            "evaluate, or tune at a smaller rate"
+        )
     density = 1.0 if state.masks is None else float(pp.density(state.masks, state.params))
     row = {
         "stage": number,
@@ -115,6 +120,10 @@ def _done(stage: Stage, number: int, state: State, task: Task) -> tuple[State, d
         "seconds": round(time.perf_counter() - began, 3),
     }
     return state, row
+
+
+def _place(stage: Stage) -> str:
+    return stage.what if stage.step is None else f"{stage.what!r} of step {stage.step}"
 
 
 def _score(stage: Stage, state: State, task: Task) -> float:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import purepruning as pp
+from purepruning.masks import by_path, to_numpy
+from purepruning.trees import flatten
 from purepruning_interop.recipes.recipe import Step, core_arguments, core_name, plain_rule
 from purepruning_interop.tasks import Objective, Task
 
@@ -103,8 +105,13 @@ class Work:
 
     # What stages do.
     def tune(self, state: State, shift: int, epochs: int) -> State:
-        """Returns the state after fine-tuning; ``shift`` tells apart those of one step."""
+        """Returns the state after fine-tuning; ``shift`` tells apart those of one step.
+
+        Raises:
+            ValueError: the task's ``tune`` left a pruned weight that is not zero.
+        """
         params = self.task.tune(state.params, state.masks, self._seed(shift), epochs)
+        _check_pruned(self.task, params, state.masks)
         return state._replace(params=params)
 
     def minimize(
@@ -177,6 +184,19 @@ def config_of(config: Any, state: State, counts: Mapping[str, Any] | None = None
     """Returns a config with other counts, by which what is pruned stays so."""
     config = config if counts is None else config.with_counts(counts)
     return config if state.masks is None else config.with_masks(state.masks)
+
+
+def _check_pruned(task: Task, params: Any, masks: Any) -> None:
+    leaves = flatten(params).leaves
+    for name, mask in ({} if masks is None else by_path(masks, params)).items():
+        if mask is None:
+            continue
+        alive = np.count_nonzero(to_numpy(leaves[name] != 0) & ~to_numpy(mask))
+        if alive:
+            raise ValueError(
+                f"task {task.name!r}: tune must leave pruned weights at zero, and {alive} of "
+                f"{name!r} are not; return purepruning.apply_masks(params, masks)"
+            )
 
 
 def seed_of(task: Task, seed: int) -> Any:
