@@ -23,6 +23,7 @@ class Norm(NamedTuple):
         epsilon: what is added to the variance.
         scale, offset: paths of its parameters; None where it has none.
         mean, variance: paths of its statistics.
+        updates, decay: as of :class:`purepruning.quantize.BatchNorm`.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Norm(NamedTuple):
     offset: str | None
     mean: str
     variance: str
+    updates: str | None = None
+    decay: float = 0.0
 
 
 def owner(row: Layer) -> str:
@@ -57,7 +60,7 @@ def behind_layers(
         norms: the batch norms, by module.
     """
     calls: Counter[Hashable] = Counter()
-    pairs: list[tuple[str, str, tuple[int, ...]]] = []
+    pairs: list[tuple[str, str, tuple[int, ...], int]] = []
 
     def look(jaxpr: Jaxpr) -> None:
         made_by: dict[Any, JaxprEqn] = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
@@ -73,21 +76,30 @@ def behind_layers(
             read: Any = eqn.invars[0] if side == "input" and eqn.invars else None
             source = made_by.get(read)
             if source is not None and is_mark(source) and uses[read] == 1:
-                pairs.append((source.params["layer"][0], name, tuple(read.aval.shape)))
+                of, rank = source.params["layer"][0], eqn.params["ranks"][0]
+                pairs.append((of, name, tuple(read.aval.shape), rank))
 
     look(program.jaxpr.jaxpr)
     return tuple(
-        BatchNorm(norm.name, layer, norm.scale, norm.offset, norm.mean, norm.variance, norm.epsilon)
-        for layer, norm, shape in (
-            (layers[one], norms[other], shape)
-            for one, other, shape in pairs
+        _row(norm, layer)
+        for layer, norm, shape, rank in (
+            (layers[one], norms[other], shape, rank)
+            for one, other, shape, rank in pairs
             if calls[one] == calls[other] == 1
         )
-        if _has_channels(norm, layer, shape)
+        if _has_channels(norm, layer, shape, rank)
     )
 
 
-def _has_channels(norm: Norm, layer: Layer, shape: tuple[int, ...]) -> bool:
-    """Whether the channels of a norm are the outputs of a layer, which are the last axis here."""
-    last = norm.axis in (-1, len(shape) - 1)
-    return last and layer.shape[layer.out_axes[0]] == shape[-1]
+def _row(norm: Norm, layer: Layer) -> BatchNorm:
+    fields = norm._asdict()
+    del fields["axis"]
+    return BatchNorm(layer=layer, **fields)
+
+
+def _has_channels(norm: Norm, layer: Layer, shape: tuple[int, ...], rank: int) -> bool:
+    """Whether the channels of a norm, whose call sees so many axes, are the outputs of a layer."""
+    if not isinstance(norm.axis, int) or not -rank <= norm.axis < rank:
+        return False
+    axis = norm.axis % rank - rank
+    return layer.output_axes == (axis,) and layer.shape[layer.out_axes[0]] == shape[axis]

@@ -61,11 +61,14 @@ At: TypeAlias = Callable[[Any], tuple[Any, Any]]
 def mark(key: Key, value: Any) -> Any:
     """Returns ``value``, any pytree, and marks it for the :func:`collect` around the call."""
     arrays, put = split_static(value)
-    return put(_mark.bind(*arrays, layer=key, put=put))
+    return put(_mark.bind(*arrays, layer=key, put=put, ranks=tuple(x.ndim for x in arrays)))
 
 
 def is_mark(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a mark; its key is the parameter ``"layer"``."""
+    """Whether an equation is a mark; its key is the parameter ``"layer"``.
+
+    The parameter ``"ranks"`` says how many axes the arrays had before ``vmap`` added leading ones.
+    """
     return eqn.primitive is _mark
 
 

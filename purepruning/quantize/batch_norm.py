@@ -14,6 +14,7 @@ then. Jacob et al. 2017, arXiv:1712.05877, section 3.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ class BatchNorm(NamedTuple):
         scale, offset: their paths in the parameters; None where it has none.
         mean, variance: their paths among the running statistics.
         epsilon: what is added to the variance.
+        updates: path of the number of updates, where mean and variance began as zero and are
+            divided by ``1 - decay ** updates`` when they are read; None where they are not.
+        decay: of such an average.
     """
 
     name: str
@@ -42,6 +46,8 @@ class BatchNorm(NamedTuple):
     mean: str
     variance: str
     epsilon: float
+    updates: str | None = None
+    decay: float = 0.0
 
 
 def fold_batch_norms(
@@ -58,7 +64,8 @@ def fold_batch_norms(
     Args:
         params: the parameters.
         statistics: the running statistics: of Linen ``variables["batch_stats"]``, of NNX what
-            ``nnx.state(model, nnx.BatchStat)`` returns, of torch ``dict(model.named_buffers())``.
+            ``nnx.state(model, nnx.BatchStat)`` returns, of Equinox and Haiku the state, of torch
+            ``dict(model.named_buffers())``.
         norms: what ``batch_norms`` of the adapter returned; those of the layers that are quantised,
             or all.
 
@@ -101,7 +108,8 @@ def fold_batch_norms(
     values = [dict(tree.leaves) for tree in trees]
     for norm in rows:
         for leaves, paths in zip(values, _paths(norm), strict=True):
-            leaves.update({path: new[norm.name][what] for what, path in paths.items()})
+            some = new[norm.name]
+            leaves.update({path: some[what] for what, path in paths.items() if what in some})
     return trees[0].rebuild(values[0]), trees[1].rebuild(values[1])
 
 
@@ -113,15 +121,20 @@ def _paths(norm: BatchNorm) -> tuple[dict[str, str], dict[str, str]]:
         "scale": norm.scale,
         "offset": norm.offset,
     }
-    of_statistics = {"mean": norm.mean, "variance": norm.variance}
-    return {what: path for what, path in of_params.items() if path is not None}, of_statistics
+    of_statistics = {"mean": norm.mean, "variance": norm.variance, "updates": norm.updates}
+    given, kept = (
+        {what: path for what, path in paths.items() if path is not None}
+        for paths in (of_params, of_statistics)
+    )
+    return given, kept
 
 
 def _leaf(norm: BatchNorm, what: str, path: str, leaves: Mapping[str, Any], of: str) -> Any:
     if path not in leaves:
         message = f"fold_batch_norms: {of} have no {what} {path!r} of the norm {norm.name!r}"
         raise KeyError(missing(message, path, leaves))
-    floats(leaves[path], f"fold_batch_norms: the {what} {path!r} of the norm {norm.name!r}")
+    if what != "updates":
+        floats(leaves[path], f"fold_batch_norms: the {what} {path!r} of the norm {norm.name!r}")
     if what == "weight" and tuple(leaves[path].shape) != norm.layer.shape:
         raise ValueError(
             f"fold_batch_norms: the weight {path!r} has shape {tuple(leaves[path].shape)}, but by "
@@ -133,7 +146,10 @@ def _leaf(norm: BatchNorm, what: str, path: str, leaves: Mapping[str, Any], of: 
 def _folded(norm: BatchNorm, found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the new arrays of a norm and its layer, each of the dtype that it had."""
     xp = namespace(found["mean"])
-    wide = {what: xp.astype(x, found["variance"].dtype) for what, x in found.items()}
+    wide = {what: _flat(xp.astype(x, found["variance"].dtype), what) for what, x in found.items()}
+    share = _share(norm, wide)
+    for what in ("mean", "variance"):
+        wide[what] = wide[what] / share
     one, zero = xp.ones_like(wide["mean"]), xp.zeros_like(wide["mean"])
     try:
         weight, bias = fold_batch_norm(
@@ -155,7 +171,31 @@ def _folded(norm: BatchNorm, found: Mapping[str, Any]) -> dict[str, Any]:
         new |= {"offset": bias, "mean": zero}
     else:
         new["mean"] = -bias
-    return {what: xp.astype(new[what], x.dtype) for what, x in found.items()}
+    for what in ("mean", "variance"):
+        new[what] = new[what] * share
+    return {
+        what: xp.reshape(xp.astype(new[what], x.dtype), tuple(x.shape))
+        for what, x in found.items()
+        if what != "updates"
+    }
+
+
+def _flat(x: Any, what: str) -> Any:
+    """Returns what has one number per channel without axes of size 1.
+
+    Haiku's norms have the rank of what they read, and Equinox's convolutions biases of theirs.
+    """
+    if what == "weight" or x.ndim < 2 or max(x.shape) != math.prod(x.shape):
+        return x
+    return namespace(x).reshape(x, (-1,))
+
+
+def _share(norm: BatchNorm, found: Mapping[str, Any]) -> Any:
+    """Returns by what stored statistics are divided when they are read."""
+    if norm.updates is None:
+        return 1
+    xp, count = namespace(found["updates"]), found["updates"]
+    return xp.where(count == 0, xp.ones_like(count), 1 - norm.decay**count)
 
 
 def fold_batch_norm(

@@ -1406,7 +1406,7 @@ def _adapter(
     named = {"layers": [layer]}
     yield row(f"{where}.capture", *model, x, named, of=of, slow=True)
     yield row(f"{where}.activations", *model, x, of=of, slow=True)
-    if where.endswith((".linen", ".nnx")):  # the others have no running statistics by path
+    if not where.endswith(".keras"):
         yield row(f"{where}.batch_norms", *model, x, of=of, slow=True)
     at = {"at": {f"{layer}:input": _looks}}
     yield row(f"{where}.replace", *model, x, at, of=of | {"at": _AT}, slow=True)

@@ -4,6 +4,7 @@ from purepruning.versions import require
 
 require("equinox", __name__)
 
+from purepruning_interop.equinox.batch_norms import batch_norms
 from purepruning_interop.equinox.capture import activations, capture, replace
 from purepruning_interop.equinox.layers import layers
 from purepruning_interop.equinox.shrink import count, couple, function, rebuild, shrink
@@ -13,6 +14,7 @@ __all__ = [
     "activations",
     "capture",
     "replace",
+    "batch_norms",
     "function",
     "couple",
     "count",

@@ -11,7 +11,7 @@ import jax
 from purepruning.layers import Activation, Layer
 from purepruning_interop import _capture
 from purepruning_interop._activations import activation_rows, with_activations
-from purepruning_interop._marks import KEY, collect, trace
+from purepruning_interop._marks import KEY, Program, run, trace
 from purepruning_interop._table import join
 from purepruning_interop.equinox.layers import check, marking, walk
 
@@ -139,19 +139,24 @@ def _replace(
     modules = _capture.find(where, names, with_activations(names, known))
     sides = _capture.sides(at, modules)
 
+    program = marked_program(model, inputs, sides, method, kwargs)
+    result, calls = run(where, program, _capture.joined(at, modules))
+    return result, _capture.found_by_site(where, at, modules, calls)
+
+
+def marked_program(
+    model: Any,
+    inputs: tuple[Any, ...],
+    sides: Mapping[str, tuple[str, ...]],
+    method: Any,
+    kwargs: dict[str, Any],
+) -> Program:
+    """Returns the program of a call, with marks at these sides of modules, by name."""
+
     def call(model: Any, inputs: Any, kwargs: Any) -> Any:
         return _capture.call_model(_with_marks(model, "", sides), method, inputs, kwargs)
 
-    result, calls = collect(
-        where,
-        tuple(sides.items()),
-        call,
-        model,
-        inputs,
-        kwargs,
-        at=_capture.joined(at, modules),
-    )
-    return result, _capture.found_by_site(where, at, modules, calls)
+    return trace(tuple(sides.items()), call, model, inputs, kwargs)
 
 
 def _with_marks(node: Any, name: str, sides: Mapping[str, tuple[str, ...]]) -> Any:

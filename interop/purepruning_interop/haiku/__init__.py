@@ -4,6 +4,7 @@ from purepruning.versions import require
 
 require("dm-haiku", __name__)
 
+from purepruning_interop.haiku.batch_norms import batch_norms
 from purepruning_interop.haiku.capture import activations, capture, replace
 from purepruning_interop.haiku.layers import layers
 from purepruning_interop.haiku.shrink import count, couple, function, rebuild, shrink
@@ -13,6 +14,7 @@ __all__ = [
     "activations",
     "capture",
     "replace",
+    "batch_norms",
     "function",
     "couple",
     "count",

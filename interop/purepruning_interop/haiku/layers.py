@@ -58,8 +58,8 @@ def layers(
         *inputs: what a call takes after params, state and key; arrays are only looked at for shape
             and dtype.
         rng: has no effect, and is here so that the arguments of :func:`couple` can be passed.
-        **kwargs: further arguments of the call, such as ``is_training=True`` (without which Haiku
-            initialises no batch norm); those that are no arrays are not traced.
+        **kwargs: further arguments of the call, such as ``is_training``; those that are no arrays
+            are not traced.
 
     Raises:
         TypeError: ``model`` has no ``init``, or ``variables`` are no mapping of mappings.
@@ -242,6 +242,8 @@ def _recorder(made: dict[str, _Made]) -> Callable[..., Any]:
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal depth
+        if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
+            _initialize(context.module, args[0] if args else kwargs["inputs"])
         depth += 1
         try:
             if depth > 1:
@@ -252,6 +254,17 @@ def _recorder(made: dict[str, _Made]) -> Callable[..., Any]:
             depth -= 1
 
     return intercept
+
+
+def _initialize(norm: hk.BatchNorm, inputs: Any) -> None:
+    """Makes the running statistics of a norm, which Haiku itself makes in training only."""
+    channel = norm.channel_index % inputs.ndim
+    averaged = norm.axis
+    if averaged is None:
+        averaged = [axis for axis in range(inputs.ndim) if axis != channel]
+    shape = [1 if axis in averaged else n for axis, n in enumerate(inputs.shape)]
+    for average in (norm.mean_ema, norm.var_ema):
+        average.initialize(shape, inputs.dtype)
 
 
 def check(where: str, model: Any, variables: Any) -> None:
