@@ -110,14 +110,19 @@ def _of_squares(weight: Any, g: Grid, finish: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(weight)
     times, share = _edges(g, weight)
 
+    def finished(squares: Any, scale: Any) -> Any:
+        return finish(squares, bits_float(xp, (254 << 23) - float_bits(xp, scale)))
+
     def total(weight: Any, axes: tuple[int, ...], across: Any = None) -> Any:
         # Squares are taken of numbers near 1: the largest of them neither overflow nor vanish.
-        scale, unscale = power_of_two_scale(
-            largest_magnitude(_size, (weight,), axes, across), 0, 63
-        )
+        def scale_of(weight: Any) -> Any:
+            top = largest_magnitude(_size, (weight,), axes, across)
+            return power_of_two_scale(top, 0, 63)[0]
+
+        scale = by_sums(scale_of, (weight,), axes)
         squares = sum_of_terms(_scaled_square, (weight, scale), axes, times, across)
         squares = _shared(squares, share)
-        return by_sums(finish, (squares, xp.reshape(unscale, squares.shape)), ())
+        return by_sums(finished, (squares, xp.reshape(scale, squares.shape)), ())
 
     return fold(xp, weight, g, total, _size)
 

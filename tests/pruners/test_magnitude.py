@@ -140,7 +140,13 @@ def test_roots_of_torch_are_rounded_as_those_of_numpy():
 @norms
 @pytest.mark.parametrize(
     ("granularity", "most"),
-    [("output_channel", 0.3), ("input_channel", 0.3), (Block((4, 4)), 0.8), (Block((3, 3)), 2.3)],
+    [
+        ("output_channel", 0.3),
+        ("input_channel", 0.3),
+        (Block((4, 4)), 0.8),
+        (Block((1, 4)), 1.2),
+        (Block((3, 3)), 2.3),
+    ],
     ids=str,
 )
 def test_norms_of_large_weights_are_taken_without_a_copy(pruner, granularity, most):
