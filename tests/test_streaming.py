@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -391,3 +392,17 @@ def test_mistakes_are_named(tmp_path):
     with raises(ValueError, "is no safetensors file, or is damaged"):
         pp.prune_files(pp.level, broken, out, good)
     assert json.loads((source / "config.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("granularity", ["output_channel", pp.Block((4, 4))], ids=str)
+def test_norms_of_units_take_less_memory_than_a_weight(tmp_path, granularity):
+    w = np.random.default_rng(0).normal(size=(4096, 1024)).astype(np.float32)
+    safetensors.numpy.save_file({"w": w}, tmp_path / "model.safetensors")
+    layer = pp.Layer("w", "Linear", "w", w.shape, (0,), (1,))
+    config = pp.resolve(0.5, [layer], granularity=granularity)
+    del w
+    tracemalloc.start()
+    pp.prune_files(pp.l1_norm, tmp_path / "model.safetensors", tmp_path / "out", config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24  # bytes of the weight
