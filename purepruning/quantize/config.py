@@ -89,6 +89,7 @@ class Target:
         granularity: ``"tensor"``, ``"channel"``, or how many inputs share a scale.
         start_step: the first step, counted from 1, at which it is quantised.
         rule: number of the rule it comes from.
+        is_scheme_given: whether the rule says the scheme.
     """
 
     layer: Layer | Activation
@@ -99,6 +100,7 @@ class Target:
     granularity: Granularity = "tensor"
     start_step: int = 0
     rule: int = 0
+    is_scheme_given: bool = False
 
     @property
     def name(self) -> str:
@@ -312,6 +314,7 @@ def _target(number: int, rule: Rule, row: Layer | Activation, what: What) -> Tar
         granularity=granularity,
         start_step=integer(rule, "quant_start_step", number, 0, 0),
         rule=number,
+        is_scheme_given=_by_type(number, rule, "quant_scheme", what) is not None,
     )
     _check_granularity(number, target)
     return target

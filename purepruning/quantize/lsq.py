@@ -6,7 +6,8 @@ Esser et al. 2019, arXiv:1902.08153. The scales are a pytree of their own, by si
     weights = lsq.weights(params, scales, config)
     logits, _ = linen.replace(model, weights, x, at=lsq.activations(scales, config))
 
-Zero points are 0, so that pruned weights stay zero. Integers are $-2^{b-1}, \dots, 2^{b-1} - 1$;
+Zero points are 0, so that pruned weights stay zero; rules that say ``"affine"`` are refused.
+Integers are $-2^{b-1}, \dots, 2^{b-1} - 1$;
 where a rule says ``'quant_dtype': 'uint'``, as for what follows a ReLU, $0, \dots, 2^b - 1$.
 """
 

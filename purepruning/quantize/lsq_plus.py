@@ -12,7 +12,8 @@ They begin with the ranges that observers have seen in a few batches, see :func:
 Inputs and outputs have an offset where their scheme is ``"affine"``, which it is unless a rule
 says; integers are $0, \dots, 2^b - 1$ there, and $-2^{b-1}, \dots, 2^{b-1} - 1$ where a rule says
 ``'quant_dtype': 'int'``. Symmetric ones and weights have none, as in the paper, so that pruned
-weights stay zero: they are those of :mod:`purepruning.quantize.lsq`, but for the first scales.
+weights stay zero, and rules that say ``"affine"`` of a weight are refused: they are those of
+:mod:`purepruning.quantize.lsq`, but for the first scales.
 
 A trained offset is no whole number of steps, so that zero is no level. Integer kernels need one:
 :func:`round_offsets`, before the model is evaluated and exported.

@@ -59,7 +59,19 @@ def integer_range(where: str, target: Target, *, unsigned: bool) -> tuple[int, i
 
 
 def symmetric_range(where: str, target: Target) -> tuple[int, int]:
-    """Returns the smallest and largest integer where the zero point is 0: signed unless said."""
+    """Returns the smallest and largest integer where the zero point is 0: signed unless said.
+
+    Raises:
+        ValueError: the rule says that the scheme is affine.
+    """
+    if target.scheme == "affine" and target.is_scheme_given:
+        quantizer, per = where.partition(".")[0], "per_channel_" * (target.granularity == "channel")
+        other = "qat" if target.what == "weight" else "lsq_plus"
+        raise ValueError(
+            f"{where}: rule {target.rule}: quant_scheme of the {target.what} of {target.name!r} is "
+            f"affine, but {quantizer} has no zero point there; write 'quant_scheme': "
+            f"{{{target.what!r}: '{per}symmetric'}}, or use {other}"
+        )
     return integer_range(where, target, unsigned=target.dtype == "uint")
 
 

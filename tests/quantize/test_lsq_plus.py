@@ -312,3 +312,33 @@ def test_mistakes_are_named():
         lsq_plus.activations(scales | {"fc:input": TrainedScale(F(1), None)}, config)
     with raises(ValueError, "symmetric schemes have none"):
         lsq_plus.activations(scales, config_of(quant_scheme="symmetric"))
+
+
+@pytest.mark.parametrize("framework", [as_jax, as_torch])
+def test_an_affine_scheme_that_a_rule_says_is_honoured_or_refused(framework):
+    params, ranges = framework({"fc.weight": W}), moved(framework, RANGES)
+    by_type = {"weight": "per_channel_affine", "input": "affine"}
+    words = "rule 0", "quant_scheme of the weight of 'fc' is affine", "'per_channel_symmetric'"
+    config = config_of(quant_scheme=by_type)
+    with raises(ValueError, "lsq_plus", *words):
+        lsq_plus.init(params, config, ranges)
+    with raises(ValueError, "lsq", *words):
+        lsq.init(params, config, {"fc:input": params["fc.weight"][0, 0]})
+    with raises(ValueError, "lsq", "{'weight': 'symmetric'}, or use qat"):
+        lsq.init(params, config_of(quant_scheme="affine"), {"fc:input": params["fc.weight"][0, 0]})
+    # What the message says works, also where lsq has no offset and lsq_plus has.
+    config = config_of(quant_scheme=by_type | {"weight": "per_channel_symmetric"})
+    scales = lsq_plus.init(params, config, ranges)
+    assert scales["fc:weight"].offset is None
+    assert scales["fc:input"].offset is not None
+    words = "quant_scheme of the input of 'fc' is affine", "{'input': 'symmetric'}", "use lsq_plus"
+    with raises(ValueError, *words):
+        lsq.init(params, config, {"fc:input": params["fc.weight"][0, 0]})
+    symmetric = {"weight": "per_channel_symmetric", "input": "symmetric"}
+    lsq.init(params, config_of(quant_scheme=symmetric), {"fc:input": params["fc.weight"][0, 0]})
+    lsq.init(params, config_of(), {"fc:input": params["fc.weight"][0, 0]})
+    for name in ("weights", "levels"):
+        config = config_of(quant_scheme={"weight": "affine"})
+        given = (params,) * (name == "weights")
+        with raises(ValueError, f"lsq{'.weights' * (name == 'weights')}: rule 0", "is affine"):
+            getattr(lsq, name)(*given, {"fc:weight": params["fc.weight"][:1, :1]}, config)
