@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purepruning.arguments import flag, missing, one_of
-from purepruning.arrays import is_spread, layout_of, spread_over
+from purepruning.arguments import flag, is_number, missing, one_of, shown
+from purepruning.arrays import is_array as is_numbers
+from purepruning.arrays import is_numpy, is_spread, layout_of, spread_over
 from purepruning.coupling.coupling import Coupling, check_coupling
 from purepruning.coupling.plan import Cut, Plan, cut_array, plan_of, units_of_plan
 from purepruning.coupling.removal import Removal
@@ -259,16 +260,13 @@ class ShrunkFunction:
                 raise ValueError(missing(f"params have no {path!r}", path, tree.leaves))
         full = {}
         for path, leaf in tree.leaves.items():
+            if path in self.plan.shapes:
+                _check_leaf(path, leaf, self.plan.shape(path))
             if not hasattr(leaf, "shape"):
                 full[path] = leaf
                 continue
             if path not in self.plan.shapes:
                 raise ValueError(f"params have {path!r}, which the plan does not know")
-            if tuple(leaf.shape) != self.plan.shape(path):
-                raise ValueError(
-                    f"{path!r} has shape {tuple(leaf.shape)}, but the plan cuts it to "
-                    f"{self.plan.shape(path)}"
-                )
             full[path] = jax.ShapeDtypeStruct(
                 self.plan.shapes[path], leaf.dtype, weak_type=getattr(leaf, "weak_type", False)
             )
@@ -299,6 +297,21 @@ class ShrunkFunction:
         call = trace_call(self.fn, params, inputs, kwargs)
         found, removed = fitted(call, self.plan, self.outputs)
         return found, Removal(found.flow, removed[found.numbers], self.norms)
+
+
+def _check_leaf(path: str, leaf: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless a leaf can be what a plan cut to a shape."""
+    if is_number(leaf) and not hasattr(leaf, "shape"):
+        found: tuple[int, ...] = ()
+    elif isinstance(leaf, jax.Array) or (is_numpy(leaf) and is_numbers(leaf)):
+        found = tuple(leaf.shape)
+    else:
+        raise TypeError(
+            f"params: {path!r} must be an array of numbers, got {shown(leaf)}; give the parameters "
+            "that shrink returned"
+        )
+    if found != shape:
+        raise ValueError(f"{path!r} has shape {found}, but the plan cuts it to {shape}")
 
 
 def _kind(x: Any) -> Any:

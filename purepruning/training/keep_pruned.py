@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from purepruning.arguments import adapter_of, instance, missing, shown
+from purepruning.arguments import adapter_of, instance, is_number, missing, shown
 from purepruning.arrays import by_numpy, chosen, copied, is_array, jax_array
 from purepruning.masks import by_path, named_masks, spread_mask, zero_pruned
 from purepruning.training.masks_in_state import KeepPrunedState, nodes
@@ -107,6 +107,7 @@ def keep_pruned(
                 **extra_args,
             )
         except Exception as error:
+            _check_numbers(updates, error)
             _check_inner(state.inner, inner, params, error)
             raise
         inner_state = zero_moments(inner_state, flatten(params).leaves, keep)
@@ -206,11 +207,26 @@ def _check_updates(updates: Any, params: Any, keep: dict[str, Any]) -> None:
             raise TypeError(
                 f"keep_pruned: updates: {path!r} must be an array of numbers, got {shown(update)}"
             )
+        if isinstance(weights[path], jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"keep_pruned: params: {path!r} must be an array of numbers, got "
+                f"{shown(weights[path])}; give the parameters themselves"
+            )
         if update.shape != shape:
             raise ValueError(
                 f"keep_pruned: updates: {path!r} has shape {tuple(update.shape)}, its parameter "
                 f"{tuple(shape)}; give updates in the parameters' shapes"
             )
+
+
+def _check_numbers(updates: Any, error: Exception) -> None:
+    """Raises if the optimizer inside failed since an update, masked or not, is no array."""
+    for path, update in flatten(updates).leaves.items():
+        if not (is_array(update) or is_number(update)) or isinstance(update, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"keep_pruned: updates: {path!r} must be an array of numbers, got {shown(update)}; "
+                "give the gradients of the parameters"
+            ) from error
 
 
 def _zero_pruned(tree: Any, keep: dict[str, Any]) -> Any:

@@ -1373,7 +1373,7 @@ def _jax(s: Side) -> Iterator[Call]:
     yield row("purepruning_interop.keras.set_masks", trained, made, of=of)
     shares = {name: real(0, 1) for name in ("target_sparsity", "initial_sparsity")}
     steps = {name: integer(0) for name in ("begin_step", "end_step")}
-    of = shares | steps | {"final_sparsity": _GOOD, "power": _GOOD, "frequency": integer(1)}
+    of = shares | steps | {"final_sparsity": _GOOD, "power": _GOOD, "frequency": integer(1, np.inf)}
     yield row(
         "purepruning_interop.keras.ConstantSparsity", 0.5, 0, 8, 1, of=of | {"end_step": _GOOD}
     )

@@ -1,5 +1,6 @@
 """Keras models trained by ``fit`` under masks, which the optimizer holds."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -276,12 +277,22 @@ def test_what_is_wrong_is_named():
         (
             lambda: adapter.PolynomialDecay(0.0, 0.5, 3, 2),
             ValueError,
-            "end_step must be at least 3",
+            "begin_step must be at most end_step, got 3 and 2",
         ),
         (lambda: adapter.PolynomialDecay(0.0, 0.5, 0, -1), ValueError, "end_step must be at least"),
         (lambda: adapter.PolynomialDecay(0.0, 0.5, 0, 3, power=0), ValueError, "power"),
+        (lambda: adapter.PolynomialDecay(0.0, 0.5, 0, 2**40), ValueError, "until end_step"),
+        (
+            lambda: jax.jit(lambda p: adapter.PolynomialDecay(0.0, 0.5, 0, 3, p) and p)(3.0),
+            TypeError,
+            "power must be a known number",
+        ),
         (lambda: adapter.ConstantSparsity(0.5, 0, frequency=0), ValueError, "frequency"),
-        (lambda: adapter.ConstantSparsity(0.5, 4, 2), ValueError, "end_step must be at least 4"),
+        (
+            lambda: adapter.ConstantSparsity(0.5, 4, 2),
+            ValueError,
+            "begin_step must be at most end_step, got 4 and 2",
+        ),
         (lambda: adapter.ConstantSparsity(1.0, 4), ValueError, "[0, 1)"),
     ],
 )

@@ -210,6 +210,23 @@ def test_a_plan_of_abstract_arrays_gives_abstract_arrays():
     assert found["b"] is tree["b"]
 
 
+@pytest.mark.parametrize(
+    ("leaf", "words"),
+    [
+        (2.0, r"'params.*kernel' has shape \(\), but the plan cuts it to"),
+        (jnp.ones(3), r"has shape \(3,\), but the plan cuts it to"),
+        ("a", r"params: 'params.*kernel' must be an array of numbers, got 'a'.* that shrink"),
+        (np.array(["a"], object), "must be an array of numbers"),
+        (jax.ShapeDtypeStruct((3,), jnp.float32), "must be an array of numbers"),
+    ],
+)
+def test_leaves_that_are_not_what_a_plan_cut_are_refused(shrunk, leaf, words):
+    tree = flatten(shrunk.params)
+    path = next(path for path in shrunk.report.plan.cuts if path.endswith("kernel"))
+    with pytest.raises((TypeError, ValueError), match=words):
+        shrunk.fn(tree.rebuild({**tree.leaves, path: leaf}), X)
+
+
 def test_a_plan_that_belongs_to_another_model(shrunk):
     other = Net(width=4)
     variables = draw(jax.eval_shape(other.init, jax.random.key(0), X))

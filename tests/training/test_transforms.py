@@ -605,6 +605,14 @@ def test_mistakes_raise():
             tx.update(updates, state, params)
     with pytest.raises(KeyError, match=r"'dense.kernel'"):
         tx.update(params, state, {"dense": {"bias": jnp.ones(3)}})
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(TypeError, match=r"params: 'dense.kernel' must be an array of numbers"):
+        tx.update(params, state, shapes)
+    inside = keep_pruned({"dense": {"kernel": jnp.ones((2, 1), bool)}}, optax.sgd(0.1))
+    for path, text in {"bias": "text", "kernel": "text"}.items():
+        updates = {"dense": {**params["dense"], path: text}}
+        with pytest.raises(TypeError, match=rf"updates: 'dense.{path}' must be an array.*'text'"):
+            inside.update(updates, inside.init(params), params)
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from purepruning.arguments import fraction, function, instance, one_of, scalar, whole_number
+from purepruning.arrays import is_concrete
 from purepruning.config.config import Config, Pool, Pruner, check_config
 from purepruning.schedules.schedule import MOST_EVENTS, Schedule, too_many
 from purepruning_interop.keras.optimizer import get_masks, set_masks
@@ -111,7 +112,7 @@ def ConstantSparsity(
     target = _sparsity(f"{where}target_sparsity", target_sparsity)
     begin = whole_number(begin_step, f"{where}begin_step", 0)
     if end_step != -1:
-        whole_number(end_step, f"{where}end_step", begin)
+        _end_step(where, end_step, begin)
     whole_number(frequency, f"{where}frequency", 1)
     return Schedule(functools.partial(_once, begin, target))
 
@@ -156,16 +157,31 @@ def PolynomialDecay(
             f"pruned, got {initial:g} and {final:g}"
         )
     begin = whole_number(begin_step, f"{where}begin_step", 0)
-    end = whole_number(end_step, f"{where}end_step", begin)
+    end = _end_step(where, end_step, begin)
     exponent = scalar(power, f"{where}power")
+    if not is_concrete(exponent):
+        raise TypeError(
+            f"{where}power must be a known number, got one that jit or vmap traces; make the "
+            "schedule outside of them"
+        )
     every = whole_number(frequency, f"{where}frequency", 1)
     number = (end - begin) // every + 1
     if number > MOST_EVENTS:
-        raise ValueError(too_many(f"{where}the events", number))
+        raise ValueError(too_many(f"{where}the events until end_step", number))
     steps = np.unique(np.append(np.arange(begin, end, every, dtype=np.float64), end))
     left = (end - steps) / max(end - begin, 1)
     shares = final + (initial - final) * left**exponent
     return Schedule(functools.partial(_at, np.stack([steps, shares], axis=1)))
+
+
+def _end_step(where: str, value: Any, begin: int) -> int:
+    end = whole_number(value, f"{where}end_step", 0)
+    if end < begin:
+        raise ValueError(
+            f"{where}begin_step must be at most end_step, got {begin} and {end}; give a later "
+            "end_step"
+        )
+    return end
 
 
 def _sparsity(where: str, value: Any) -> float:
