@@ -34,8 +34,8 @@ def processes(size: tuple[int, int], run: Callable[..., Any]) -> dict[str, Any]:
         "ours": {"two processes": cost(2)},
         "instead": {"one process": cost(1)},
         "checks": [
-            # Three digits of a key, and of a position among ties: 5,120 counts of four bytes each.
-            at_most("bytes each process adds", sent, 4 * 5120 * (n_layers + 1)),
+            # A sample, four numbers of each layer, and two digits of the key.
+            at_most("bytes each process adds", sent, 4 * 4096 + (4 * 8 + 2 * 4 * 2048) * n_layers),
             report("bytes, weights gathered / counts", 4 * weights / max(sent, 1)),
             report("CPU time, two processes / one", costs[2] / costs[1]),
         ],
