@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -34,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 import purepruning as pp
 from purepruning import Layer
 from purepruning.criteria import Criterion, reduce_units
+from purepruning.selection import kth_shards
 from purepruning.stats import activations, gradients, inputs
 from purepruning.training import movement
 from purepruning_interop import torch as interop
@@ -129,6 +131,30 @@ def level_and_random():
     assert compared(pp.level, params, half) == 0
     none = half.with_counts(dict.fromkeys(half.counts, 0))
     assert compared(pp.level, params, none, ["rows"]) == 0
+
+
+def bracketed():
+    """A sample finds the key, or misses it; either way the masks are the same."""
+    params = {**floats(), "a.w": torch.zeros(7, 12)}  # ties alone, at the bracket's lower end
+    passes = []
+    of_all_keys = kth_shards._keys
+
+    def watched(piece):
+        passes.append(piece)
+        return of_all_keys(piece)
+
+    with mock.patch.multiple(kth_shards, SMALL=16, SAMPLE=64, CHUNK=32, _keys=watched):
+        for config in configs():
+            assert compared(pp.level, params, config, ["rows", "mixed"]) == 0
+            assert compared(pp.level, whole(), config, ["columns"]) == 0
+        passes.clear()
+        config = pp.resolve(RULES, LAYERS[1:3], scope="global")
+        compared(pp.level, floats(), config, ["rows"])
+        assert not passes
+        missing = [(0, 1)] * 2
+        with mock.patch.object(kth_shards, "_brackets", return_value=missing):
+            compared(pp.level, floats(), pp.resolve(RULES, LAYERS[:2]), ["rows"])
+        assert len(passes) == 2
 
 
 def pruned_already():
@@ -413,6 +439,9 @@ def refusals():
     refused(["torch.distributed.checkpoint"], lambda: pp.save_masks(file, masks, params))
     assert not file.exists()
     refused(["full_tensor"], lambda: interop.apply_(net(), masks), TypeError)
+    flat = torch.nn.Sequential(FullyShardedDataParallel(net(), device_id=torch.device("cpu")))
+    refused(["layers", "'0'", "fully_shard"], lambda: interop.layers(flat))
+    refused(["apply_", "fully_shard"], lambda: interop.apply_(flat[0], masks))
     scores = movement.init(params, config)
     refused(["apply", "full_tensor"], lambda: movement.apply(params, scores, config))
     bad = sharded(whole(), "rows")
@@ -444,6 +473,7 @@ def checkpoints():
 
 CHECKS = [
     level_and_random,
+    bracketed,
     pruned_already,
     channels,
     groups,

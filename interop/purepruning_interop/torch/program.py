@@ -123,9 +123,24 @@ VIEWS = {
 
 
 def check(where: str, model: Any) -> None:
-    """Raises TypeError for what is no model of this framework."""
+    """Raises TypeError for what is no model of this framework, ValueError for one that is flat."""
     if not isinstance(model, torch.nn.Module):
         raise wrong_model(where, model, "torch", "a torch.nn.Module instance")
+    _refuse_flat(where, model)
+
+
+def _refuse_flat(where: str, model: torch.nn.Module) -> None:
+    """Raises ValueError where ``FullyShardedDataParallel`` joined parameters into flat ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"{where}: {repr(name) if name else 'the model'} is a FullyShardedDataParallel, "
+                "which joins parameters of several layers into flat ones; shard the model by "
+                "torch.distributed.fsdp.fully_shard, which leaves every parameter its shape"
+            )
 
 
 def check_whole(where: str, model: Any) -> None:
