@@ -126,7 +126,7 @@ def unit_scores(
         if not sums:
             return zeros(like, (coupling.n_units,), "float32")
         total = compiled(like, _unit_scores, "key", "reduce", "normalize")
-        return total(sums, key=_Coupled(coupling), reduce=reduce, normalize=normalize)
+        return total(sums, key=ByContent(coupling), reduce=reduce, normalize=normalize)
 
     return by_numpy(score, leaves)
 
@@ -301,14 +301,14 @@ def _power(x: Any, p: float) -> Any:
     return magnitude ** float(p)
 
 
-class _Coupled:
+class ByContent:
     """A coupling that is compared by content: what compiled code depends on."""
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Coupled) and self.coupling.digest == other.coupling.digest
+        return isinstance(other, ByContent) and self.coupling.digest == other.coupling.digest
 
     def __hash__(self) -> int:
         return hash(self.coupling.digest)
@@ -330,7 +330,7 @@ def _positions(x: Any, *, axis: int, by: int | None, blocks: int) -> Any:
     return xp.reshape(exact_sum(parts, (1, *range(3, parts.ndim))), (-1,))
 
 
-def _unit_scores(sums: dict[str, Any], *, key: _Coupled, reduce: str, normalize: str) -> Any:
+def _unit_scores(sums: dict[str, Any], *, key: ByContent, reduce: str, normalize: str) -> Any:
     coupling = key.coupling
     like = next(iter(sums.values()))
     xp = namespace(like)

@@ -16,7 +16,7 @@ from purepruning.coupling.value import SINK
 from purepruning.exact_sum import exact_sum
 from purepruning.layers import Layer
 from purepruning.matrices import form
-from purepruning.pruners.coupled import allocation_of
+from purepruning.pruners.coupled import ByContent, allocation_of
 from purepruning.stats import inputs
 from purepruning.stats.checks import check_totals, match, placed, refuse_empty
 from purepruning.trees import Flat
@@ -113,7 +113,7 @@ def _refuse_unread(where: str, found: Sequence[Reader], config: Config) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _places(layer: Layer, key: _Keyed) -> Places:
+def _places(layer: Layer, key: ByContent) -> Places:
     rows = units_of_columns(layer, key.coupling)
     columns, k = rows.shape
     pairs = np.stack([rows.reshape(-1), np.repeat(np.arange(columns), k)], axis=1)
@@ -125,22 +125,9 @@ def _places(layer: Layer, key: _Keyed) -> Places:
     return Places(rows, units, index, sizes)
 
 
-class _Keyed:
-    """A coupling that is looked up by content."""
-
-    def __init__(self, coupling: Coupling) -> None:
-        self.coupling = coupling
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.coupling.digest == other.coupling.digest
-
-    def __hash__(self) -> int:
-        return hash(self.coupling.digest)
-
-
 def places_of(layer: Layer, coupling: Coupling) -> Places:
     """Returns where the units of a coupling lie among the columns of a layer."""
-    return _places(layer, _Keyed(coupling))
+    return _places(layer, ByContent(coupling))
 
 
 def units_of_columns(layer: Layer, coupling: Coupling) -> np.ndarray:
