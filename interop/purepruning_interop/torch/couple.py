@@ -105,10 +105,11 @@ def trace(
     program = program_of(model, args, kwargs, known_operators(), how)
     state = model.state_dict(keep_vars=True)
     leaves: dict[str, Value] = {}
-    zero_points = _zero_points(program)
+    tables = _zero_points(program) | _mask_buffers(state)
     for path in sorted(set(leaf_names(model).values())):
-        floating, table = state[path].is_floating_point(), path in zero_points
-        leaves[path] = flow.leaf(path, tuple(state[path].shape), floating or table, table=table)
+        floating, table = state[path].is_floating_point(), path in tables
+        value = flow.leaf(path, tuple(state[path].shape), floating or table, table=table)
+        leaves[path] = value
     used = _used_leaves(program)
     training_only: frozenset[str] | None = frozenset()
     training, unused = None, "not used"
@@ -139,6 +140,12 @@ def _used_leaves(program: Program) -> set[str]:
     read.update(v.number for v in program.outputs if isinstance(v, Var))
     read.update(program.mutations)
     return {path for number, path in program.leaves.items() if number in read}
+
+
+def _mask_buffers(state: Mapping[str, torch.Tensor]) -> set[str]:
+    """Returns the buffers by which ``torch.nn.utils.prune`` multiplies: no layer's own weights."""
+    ends = "_mask", "_orig"
+    return {p for p in state if p.endswith(ends[0]) and p.removesuffix(ends[0]) + ends[1] in state}
 
 
 def _zero_points(program: Program) -> set[str]:

@@ -117,6 +117,9 @@ class _Search:
         self.options: dict[Place, list[int]] = {}
         for place, value in _numbers(self.config):
             options = every if value is None else set(sizes.get(value, ()))
+            if value is None and place[-1] == "head_dim":
+                size = _head_size(_read(self.config, place[:-1]))
+                options = {size, *sizes.get(size, ())} if size else set()
             if value is not None and any(key in HEADS for key in place):
                 for _ in range(2):  # groups of heads go, and heads of every group
                     some = {value, *options}
@@ -157,7 +160,7 @@ class _Search:
         """Yields choices that differ in one number, then in two."""
         single = [
             (place, value)
-            for place, options in self.options.items()
+            for place, options in sorted(self.options.items(), key=lambda o: self.places[o[0]] or 0)
             for value in (self.places[place], *options)
             if value != chosen[place]
         ]
@@ -225,18 +228,28 @@ def _numbers(config: Any, under: Place = ()) -> Iterator[tuple[Place, int | None
             yield place, value
         elif value is None and key in ("n_inner", "head_dim"):  # from other numbers, by default
             yield place, None
+    if "num_attention_heads" in vars(config) and not hasattr(config, "head_dim"):
+        yield (*under, "head_dim"), None  # classes read it, and take the quotient where it is not
+
+
+def _head_size(config: Any) -> int:
+    """Returns the size of a head that follows from other numbers, 0 where those are not there."""
+    width, heads = (getattr(config, k, 0) for k in ("hidden_size", "num_attention_heads"))
+    return width // heads if type(width) is type(heads) is int and heads else 0
 
 
 def _read(config: Any, place: Place) -> Any:
     for key in place:
-        config = config[key] if isinstance(key, int) else getattr(config, key)
+        config = config[key] if isinstance(key, int) else getattr(config, key, None)
     return config
 
 
 def _write(config: Any, place: Place, value: Any) -> None:
     *way, last = place
     if not isinstance(last, int):
-        setattr(_read(config, tuple(way)), last, value)
+        holder = _read(config, tuple(way))
+        if value is not None or hasattr(holder, last):
+            setattr(holder, last, value)
         return
     old = _read(config, tuple(way))
     new = [*old[:last], value, *old[last + 1 :]]

@@ -211,6 +211,8 @@ def _correct(
         case nn.RNNBase() if weight_ih := _sizes(name, plan, names, "weight_ih_l0"):
             gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
             module.input_size, module.hidden_size = weight_ih[1], weight_ih[0] // gates
+            if outer := _sizes(name, plan, names, "weight_hr_l0"):
+                module.proj_size = outer[0]
         case nn.RNNCellBase() if weight_ih := _sizes(name, plan, names, "weight_ih"):
             hidden = _sizes(name, plan, names, "weight_hh")
             module.input_size = weight_ih[1]

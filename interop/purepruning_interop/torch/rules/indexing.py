@@ -81,21 +81,39 @@ def index_axes(op: Op) -> list[int]:
     return [a for a, index in enumerate(op.args["indices"]) if index is not None]
 
 
+def boolean(s: Walk, index: Var) -> bool:
+    """Whether an index chooses by booleans: as many axes as they have become one."""
+    return s.program.avals[index.number].dtype in (torch.bool, torch.uint8)
+
+
+def _spread(value: Value, before: int, after: int) -> Value:
+    """Returns a value between axes of size one."""
+    lead, trail = (None,) * before, (None,) * after
+    return Value(
+        (*(1,) * before, *value.shape, *(1,) * after),
+        (*lead, *value.axes, *trail),
+        (*(UNKNOWN,) * before, *value.at_removed, *(UNKNOWN,) * after),
+    )
+
+
 def _index(s: Walk, op: Op) -> list[Value] | None:
     value = s.value(op.args["self"])
     axes, shape = index_axes(op), s.shape(op)
     indices = [op.args["indices"][a] for a in axes]
     values = [s.value(i) for i in indices]
-    if any(s.program.avals[i.number].dtype in (torch.bool, torch.uint8) for i in indices):
+    choosing = any(boolean(s, i) for i in indices)
+    if choosing and len(indices) > 1:
         return None
     for one in values:
         s.flow.keep(one, "coordinates")
-    if len(axes) == 1:
+    if choosing:  # all axes that the booleans have become one
+        axes = list(range(axes[0], axes[0] + values[0].ndim))
+    elif len(axes) == 1:
         places = known_places(s.concrete(indices[0]), value.shape[axes[0]])
         if places is not None and places.ndim == 1 and value.axes[axes[0]] is not None:
             return [shapes.take(s.flow, value, axes[0], places)]
     s.flow.keep(value, "looked up by index", axes)
-    rank = max(v.ndim for v in values)
+    rank = 1 if choosing else max(v.ndim for v in values)
     rest = [a for a in range(value.ndim) if a not in axes]
     together = axes == list(range(axes[0], axes[0] + len(axes)))
     place = axes[0] if together else 0
@@ -135,15 +153,21 @@ def _gather(s: Walk, op: Op) -> list[Value] | None:
 
 
 def _index_put(s: Walk, op: Op) -> list[Value] | None:
-    value = s.value(op.args["self"])
+    value, update = s.value(op.args["self"]), s.value(op.args["values"])
     axes = index_axes(op)
-    for a in axes:
-        index = s.value(op.args["indices"][a])
-        s.flow.keep(index, "coordinates")
-        if s.program.avals[op.args["indices"][a].number].dtype in (torch.bool, torch.uint8):
+    indices = [op.args["indices"][a] for a in axes]
+    if any(boolean(s, i) for i in indices):
+        if len(indices) > 1:
             return None
+        choice = s.value(indices[0])
+        lead, after = axes[0], value.ndim - axes[0] - choice.ndim
+        if update.ndim <= after and not op.args.get("accumulate"):
+            spread = _spread(choice, lead, after)
+            return [s.flow.elementwise("select_n", [spread, value, update], s.shape(op), s.where())]
+        axes = list(range(lead, lead + choice.ndim))
+    for index in indices:
+        s.flow.keep(s.value(index), "coordinates")
     s.flow.keep(value, "written by index", axes)
-    update = s.value(op.args["values"])
     rest = [a for a in range(value.ndim) if a not in axes]
     trailing = rest and rest[-1] == value.ndim - 1 and rest == list(range(len(axes), value.ndim))
     found, at_removed = list(value.axes), list(value.at_removed)
