@@ -37,6 +37,7 @@ from purepruning.config.rules import (
 )
 from purepruning.config.unit_sets import Selected, UnitSets, global_config
 from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.experts import EXPERT
 from purepruning.coupling.value import COMPANION, SINK, SOURCE
 from purepruning.layers import Layer
 from purepruning.matrices import has_matrix
@@ -123,8 +124,8 @@ def allocate(
                 builder.add_common(i, members)
             if options.extra != "none":
                 builder.add_extra(i, members, common=i in free)
-        for some in whole.values():
-            builder.add_branches(some)
+        for name, some in whole.items():
+            builder.add_branches(name, some)
         config = Config({}, tuple(builder.pools), "layer", "output_channel", bias)
     if (selected or kept) and not builder.sets:
         raise ValueError(
@@ -205,16 +206,12 @@ def _selected(
         if "prune_iterations" in rule:
             iterations = integer(rule, "prune_iterations", number, 1, 1)
         sparsity = sparsity_of(number, rule, scope, "output_channel")
-        if rule.get("units") == BRANCH and scope == "global":
-            raise ValueError(
-                f"rule {number}: 'units': 'branch' has a meaning in scope='layer' only; leave "
-                "scope out: branches of a rule are ranked together there"
-            )
         kinds = []
         for layer in mine:
             units = np.zeros((1, 1), np.int64)
             if layer.out_axes:
-                units = channel_units(coupling, layer, f"rule {number}")
+                stacked = rule.get("units") == EXPERT
+                units = channel_units(coupling, layer, f"rule {number}", stacked=stacked)
             if not units.any():
                 reason = frozen_reason(coupling, layer)
                 if "op_names" in rule:  # asked for by name
@@ -225,19 +222,23 @@ def _selected(
                 kept.append(KeptWhole(layer.name, layer.out_channels, (layer.name,), reason))
                 continue
             inside = frozenset[int]()
-            if rule.get("units") == BRANCH:
-                inside = _inside(coupling, units)
+            whole = rule.get("units") in (BRANCH, EXPERT) and EXPERT not in kinds_of(
+                coupling, units
+            )
+            if whole:
+                _check_branch_scope(number, rule["units"], scope)
+                inside = _inside(coupling, units, rule["units"])
                 if not inside:
-                    reason = "it makes no channels inside of a residual branch"
+                    reason = _outside(coupling, layer, rule["units"])
                     kept.append(KeptWhole(layer.name, layer.out_channels, (layer.name,), reason))
                     continue
-            kinds.append({BRANCH} if inside else kinds_of(coupling, units))
+            kinds.append({rule["units"]} if inside else kinds_of(coupling, units))
             found.append(
                 Selected(
                     layer,
                     number,
                     units,
-                    frozenset() if inside else choose(coupling, units, rule.get("units"), spans),
+                    frozenset() if whole else choose(coupling, units, rule.get("units"), spans),
                     sparsity,
                     rule.get("allow_empty", False),
                     gradual(number, rule),
@@ -255,18 +256,46 @@ def _selected(
     return sorted(found, key=lambda x: x.layer.name)
 
 
-def _inside(coupling: Coupling, units: np.ndarray) -> frozenset[int]:
-    """Returns the residual branches that some units are of, by index."""
+def _check_branch_scope(number: int, kind: str, scope: Scope) -> None:
+    if scope == "global":
+        what = "" if kind == BRANCH else ", where every expert has arrays of its own,"
+        together = "branches of a rule" if kind == BRANCH else "experts of a mixture"
+        raise ValueError(
+            f"rule {number}: 'units': {kind!r}{what} has a meaning in scope='layer' only; leave "
+            f"scope out: {together} are ranked together there"
+        )
+
+
+def _outside(coupling: Coupling, layer: Layer, kind: str) -> str:
+    """Returns why a layer loses no residual branches or experts, as part of a sentence."""
+    if kind == BRANCH:
+        return "it makes no channels inside of a residual branch"
+    stays = (p for p in coupling.frozen if p.path == layer.weight and p.axis in layer.stack_axes)
+    axis = next(stays, None)
+    if axis is not None:
+        return f"its stacked layers stay: {axis.reason}; prune its channels, without 'units'"
+    return "it makes no channels inside of an expert"
+
+
+def _inside(coupling: Coupling, units: np.ndarray, kind: str) -> frozenset[int]:
+    """Returns the residual branches, or the experts, that some units are of, by index."""
     there = np.zeros(coupling.n_units + 1, bool)
     there[units] = True
-    return frozenset(i for i, b in enumerate(coupling.branches) if there[b.units].any())
+    found = frozenset(i for i, b in enumerate(coupling.branches) if there[b.units].any())
+    if kind == EXPERT:
+        found &= frozenset(i for some in coupling.mixtures.values() for i in some)
+    return found
 
 
 def _branches(
     matched: Matched, coupling: Coupling, selected: Sequence[Selected], kept: list[KeptWhole]
-) -> dict[int, dict[int, list[Selected]]]:
-    """Returns by rule the residual branches that may go, with the layers that make each."""
-    found: dict[int, dict[int, list[Selected]]] = {}
+) -> dict[str, dict[int, list[Selected]]]:
+    """Returns the residual branches that may go, with the layers that make each.
+
+    By what is ranked together: branches of a rule, or experts of a mixture.
+    """
+    found: dict[str, dict[int, list[Selected]]] = {}
+    mixture = {i: name for name, some in coupling.mixtures.items() for i in some}
     owners = {layer.weight: layer.name for layer in matched.table}
     for i in sorted({i for x in selected for i in x.branches}):
         branch = coupling.branches[i]
@@ -274,12 +303,15 @@ def _branches(
         mine = {x.layer.weight: x.rule for x in members}
         other = next((p for p in branch.makers if p not in mine), None)
         if other is None and len(set(mine.values())) == 1:
-            found.setdefault(members[0].rule, {})[i] = members
+            rule = members[0].rule
+            experts = matched.rules[rule]["units"] == EXPERT
+            name = f"experts of {mixture[i]}" if experts else f"branches of rule {rule}"
+            found.setdefault(name, {})[i] = members
             continue
         reason = "its layers are pruned by different rules; give them one rule"
         if other is not None:
-            name = owners.get(other, other)
-            reason = f"{name!r} makes channels inside of it too, and the rule does not select it"
+            owner = owners.get(other, other)
+            reason = f"{owner!r} makes channels inside of it too, and the rule does not select it"
         names = tuple(x.layer.name for x in members)
         kept.append(KeptWhole(branch.name, len(branch.units), names, reason))
     return found

@@ -15,10 +15,13 @@ from purepruning.granularity import grid
 from purepruning.layers import Layer
 
 
-def channel_units(coupling: Coupling, layer: Layer, where: str = "coupling") -> np.ndarray:
+def channel_units(
+    coupling: Coupling, layer: Layer, where: str = "coupling", *, stacked: bool = False
+) -> np.ndarray:
     """Returns the units that each output channel of a layer goes with.
 
-    An int array ``(stacked * channels, k)`` in the order of the layer's grid, filled up with 0.
+    An int array ``(stacked * channels, k)`` in the order of the layer's grid, filled up with 0;
+    with ``stacked``, those that stacked layers are go along.
 
     Raises:
         KeyError: the coupling has no parameter of that name.
@@ -40,7 +43,7 @@ def channel_units(coupling: Coupling, layer: Layer, where: str = "coupling") -> 
     order = (*g.stack, *g.units)
     dims = tuple(g.split[a] for a in order)
     parts = []
-    for axis in layer.out_axes:
+    for axis in (*(layer.stack_axes if stacked else ()), *layer.out_axes):
         units = leaf.units[axis]
         if units is None:
             continue

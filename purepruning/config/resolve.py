@@ -85,6 +85,9 @@ def resolve(
       choice lose what they have. ``"branch"``: the residual branches whose layers the rule selects
       (:attr:`Coupling.branches`) are ranked together by the sum of their layers' scores, and the
       lowest go whole, which makes the model less deep; ``sparsity`` is that of branches.
+      ``"expert"``: whole experts of a mixture, stacked in one array (families of that kind) or with
+      arrays of their own (:attr:`Coupling.mixtures`), each mixture apart; ``sparsity`` is that of
+      experts, and the router keeps its rows.
 
     With a ``coupling`` coupled channels are pruned together (NNI's
     ``dependency_aware`` mode):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from purepruning.arguments import fraction, missing, one_of, whole_number
+from purepruning.coupling.experts import EXPERT
 from purepruning.granularity import NM, Granularity, has_units
 from purepruning.layers import DEFAULT_OP_TYPES, OP_TYPES, Activation, Layer
 
@@ -81,7 +82,7 @@ KEYS_OF_NNI_3 = {
 
 
 #: Kinds of units that a rule can choose between where an axis lies in two factors.
-UNIT_KINDS = ("head", "channel", "position", "block", "head_position")
+UNIT_KINDS = ("head", "channel", "position", "block", "head_position", EXPERT)
 
 #: The kind of units that are residual branches: all that is inside of one goes together.
 BRANCH = "branch"

@@ -129,7 +129,7 @@ class UnitSets:
         most = min(*caps, size - (not allow_empty))
         self._add(chunks, members, self._allowed(chunks, members, most), None)
 
-    def add_branches(self, branches: Mapping[int, Sequence[Selected]]) -> None:
+    def add_branches(self, name: str, branches: Mapping[int, Sequence[Selected]]) -> None:
         """Adds residual branches that one rule prunes, by index, with the layers that make each."""
         members = list({x.layer.name: x for some in branches.values() for x in some}.values())
         inside = tuple(self.coupling.branches[i].units for i in branches)
@@ -153,7 +153,7 @@ class UnitSets:
         )
         self.pools.append(
             Pool(
-                self._name(f"branches of rule {lead.rule}"),
+                self._name(name),
                 lead.rule,
                 tuple(x.layer for x in members),
                 len(inside),

@@ -11,6 +11,7 @@ import numpy as np
 
 from purepruning.coupling.atoms import KEPT, NUMBER, Axis, all_differ
 from purepruning.coupling.coupling import Coupling
+from purepruning.coupling.experts import with_experts
 from purepruning.coupling.flow import Flow
 from purepruning.coupling.units import Coupled, Family, FamilyAxis, FrozenAxis, Product
 from purepruning.coupling.value import COMPANION, SINK, SOURCE, STACK, TAP
@@ -61,7 +62,8 @@ def build(
     }
     n_units = len(atoms)
     heads, positions = (_marked(flow, x, numbers) for x in (flow.heads, flow.head_positions))
-    families = _families(coupled, n_units, heads, positions)
+    frozen = _frozen(flow, paths, leaves, axes, resolved)
+    families = with_experts(_families(coupled, n_units, heads, positions), coupled, frozen)
     groups = _groups(families, [numbers[x] for x in parts], n_units)
     products = tuple(
         _product(flow, c, numbers, times[where])
@@ -72,7 +74,7 @@ def build(
         coupled,
         families,
         groups,
-        _frozen(flow, paths, leaves, axes, resolved),
+        frozen,
         dict(sorted(flow.unknown.items())),
         products,
         sum(where in times for where in flow.statistics),

@@ -28,6 +28,7 @@ from purepruning.arrays import (
 from purepruning.counts import count_of
 from purepruning.coupling.branches import Branch, branches_of
 from purepruning.coupling.describe import text
+from purepruning.coupling.experts import mixtures_of
 from purepruning.coupling.unit_masks import (
     Chosen,
     Conflicts,
@@ -97,6 +98,14 @@ class Coupling:
         (Branch('blocks.0.up[1]', 8 units), Branch('blocks.1.up[1]', 8 units))
         """
         return branches_of(self.leaves, self.families)
+
+    @functools.cached_property
+    def mixtures(self) -> dict[str, tuple[int, ...]]:
+        """By name, the branches that are the experts of one mixture, by their index.
+
+        Experts that are stacked in one array are families of kind ``"expert"`` instead.
+        """
+        return mixtures_of(self.branches, self.leaves, self.frozen)
 
     @functools.cached_property
     def digest(self) -> str:

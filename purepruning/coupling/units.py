@@ -64,7 +64,8 @@ class Family:
         name: the first parameter that makes these channels, and its axis.
         kind: ``"channel"``; of an axis in two factors ``"block"`` (a group of channels that goes
             whole) or ``"position"`` (the same position of every block); ``"head"`` and
-            ``"head_position"`` where those are the heads of an attention and the positions within.
+            ``"head_position"`` where those are the heads of an attention and the positions within;
+            ``"expert"`` where they are the experts of a mixture, stacked in one array.
         units: int array of the units' numbers.
         axes: the axes they lie in.
     """

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -140,3 +141,85 @@ def test_neurons_of_all_experts_go_together_and_shrink():
         full = masked(model, shrunk.report.masks)
         small = shrunk.model.eval()
         assert distance(full(tokens, **kwargs).logits, small(tokens, **kwargs).logits) < 1e-5
+
+
+def test_whole_experts_behind_products_by_index_stay_and_are_listed():
+    model = made("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    coupling = pt.couple(model, torch.randint(0, 20, (2, 6)), use_cache=False)
+    rules = [{"op_partial_names": ["gate_up_proj"], "sparsity": 0.5, "units": "expert"}]
+    reason = "its stacked layers stay: experts, of which the rows choose; prune its channels"
+    with pytest.raises(ValueError, match=reason):
+        pp.resolve(rules, pt.layers(model), coupling=coupling)
+
+
+class Expert(nn.Module):
+    """A gated MLP with biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def shares(logits):
+    """By token and expert: the softmax where an expert is one of the two largest, else zero."""
+    weight, chosen = logits.softmax(-1).topk(2, -1)
+    return torch.zeros_like(logits).scatter(1, chosen, weight)
+
+
+class Looped(nn.Module):
+    """Experts in a list, each with arrays of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+    def forward(self, x):
+        share = shares(self.router(x))
+        return sum(share[:, i : i + 1] * e(x) for i, e in enumerate(self.experts))
+
+
+class Mixture(nn.Module):
+    """Two of four experts for each token, beside a plain MLP."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 8))
+        self.moe = moe
+
+    def forward(self, x):
+        h = self.stem(x)
+        h = h + self.mlp(h)
+        return self.head(h + self.moe(h))
+
+
+def test_whole_experts_go_and_the_class_stays():
+    torch.manual_seed(0)
+    model, x = Mixture(Looped()).eval(), torch.randn(9, 3)
+    small_ones = [model.moe.experts[e] for e in (1, 2)]
+    with torch.no_grad():
+        for expert in small_ones:
+            expert.up.weight.mul_(0.1)
+            expert.gate.weight.mul_(0.1)
+    coupling = pt.couple(model, x)
+    rules = [{"sparsity": 0.5, "units": "expert"}]
+    config = pp.resolve(rules, pt.layers(model), coupling=coupling)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    small = pt.shrink(model, pp.l1_norm(params, None, config), coupling, x).model.eval()
+    assert type(small) is Mixture
+    sizes = {n: tuple(p.shape) for n, p in state_of(small).items()}
+    assert (sizes["moe.router.weight"], sizes["mlp.0.weight"]) == ((4, 8), (5, 8))
+    assert [sizes[f"moe.experts.{e}.up.weight"][0] for e in range(4)] == [6, 0, 0, 6]
+    with torch.no_grad():
+        found, full = small(x), model(x)
+        # By hand: of what goes only the last bias is left, and the router's share of it.
+        for expert in small_ones:
+            expert.down.weight.zero_()
+        expected = model(x)
+    assert (full - expected).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
