@@ -221,7 +221,7 @@ def test_what_torch_pruned_stays_pruned():
     assert torch.equal(first.weight, first.weight_orig * first.weight_mask)
 
 
-def test_branches_of_a_condition_are_left_whole():
+def test_branches_of_a_condition_are_left_whole_and_the_model_as_it_is():
     def run(net, x):
         h = torch.cond(x.sum() > 0, lambda y: net.b(y), lambda y: net.d(y), (net.a(x).relu(),))
         return net.c(net.e(h.relu()).relu())
@@ -229,8 +229,12 @@ def test_branches_of_a_condition_are_left_whole():
     more = {"d": nn.Linear(16, 12), "e": nn.Linear(12, 12)}
     net = three(run, **more).eval()
     coupling = ppt.couple(net, rows())
-    kept = pp.resolve(0.5, ppt.layers(net), coupling=coupling).kept_whole
-    assert sum("operand of cond, for which there is no rule" in str(one) for one in kept) == 3
+    config = pp.resolve(0.5, ppt.layers(net), coupling=coupling)
+    assert sum("operand of cond, for which" in str(one) for one in config.kept_whole) == 3
+    masks = pp.l1_norm(dict(net.named_parameters()), None, config)
+    with pytest.raises(ValueError, match=r"shrink: the model calls torch\.cond, whose branches"):
+        ppt.shrink(net, masks, coupling, rows())
+    assert net.a.weight.shape == (16, 8)
 
 
 def test_packed_sequences_are_refused_by_the_line_that_packs():

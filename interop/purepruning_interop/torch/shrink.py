@@ -252,6 +252,7 @@ def _build(
     state = _cut_state(model, plan, masked, names)
     found = analyse(model, *given, coupling.outputs)
     check_same(coupling, found.coupling)
+    _refuse_branches(found)
     outputs = None if coupling.outputs is True else _cut_outputs(found, removed)
     reference = Reference(model, masked, complete, names, given, outputs)
     uses = uses_of(found, removed)
@@ -305,6 +306,17 @@ def _refuse_empty_kernels(plan: Plan) -> None:
                 f"a residual branch goes, and {path!r} would be of shape {shape}, but torch has no "
                 "convolutions without channels; leave its layers out of rules with 'units': "
                 "'branch', or take the block away by purepruning_interop.torch.drop_blocks"
+            )
+
+
+def _refuse_branches(found: Analysis) -> None:
+    """Raises ValueError where an operation calls programs, which nothing here can look into."""
+    for op in found.program.ops:
+        if any(isinstance(x, torch.fx.GraphModule) for x in op.args.values()):
+            raise ValueError(
+                f"shrink: the model calls torch.{op.name}, whose branches are programs of their "
+                "own, so that a smaller model cannot be compared with the masked one; shrink the "
+                "modules before and behind it, one at a time"
             )
 
 
