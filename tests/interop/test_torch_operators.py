@@ -218,4 +218,11 @@ def test_a_part_whose_size_depends_on_data_may_be_joined():
         a=nn.Linear(5, 8),
         b=nn.Linear(8, 3),
     )
-    assert ppt.couple(model, torch.randn(6, 5)).unknown == {"index": 1}
+    model, x = fill(model, 0).double().eval(), torch.randn(6, 5, dtype=torch.float64)
+    coupling = ppt.couple(model, x)
+    assert not coupling.unknown
+    masks = coupling.masks(half(coupling), state_of(model))
+    found = ppt.shrink(model, masks, coupling, x)
+    assert found.model.a.out_features == 4
+    check_law(model, (x,), masks, found.model, found.report.plan)
+    check_law(model, (-x,), masks, found.model, found.report.plan)
