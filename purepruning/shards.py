@@ -138,7 +138,7 @@ def _along(x: Any, axis: int, n: int) -> tuple[int, int]:
     # Without a source nothing is sent: every process takes its own part.
     mine = tensor.distribute_tensor(places, x.device_mesh, placements, src_data_rank=None)
     found = mine.to_local().reshape(-1).tolist()
-    if found != list(range(found[0], found[0] + len(found))) if found else False:
+    if found and found != list(range(found[0], found[0] + len(found))):
         raise ValueError(
             f"a DTensor with placements {x.placements} has shards that are no boxes; redistribute "
             "it to Shard"

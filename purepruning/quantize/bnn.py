@@ -36,6 +36,8 @@ _NEVER_NEGATIVE = ("ReLU", "ReLU6", "Sigmoid", "Softplus", "Hardsigmoid")
 def weights(params: Params, state: None, config: QuantizationConfig, *, key: Any = None) -> Params:
     """Returns ``params`` with the signs of the weights of ``config``; gradients pass as they are.
 
+    Signs have no zero point: the rules' scheme changes nothing.
+
     Args:
         params: the latent weights.
         state: None; there is none.

@@ -34,7 +34,8 @@ def weights(params: Params, state: None, config: QuantizationConfig) -> Params:
 
     The derivative of rounding is taken as one; tanh and the maximum have theirs (in NNI 2 the
     derivative is one altogether). For one bit the paper has another formula,
-    $\mathrm{sign}(W) \, \mathrm{mean} |W|$; here, as in NNI, this one gives -1 and 1.
+    $\mathrm{sign}(W) \, \mathrm{mean} |W|$; here, as in NNI, this one gives -1 and 1. There
+    is no zero point: the rules' scheme changes nothing.
 
     Raises:
         ValueError: the rules have a start step or a granularity.
