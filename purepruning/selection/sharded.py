@@ -113,8 +113,10 @@ class _Run:
     def on_shards(self, layer: Layer, g: Grid | None) -> bool:
         """Whether the weights, or units, of a layer can be scored on their shards."""
         box = self.boxes[layer.name]
-        if not self.criterion.on_shards or g is None or g.is_split or box.mesh is None:
-            return self.criterion.on_shards and g is None
+        if not self.criterion.on_shards or g is None:
+            return self.criterion.on_shards
+        if g.is_split or box.mesh is None:
+            return False
         leaves = jax.tree.leaves(self.sources[layer.name].layer_stats)
         units = (g.n_stacked, g.n_units)
         if units not in {tuple(getattr(x, "shape", ())) for x in leaves}:
@@ -212,10 +214,7 @@ def _of_whole_layers(run: _Run, layers: tuple[Layer, ...], counts: Mapping[str, 
     masks: dict[str, Any] = {}
     has_nan: dict[str, bool] = {}
     for layer in layers:
-        pools = tuple(pool for pool in run.plan.pools if layer in pool.layers)
-        alone = run.plan._replace(
-            pools=tuple(dataclasses.replace(pool, layers=(layer,)) for pool in pools)
-        )
+        alone = _alone(run.plan, layer)
 
         def solve(source: Source, alone: Problem = alone, layer: Layer = layer) -> Solved:
             sources = {layer.name: source}
@@ -243,8 +242,7 @@ def _nm_masks(run: _Run) -> Solved:
         if 0 in box.sizes:
             keep, nan = np.ones(box.sizes, np.bool), False
         else:
-            one = run.plan._replace(pools=_alone(run.plan, layer))
-            found, nans = nm_masks({layer.name: source}, one, nm)
+            found, nans = nm_masks({layer.name: source}, _alone(run.plan, layer), nm)
             keep, nan = found[layer.weight], nans[layer.name]
         masks[layer.weight] = keep
         flags[layer.name] = np.asarray([bool(nan)], np.int32)
@@ -255,9 +253,10 @@ def _nm_masks(run: _Run) -> Solved:
     return masks | more[0], has_nan | more[1]
 
 
-def _alone(plan: Problem, layer: Layer) -> tuple[Any, ...]:
+def _alone(plan: Problem, layer: Layer) -> Problem:
+    """Returns the problem of one layer."""
     pool = next(pool for pool in plan.pools if layer in pool.layers)
-    return (dataclasses.replace(pool, layers=(layer,)),)
+    return plan._replace(pools=(dataclasses.replace(pool, layers=(layer,)),))
 
 
 def _has_groups(run: _Run, layer: Layer, nm: NM) -> bool:
